@@ -1,0 +1,500 @@
+"""The distiller: student + teacher + terms as one module whose forward returns named losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from taskkd.errors import NonFiniteError, TapError, TaskkdError
+from taskkd.schedules import Progress
+from taskkd.taps import Taps, accepted_arguments, describe
+from taskkd.teachers import Frozen, Teacher, first_tensor
+from taskkd.terms import Run, Term
+
+__all__ = ["Distiller", "Preparation", "TermReport"]
+
+TaskLoss = Callable[[Any, Mapping[str, Any]], Tensor]
+
+
+@dataclass(frozen=True)
+class TermReport:
+    """What `prepare` measured of one term (or of the task loss, named "task")."""
+
+    name: str
+    value: float
+    weight: float
+    gradient_norm: float
+    student: dict[str, str] = field(default_factory=dict)
+    teacher: dict[str, str] = field(default_factory=dict)
+    adapter_parameters: int = 0
+
+    @property
+    def weighted(self) -> float:
+        """`weight * value`."""
+        return self.weight * self.value
+
+    @property
+    def pull(self) -> float:
+        """`weight * gradient_norm`: how hard the term pulls at the student."""
+        return self.weight * self.gradient_norm
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The result of `prepare`: sizes and gradients of every term on one batch, and advice in sentences."""
+
+    terms: list[TermReport]
+    advice: list[str]
+
+
+class Distiller(nn.Module):
+    """Student, teacher and terms; `forward(**batch)` returns `{"loss", "task", <term names>}` in train mode.
+
+    In eval mode it returns the student's output alone. Only `loss` carries gradient; the others are for logging.
+
+    Args:
+        student: the model to train; a registered sub-module, so `parameters()` are its and the adapters'.
+        teacher: a module (wrapped in `Frozen`) or a `Teacher`. None: no teacher, every term must do without.
+        terms: the terms, with unique names.
+        task_weight: factor of the task loss; 0: it is not computed and labels are not needed.
+        task_loss: `(output, batch) -> scalar`. Default: `output.loss` / `output["loss"]`, or the sum of a dict of
+            losses (torchvision detectors).
+        on_nonfinite: "raise" stops at a NaN or infinite term with its name; "skip" lets the caller skip the step.
+
+    Raises:
+        TapError: a tap is in neither model.
+        TaskkdError: two terms share a name.
+    """
+
+    #: transformers.Trainer: losses are means over a batch, to be divided by the number of accumulation steps
+    accepts_loss_kwargs = False
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | Teacher | None,
+        terms: Iterable[Term] = (),
+        *,
+        task_weight: float = 1.0,
+        task_loss: TaskLoss | None = None,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+    ) -> None:
+        super().__init__()
+        if task_weight < 0:
+            raise TaskkdError(f"`task_weight` must not be negative, got {task_weight}.")
+        if on_nonfinite not in ("raise", "skip"):
+            raise TaskkdError(f"`on_nonfinite` must be 'raise' or 'skip', got {on_nonfinite!r}.")
+        self.student = student
+        self.terms = nn.ModuleDict()
+        for term in terms:
+            if term.name in self.terms:
+                raise TaskkdError(f"two terms are named {term.name!r}; names must be unique.")
+            self.terms[term.name] = term
+        # A frozen teacher must not be found by parameters(), state_dict(), train(), DDP or deepcopy.
+        if isinstance(teacher, nn.Module) and not isinstance(teacher, Teacher):
+            teacher = Frozen(teacher)
+        object.__setattr__(self, "teacher", teacher)
+        self.task_weight, self.task_loss, self.on_nonfinite = float(task_weight), task_loss, on_nonfinite
+        #: whether `forward` itself reads the finiteness flag; the trainer reads it once per optimiser step instead
+        self.check_in_forward = True
+        self.progress = Progress()
+        self.prepared = False
+        self._term_list: list[Term] = [self.terms[n] for n in self.terms]  # type: ignore[misc]
+        self._accepted = accepted_arguments(student.forward)
+        self._automatic: dict[str, float] = {}
+        self._pending: list[tuple[Tensor, list[str], Any]] = []
+        self._taps = Taps(student, dict.fromkeys(t for term in self._term_list for t in term.student_taps), "student")
+        teacher_taps = dict.fromkeys(t for term in self._term_list for t in term.teacher_taps)
+        if teacher_taps and teacher is None:
+            raise TaskkdError("there are terms that compare with a teacher, but `teacher` is None.")
+        self._uses_teacher = bool(teacher_taps)
+        if teacher is not None:
+            try:
+                teacher.attach(teacher_taps)
+            except BaseException:
+                self._taps.close()
+                raise
+        self._set_weights()
+
+    # ---- forward
+
+    def forward(self, **batch: Any) -> Any:
+        """Losses of a batch (train mode) or the student's output (eval mode).
+
+        Args:
+            **batch: the student's keyword arguments and whatever else teacher, terms and caches read (`id`).
+
+        Returns:
+            Train mode: `{"loss": weighted sum with gradient, "task": ..., <term>: unweighted and detached ...}`.
+
+        Raises:
+            NonFiniteError: a term is NaN or infinite (unless `on_nonfinite="skip"`).
+            TapError: a tap gave nothing usable.
+        """
+        if not self.training:
+            return self.student(**self._accepted(batch))
+        names, values = self._losses(batch)
+        stacked = torch.stack(values) if len(values) > 1 else values[0].reshape(1)
+        loss = stacked @ self._weights_like(stacked)
+        detached = stacked.detach()
+        if torch.is_grad_enabled():
+            self._watch(loss.detach(), detached, names, batch)
+        return {"loss": loss, **dict(zip(names, detached.unbind(), strict=True))}
+
+    def _losses(self, batch: Mapping[str, Any]) -> tuple[list[str], list[Tensor]]:
+        """Names and unweighted values of what is active, the task loss first."""
+        if not self.built:
+            missing = ", ".join(repr(t.name) for t in self._term_list if not t.built)
+            raise TaskkdError(
+                f"the adapter of {missing} does not exist yet: call `distiller.prepare(batch)` before the optimiser is made."
+            )
+        if self.progress.total is None and any(t.schedule.needs_total for t in self._term_list):
+            raise TaskkdError(
+                "a schedule is a fraction of the training: call `distiller.set_total(optimiser_steps)` before the first "
+                "step (the trainer does it)."
+            )
+        run = self._run(batch)
+        names, values = [], []
+        if self.task_weight > 0:
+            names.append("task")
+            values.append(self._task(run.output, batch))
+        for term in self._active:
+            names.append(term.name)
+            values.append(term(run))
+        if not values:
+            raise TaskkdError("nothing to train: the task weight is 0 and no term is active at this step.")
+        if self._idle_parameters and torch.distributed.is_initialized():
+            # DDP waits for the gradient of every parameter; those of an idle term's adapter are exactly 0.
+            values[0] = values[0] + 0.0 * sum(p.sum() for p in self._idle_parameters)
+        dtype = torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32
+        return names, [v if v.dtype == dtype and v.ndim == 0 else v.to(dtype).reshape(()) for v in values]
+
+    def _student_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        inputs = self._accepted(batch)
+        if self.task_weight == 0 and self.task_loss is None:
+            inputs.pop("labels", None)
+        return inputs
+
+    def _run(self, batch: Mapping[str, Any], prepare: bool = False) -> Run:
+        with self._taps.record():
+            output = self.student(**self._student_inputs(batch))
+        if prepare and self._taps.overwritten():
+            with self._taps.record():
+                output = self.student(**self._student_inputs(batch))
+        run = Run(batch, output, self._taps.read(output, batch))
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._check_gradient_paths(run)
+        teacher: Teacher | None = self.teacher
+        if teacher is not None and self._uses_teacher and self._active:
+            run.teacher = teacher.prepare(batch, run) if prepare else teacher(batch, run)
+        return run
+
+    def _check_gradient_paths(self, run: Run) -> None:
+        for name, value in run.student.items():
+            if (
+                isinstance(value, Tensor)
+                and value.is_floating_point()
+                and not value.requires_grad
+                and not name.startswith("batch")
+                and any(p.requires_grad for p in self.student.parameters())
+            ):
+                raise TapError(
+                    f"tap {name!r}: no gradient flows to the student from here. With gradient checkpointing use "
+                    "`use_reentrant=False`; otherwise the tapped part is frozen or runs without gradient."
+                )
+
+    def _task(self, output: Any, batch: Mapping[str, Any]) -> Tensor:
+        if self.task_loss is not None:
+            return self.task_loss(output, batch)
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if loss is None and isinstance(output, Mapping) and output and all(
+            isinstance(v, Tensor) and v.ndim == 0 for v in output.values()
+        ):
+            loss = torch.stack(list(output.values())).sum()
+        if not isinstance(loss, Tensor):
+            raise TaskkdError(
+                f"the student's output ({describe(output)}) has no loss: give it labels, pass `task_loss=(output, batch) "
+                "-> scalar`, or set `task_weight=0`."
+            )
+        return loss
+
+    # ---- weights and progress
+
+    def _set_weights(self) -> None:
+        """Read the schedules at the present progress; which terms are active, and with which weight."""
+        weights = {t.name: self._automatic.get(t.name, 1.0) * self._scheduled(t) for t in self._term_list}
+        active = [t for t in self._term_list if weights[t.name] > 0]
+        numbers = [self.task_weight] if self.task_weight > 0 else []
+        numbers += [weights[t.name] for t in active]
+        self._active = active
+        self._idle_parameters = [p for t in self._term_list if t not in active for p in t.parameters()]
+        current = getattr(self, "_weights", None)
+        if current is None or len(current) != len(numbers):
+            self._weights = torch.tensor(numbers)
+        elif self._numbers != numbers:
+            self._weights.copy_(torch.tensor(numbers))
+        self._numbers = numbers
+
+    def _scheduled(self, term: Term) -> float:
+        if term.schedule.needs_total and self.progress.total is None:
+            return term.schedule.value  # before `set_total`: the full weight, for reports; `forward` refuses
+        return term.weight(self.progress)
+
+    def _weights_like(self, values: Tensor) -> Tensor:
+        if self._weights.device != values.device or self._weights.dtype != values.dtype:
+            self._weights = self._weights.to(values.device, values.dtype)
+        return self._weights
+
+    def weights(self) -> dict[str, float]:
+        """The weight of the task loss and of every term at the present step."""
+        return {"task": self.task_weight} | {
+            t.name: self._automatic.get(t.name, 1.0) * self._scheduled(t) for t in self._term_list
+        }
+
+    def set_total(self, total: int) -> None:
+        """Say how many optimiser steps the training has; schedules that are a fraction of it need this."""
+        self.progress = Progress(self.progress.step, int(total))
+        self._set_weights()
+
+    def step(self) -> None:
+        """Advance the schedules; call it once after each optimiser step (the trainer does).
+
+        Raises:
+            NonFiniteError: a term was not finite and nobody has looked since (a compiled hand loop that does not call
+                `check_finite` before its optimiser).
+        """
+        if self._pending:
+            self.check_finite()
+        self.progress = Progress(self.progress.step + 1, self.progress.total)
+        if any(t.scheduled for t in self._term_list):
+            self._set_weights()
+
+    # ---- finiteness
+
+    def _watch(self, loss: Tensor, values: Tensor, names: list[str], batch: Mapping[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return  # a compiled graph cannot stop; the caller looks at what it returned (`watch`)
+        self._pending.append((torch.cat([loss.reshape(1), values]), names, batch.get("id")))
+        if self.check_in_forward and not self.check_finite():
+            # on_nonfinite="skip" in a hand loop: remembered until the caller asks
+            self.skipped = True
+
+    def watch(self, losses: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
+        """Put the losses that a compiled forward returned under watch; `check_finite` then sees them."""
+        names = [n for n in losses if n != "loss"]
+        self._pending.append((torch.stack([losses["loss"].detach(), *(losses[n] for n in names)]), names, batch.get("id")))
+
+    def check_finite(self) -> bool:
+        """Look at all losses since the last look: one device synchronisation, on all ranks alike.
+
+        Returns:
+            True if all were finite; False if one was not and `on_nonfinite="skip"`.
+
+        Raises:
+            NonFiniteError: one was not; the message names term, weight, step and sample ids.
+        """
+        pending, self._pending = self._pending, []
+        if not pending:
+            return True
+        finite = torch.stack([v.sum() for v, _, _ in pending]).isfinite().all()
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            flag = finite.float()
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
+            finite = flag > 0
+        if bool(finite):
+            return True
+        if self.on_nonfinite == "skip":
+            return False
+        raise NonFiniteError(self._blame(pending))
+
+    def _blame(self, pending: Sequence[tuple[Tensor, list[str], Any]]) -> str:
+        weights = self.weights()
+        for values, names, ids in pending:
+            bad = [n for n, v in zip(names, values[1:].tolist(), strict=True) if not math.isfinite(v)]
+            total = values[0].item()
+            if bad or not math.isfinite(total):
+                shown = ", ".join(f"{n!r} (weight {weights.get(n, 0.0):g})" for n in bad)
+                who = f"term {shown} is" if bad else "every term is finite but their weighted sum is"
+                where = ids.tolist() if isinstance(ids, Tensor) else ids
+                samples = f", sample ids {where}" if where is not None else ""
+                worst = next((v for v in values[1:].tolist() if not math.isfinite(v)), total)
+                return f"{who} {worst} at step {self.progress.step}{samples}; the optimiser has not stepped on it."
+        return f"a term is not finite on another rank at step {self.progress.step}."
+
+    # ---- preparation
+
+    @property
+    def built(self) -> bool:
+        """Whether every adapter exists."""
+        return all(t.built for t in self._term_list)
+
+    def prepare(self, batch: Mapping[str, Any]) -> Preparation:
+        """One eager look at a real batch, before any optimiser or compilation.
+
+        Builds adapters, counts how far the teacher must run, finds tensors that in-place operations overwrite,
+        measures value and gradient norm of every term, and sets `weight="auto"`. Student, buffers and random state
+        are left as they were.
+
+        Args:
+            batch: one batch of the training data, on the student's device.
+
+        Returns:
+            Sizes, gradient norms, shapes, and advice where one term drowns the others.
+
+        Raises:
+            TapError, ShapeError: a tap or a pair of shapes does not work out.
+            NonFiniteError: a term is not finite on this batch.
+        """
+        tensor = first_tensor(batch)
+        devices = [tensor.device] if tensor is not None and tensor.device.type == "cuda" else []
+        buffers = {n: b.clone() for n, b in self.student.named_buffers()}
+        training = self.training
+        active, self._active = self._active, self._term_list
+        try:
+            with torch.random.fork_rng(devices), torch.enable_grad():
+                self.train()
+                run = self._run(batch, prepare=True)
+                for term in self._term_list:
+                    term.build(run)
+                terms = self._measure(run, batch)
+        finally:
+            self.train(training)
+            with torch.no_grad():
+                for name, buffer in self.student.named_buffers():
+                    buffer.copy_(buffers[name])
+            self._active = active
+        self._pending = []
+        self._set_automatic(terms)
+        self.prepared = True
+        self._set_weights()
+        weights = self.weights()
+        terms = [TermReport(**{**vars(t), "weight": weights[t.name]}) for t in terms]
+        return Preparation(terms, _advice(terms))
+
+    def _measure(self, run: Run, batch: Mapping[str, Any]) -> list[TermReport]:
+        parameters = [p for p in self.student.parameters() if p.requires_grad]
+        losses: list[tuple[str, Tensor, Term | None]] = []
+        if self.task_weight > 0:
+            losses.append(("task", self._task(run.output, batch), None))
+        losses += [(t.name, t(run), t) for t in self._term_list]
+        reports = []
+        weights = self.weights()
+        for name, value, term in losses:
+            if not bool(value.detach().isfinite()):
+                raise NonFiniteError(
+                    f"term {name!r} is {value.item()} on the first batch, before any training; look at the teacher's "
+                    "and the student's tensors there."
+                )
+            gradients = (
+                torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+                if parameters and value.requires_grad
+                else ()
+            )
+            norms = [g.detach().float().norm() for g in gradients if g is not None]
+            reports.append(
+                TermReport(
+                    name,
+                    value.item(),
+                    weights[name],
+                    float(torch.stack(norms).norm()) if norms else 0.0,
+                    {n: describe(run.student[n]) for n in (term.student_taps if term else ())},
+                    {n: describe(run.teacher[n]) for n in (term.teacher_taps if term else ())},
+                    sum(p.numel() for p in term.parameters()) if term else 0,
+                )
+            )
+        return reports
+
+    def _set_automatic(self, terms: Sequence[TermReport]) -> None:
+        automatic = [t for t in self._term_list if t.automatic and t.name not in self._automatic]
+        if not automatic:
+            return
+        norms = {t.name: t.gradient_norm for t in terms}
+        if "task" in norms:
+            reference, target = "task", self.task_weight * norms["task"]
+        else:
+            fixed = [t for t in self._term_list if not t.automatic]
+            if not fixed:
+                raise TaskkdError("weight='auto' needs a task loss or a term of given weight to be measured against.")
+            reference, target = fixed[0].name, fixed[0].weight(self.progress) * norms[fixed[0].name]
+        chosen = torch.tensor([target / norms[t.name] if norms[t.name] > 0 else 1.0 for t in automatic], dtype=torch.float64)
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            device = next(self.student.parameters()).device
+            shared = chosen.to(device)
+            torch.distributed.all_reduce(shared)
+            chosen = (shared / torch.distributed.get_world_size()).cpu()
+        if target == 0:
+            raise TaskkdError(f"weight='auto': the gradient of {reference!r} is 0 on this batch, nothing to measure against.")
+        for term, weight in zip(automatic, chosen.tolist(), strict=True):
+            self._automatic[term.name] = weight
+
+    # ---- what checkpoints, copies and engines see
+
+    def get_extra_state(self) -> Tensor:
+        """Progress and automatic weights, as a tensor so that any checkpoint format can hold it."""
+        automatic = [self._automatic.get(t.name, math.nan) for t in self._term_list]
+        total = -1 if self.progress.total is None else self.progress.total
+        return torch.tensor([self.progress.step, total, *automatic], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore what `get_extra_state` gave."""
+        step, total, *automatic = state.tolist()
+        if len(automatic) != len(self._term_list):
+            raise TaskkdError(f"this state has {len(automatic)} terms, the distiller {len(self._term_list)}.")
+        self.progress = Progress(int(step), None if total < 0 else int(total))
+        pairs = zip(self._term_list, automatic, strict=True)
+        self._automatic = {t.name: w for t, w in pairs if not math.isnan(w)}
+        self._set_weights()
+
+    def close(self) -> None:
+        """Remove every hook from student and teacher; `distiller.student` is then a plain model."""
+        self._taps.close()
+        if self.teacher is not None:
+            self.teacher.close()
+
+    @property
+    def config(self) -> Any:
+        """The student's config, for engines that look for one."""
+        return self.student.config
+
+    @property
+    def _no_split_modules(self) -> Any:
+        return getattr(self.student, "_no_split_modules", None)
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Turn on gradient checkpointing in the student (not in the teacher, which has no backward)."""
+        self.student.activation_checkpointing_enable(**options)  # type: ignore[operator]
+
+    def columns(self) -> set[str]:
+        """The names of all batch entries that student, teacher and terms read, and `id`."""
+        import inspect
+
+        names = {"id", *inspect.signature(self.student.forward).parameters}
+        if self.teacher is not None:
+            names |= self.teacher.columns()
+        return names | {tap.selectors[0] for tap in self._taps.taps.values() if tap.root == "batch" and tap.selectors}  # type: ignore[misc]
+
+
+def _advice(terms: Sequence[TermReport]) -> list[str]:
+    """Sentences about terms whose pull is out of proportion to the task loss's (or the strongest term's)."""
+    others = [t for t in terms if t.name != "task" and t.weight > 0]
+    task = next((t for t in terms if t.name == "task" and t.weight > 0), None)
+    reference = task or max(others, key=lambda t: t.pull, default=None)
+    advice = []
+    for term in others:
+        if reference is None or term is reference or reference.pull == 0:
+            continue
+        ratio = term.pull / reference.pull
+        if ratio == 0:
+            advice.append(f"term {term.name!r} has no gradient on this batch (student and teacher agree there).")
+        elif not 1 / 50 <= ratio <= 50:
+            how = f"{ratio:.0f} times" if ratio > 1 else f"1/{1 / ratio:.0f} of"
+            advice.append(
+                f"term {term.name!r} pulls at the student with {how} the gradient of {reference.name!r}; "
+                f"weight {term.weight / ratio:.3g} would even them out (weight='auto' does)."
+            )
+    return advice

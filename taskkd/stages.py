@@ -1,0 +1,66 @@
+"""Stages and methods: what is trained with which terms for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from taskkd.errors import TapError, nearest
+from taskkd.terms import Term
+
+__all__ = ["Method", "Stage", "train_only"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run of a method.
+
+    Args:
+        name: for folders and logs.
+        terms: what is distilled.
+        task_weight: factor of the task loss in this stage; 0: labels are not needed.
+        trains: module paths of the student that are trained; None: all of it.
+        overrides: training arguments that differ in this stage (`{"num_train_epochs": 10}`).
+    """
+
+    name: str
+    terms: Sequence[Term]
+    task_weight: float = 1.0
+    trains: tuple[str, ...] | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A paper's method, ready for one pair of student and teacher.
+
+    Args:
+        name: its key in the task's `METHODS`.
+        stages: in order; most methods have one.
+        needs: what the data must have, as "labels".
+    """
+
+    name: str
+    stages: Sequence[Stage]
+    needs: tuple[str, ...] = ()
+
+
+def train_only(student: nn.Module, parts: Sequence[str] | None) -> None:
+    """Let only these parts of the student train; None: everything.
+
+    Raises:
+        TapError: a part is not in the student.
+    """
+    student.requires_grad_(True)
+    if parts is None:
+        return
+    modules = dict(student.named_modules())
+    for part in parts:
+        if part not in modules:
+            raise TapError(f"stage: the student has no module {part!r}{nearest(part, modules)}.")
+    student.requires_grad_(False)
+    for part in parts:
+        modules[part].requires_grad_(True)
