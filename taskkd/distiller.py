@@ -100,14 +100,14 @@ class Distiller(nn.Module):
             teacher = Frozen(teacher)
         object.__setattr__(self, "teacher", teacher)
         self.task_weight, self.task_loss, self.on_nonfinite = float(task_weight), task_loss, on_nonfinite
-        #: whether `forward` itself reads the finiteness flag; the trainer reads it once per optimiser step instead
+        #: whether `forward` itself looks for NaN; the trainer watches from outside and looks once per optimiser step
         self.check_in_forward = True
         self.progress = Progress()
         self.prepared = False
         self._term_list: list[Term] = [self.terms[n] for n in self.terms]  # type: ignore[misc]
         self._accepted = accepted_arguments(student.forward)
         self._automatic: dict[str, float] = {}
-        self._pending: list[tuple[Tensor, list[str], Any]] = []
+        self._pending: list[tuple[Mapping[str, Tensor], Any]] = []
         self._taps = Taps(student, dict.fromkeys(t for term in self._term_list for t in term.student_taps), "student")
         teacher_taps = dict.fromkeys(t for term in self._term_list for t in term.teacher_taps)
         if teacher_taps and teacher is None:
@@ -140,11 +140,12 @@ class Distiller(nn.Module):
             return self.student(**self._accepted(batch))
         names, values = self._losses(batch)
         stacked = torch.stack(values) if len(values) > 1 else values[0].reshape(1)
-        loss = stacked @ self._weights_like(stacked)
-        detached = stacked.detach()
-        if torch.is_grad_enabled():
-            self._watch(loss.detach(), detached, names, batch)
-        return {"loss": loss, **dict(zip(names, detached.unbind(), strict=True))}
+        losses = {"loss": stacked @ self._weights_like(stacked)}
+        losses |= zip(names, stacked.detach().unbind(), strict=True)
+        if self.check_in_forward and not torch.compiler.is_compiling():  # a compiled graph cannot stop
+            self.watch(losses, batch)
+            self.check_finite()
+        return losses
 
     def _losses(self, batch: Mapping[str, Any]) -> tuple[list[str], list[Tensor]]:
         """Names and unweighted values of what is active, the task loss first."""
@@ -276,18 +277,13 @@ class Distiller(nn.Module):
 
     # ---- finiteness
 
-    def _watch(self, loss: Tensor, values: Tensor, names: list[str], batch: Mapping[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            return  # a compiled graph cannot stop; the caller looks at what it returned (`watch`)
-        self._pending.append((torch.cat([loss.reshape(1), values]), names, batch.get("id")))
-        if self.check_in_forward and not self.check_finite():
-            # on_nonfinite="skip" in a hand loop: remembered until the caller asks
-            self.skipped = True
-
     def watch(self, losses: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
-        """Put the losses that a compiled forward returned under watch; `check_finite` then sees them."""
-        names = [n for n in losses if n != "loss"]
-        self._pending.append((torch.stack([losses["loss"].detach(), *(losses[n] for n in names)]), names, batch.get("id")))
+        """Put what `forward` returned under watch, for the next `check_finite`.
+
+        `forward` does both itself unless it is compiled; a compiled hand loop calls this after `forward` and
+        `check_finite` before its optimiser steps.
+        """
+        self._pending.append((losses, batch.get("id")))
 
     def check_finite(self) -> bool:
         """Look at all losses since the last look: one device synchronisation, on all ranks alike.
@@ -301,7 +297,9 @@ class Distiller(nn.Module):
         pending, self._pending = self._pending, []
         if not pending:
             return True
-        finite = torch.stack([v.sum() for v, _, _ in pending]).isfinite().all()
+        # A NaN or infinite term makes the weighted sum non-finite, so one number stands for all of them.
+        totals = [losses["loss"].detach() for losses, _ in pending]
+        finite = (totals[0] if len(totals) == 1 else torch.stack(totals)).isfinite().all()
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             flag = finite.float()
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
@@ -312,18 +310,17 @@ class Distiller(nn.Module):
             return False
         raise NonFiniteError(self._blame(pending))
 
-    def _blame(self, pending: Sequence[tuple[Tensor, list[str], Any]]) -> str:
+    def _blame(self, pending: Sequence[tuple[Mapping[str, Tensor], Any]]) -> str:
         weights = self.weights()
-        for values, names, ids in pending:
-            bad = [n for n, v in zip(names, values[1:].tolist(), strict=True) if not math.isfinite(v)]
-            total = values[0].item()
-            if bad or not math.isfinite(total):
-                shown = ", ".join(f"{n!r} (weight {weights.get(n, 0.0):g})" for n in bad)
-                who = f"term {shown} is" if bad else "every term is finite but their weighted sum is"
-                where = ids.tolist() if isinstance(ids, Tensor) else ids
-                samples = f", sample ids {where}" if where is not None else ""
-                worst = next((v for v in values[1:].tolist() if not math.isfinite(v)), total)
-                return f"{who} {worst} at step {self.progress.step}{samples}; the optimiser has not stepped on it."
+        for losses, ids in pending:
+            values = {n: v.item() for n, v in losses.items()}
+            if all(math.isfinite(v) for v in values.values()):
+                continue
+            bad = [n for n, v in values.items() if n != "loss" and not math.isfinite(v)]
+            who = ", ".join(f"{n!r} (weight {weights.get(n, 0.0):g}) is {values[n]}" for n in bad)
+            who = f"term {who}" if bad else f"every term is finite but their weighted sum is {values['loss']}"
+            samples = f", sample ids {ids.tolist() if isinstance(ids, Tensor) else ids}" if ids is not None else ""
+            return f"{who} at step {self.progress.step}{samples}; the optimiser has not stepped on it."
         return f"a term is not finite on another rank at step {self.progress.step}."
 
     # ---- preparation

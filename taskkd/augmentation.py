@@ -1,0 +1,54 @@
+"""Random augmentation that does not depend on workers, prefetching or interruptions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import Dataset
+
+__all__ = ["Augmented", "generator_for"]
+
+Sample = TypeVar("Sample")
+
+
+def generator_for(seed: int, epoch: int, sample_id: int) -> torch.Generator:
+    """A generator that is a function of these three numbers alone."""
+    mixed = seed & 0xFFFFFFFF
+    for number in (epoch, sample_id):  # one round of splitmix64 each: neighbouring ids get unrelated streams
+        mixed = (mixed + 0x9E3779B97F4A7C15 + (number & 0xFFFFFFFFFFFFFFFF)) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 31
+    return torch.Generator().manual_seed(mixed & 0x7FFFFFFFFFFFFFFF)
+
+
+class Augmented(Dataset[Any]):
+    """A dataset whose samples are augmented from a generator seeded by (seed, epoch, id).
+
+    The same sample of the same epoch is augmented in the same way in any worker, in any order, before and after an
+    interruption. The trainer calls `set_epoch`; a hand loop calls it at the start of each epoch.
+
+    Args:
+        dataset: a map-style dataset; a sample that is a dict with `id` is seeded by it, others by their index.
+        transform: `(sample, generator) -> sample`; draws all its randomness from the generator.
+        seed: default 0.
+    """
+
+    def __init__(self, dataset: Any, transform: Callable[[Any, torch.Generator], Any], *, seed: int = 0) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+        # In shared memory, so that workers that live through several epochs see the change.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Start an epoch."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        sample = self.dataset[index]
+        key = int(sample["id"]) if isinstance(sample, dict) and "id" in sample else index
+        return self.transform(sample, generator_for(self.seed, int(self._epoch), key))

@@ -1,0 +1,477 @@
+"""`Cached`: a frozen teacher's outputs on disk, memory-mapped, so that later epochs cost no teacher.
+
+Layout of a cache folder: `index.json` (what the cache was built for, shapes, sha256 of every file) and shards
+`shard-00000/` with `ids.npy`, `hashes.npy` and for each tap `tap-0.npy` (and `tap-0.offsets.npy` where rows have their own
+length). A shard is written beside and renamed; an interrupted build goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from taskkd.errors import CacheError
+from taskkd.taps import parse_tap
+from taskkd.teachers import Frozen, first_tensor
+
+__all__ = ["CACHE_KEY", "Cached", "file_sha256", "weights_sha256"]
+
+#: the batch entry under which a collator hands over what it looked up
+CACHE_KEY = "teacher_cache"
+FORMAT = 1
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """sha256 over names, dtypes, shapes and bytes of every parameter and buffer, hex."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, Tensor):
+            data = value.detach().cpu().contiguous()
+            digest.update(f"{name} {data.dtype} {tuple(data.shape)};".encode())
+            digest.update(data.reshape(-1).view(torch.uint8).numpy() if data.numel() else b"")
+    return digest.hexdigest()
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {k: _to_device(v, device) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_to_device(v, device) for v in value)
+    return value
+
+
+class Cached:
+    """A frozen teacher whose outputs for known samples are read from disk.
+
+    Batches must carry `id` (int64, unique for each sample). Every read compares a 64-bit hash of the unpadded teacher
+    input with the one seen when the cache was built: changed data, another tokenizer or random augmentation is an error.
+
+    Args:
+        teacher: the model, or a `Frozen`.
+        path: the cache folder; made by `build`.
+        dtype: "float32" (cached equals live to rounding of the batch) or "float16" (half the size, 1e-3).
+        preprocessing: anything JSON can hold that describes how inputs are made (tokenizer, max length, transforms);
+            part of the key.
+        shard_size: samples in a shard.
+        budget: largest size in bytes that may be built; None: what the disk has.
+
+    Raises:
+        CacheError: the cache at `path` was built for something else, or a file of it is damaged.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module | Frozen,
+        path: str | Path,
+        *,
+        dtype: Literal["float32", "float16"] = "float32",
+        preprocessing: Any = None,
+        shard_size: int = 4096,
+        budget: int | None = None,
+    ) -> None:
+        if dtype not in ("float32", "float16"):
+            raise CacheError(f"a cache holds 'float32' or 'float16', not {dtype!r}.")
+        self.live = teacher if isinstance(teacher, Frozen) else Frozen(teacher)
+        self.path, self.dtype, self.preprocessing = Path(path), dtype, preprocessing
+        self.shard_size, self.budget = shard_size, budget
+        self.taps: list[str] = []
+        self._weights: str | None = None
+        self._index: dict[str, Any] | None = None
+        self._clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cached:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For loader workers that are spawned: files are opened anew there, the model stays behind."""
+        state = self.__dict__.copy()
+        state["_shards"] = None
+        return state
+
+    # ---- what a distiller asks
+
+    def attach(self, taps: Iterable[str]) -> None:
+        """Be ready to supply these taps, from disk or live.
+
+        Raises:
+            TapError: a name is not in the teacher.
+            CacheError: a tap reads the batch, or the existing cache does not hold it or is stale.
+        """
+        self.taps = list(taps)
+        for tap in self.taps:
+            if parse_tap(tap).root == "batch":
+                raise CacheError(f"tap {tap!r} reads the batch, not the teacher; it cannot be cached.")
+        self.live.attach(self.taps)
+        if (self.path / "index.json").exists():
+            self._open()
+
+    def columns(self) -> set[str]:
+        """The names of the batch entries that the teacher reads, and `id`."""
+        return self.live.columns() | {"id", CACHE_KEY}
+
+    def __call__(self, batch: Mapping[str, Any], run: Any = None) -> dict[str, Any]:
+        """The cached values for this batch; see `lookup`."""
+        found = batch.get(CACHE_KEY)
+        if found is None:
+            found = self.lookup(batch)
+        tensor = first_tensor({k: v for k, v in batch.items() if k != CACHE_KEY})
+        device = tensor.device if tensor is not None else torch.device("cpu")
+        return {tap: found[tap].to(device, non_blocking=True) for tap in self.taps}
+
+    def prepare(self, batch: Mapping[str, Any], run: Any = None) -> dict[str, Any]:
+        """From disk if all of the batch is there, else live."""
+        if CACHE_KEY in batch or self.has(_ids(batch)):
+            return self(batch, run)
+        return self.live.prepare(batch, run)
+
+    def close(self) -> None:
+        """Remove the hooks and let go of the files."""
+        self.live.close()
+        self._clear()
+        self._index = None
+
+    # ---- reading
+
+    def _clear(self) -> None:
+        self._shards: list[dict[str, NDArray[Any]]] | None = None
+        self._ids: NDArray[np.int64] = np.empty(0, np.int64)
+        self._where: NDArray[np.int64] = np.empty((0, 2), np.int64)
+
+    def key(self) -> dict[str, Any]:
+        """What the cache depends on, but for the taps."""
+        if self._weights is None:
+            self._weights = weights_sha256(self.live.model)
+        described = json.dumps(self.preprocessing, sort_keys=True, default=str)
+        return {"format": FORMAT, "weights": self._weights, "preprocessing": described, "dtype": self.dtype}
+
+    def _open(self) -> None:
+        file = self.path / "index.json"
+        try:
+            index = json.loads(file.read_text())
+            stored, shards = index["key"], index["shards"]
+        except (OSError, ValueError, KeyError) as error:
+            raise CacheError(f"cache {self.path}: {file.name} cannot be read ({error}); delete the folder to build it anew.") from None
+        for part, wanted in self.key().items():
+            if stored.get(part) != wanted:
+                raise CacheError(
+                    f"cache {self.path} is stale: it was built with another {part} ({_short(stored.get(part))}, now "
+                    f"{_short(wanted)}); delete the folder or give another path."
+                )
+        missing = [t for t in self.taps if t not in index["taps"]]
+        if missing:
+            raise CacheError(
+                f"cache {self.path} holds the taps {', '.join(map(repr, index['taps']))} but not {', '.join(map(repr, missing))}; "
+                "delete the folder or give another path."
+            )
+        for shard in shards:
+            for name, digest in shard["files"].items():
+                path = self.path / shard["name"] / name
+                if not path.exists() or file_sha256(path) != digest:
+                    raise CacheError(f"cache {self.path}: file {shard['name']}/{name} is missing or damaged; delete the folder to build it anew.")
+        self._index = index
+        self._map()
+
+    def _map(self) -> None:
+        """Memory-map the shards of the index and sort the ids."""
+        assert self._index is not None
+        self._shards = []
+        ids, where = [], []
+        for number, shard in enumerate(self._index["shards"]):
+            folder = self.path / shard["name"]
+            arrays = {n: np.load(folder / n, mmap_mode="r", allow_pickle=False) for n in shard["files"]}
+            own = np.array(arrays["ids.npy"])
+            ids.append(own)
+            where.append(np.stack([np.full(len(own), number), np.arange(len(own))], 1))
+            self._shards.append(arrays)
+        if ids:
+            all_ids = np.concatenate(ids)
+            order = np.argsort(all_ids, kind="stable")
+            self._ids, self._where = all_ids[order], np.concatenate(where)[order]
+
+    def _positions(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        if self._shards is None and self._index is not None:
+            self._map()
+        positions = np.searchsorted(self._ids, ids)
+        inside = positions < len(self._ids)
+        known = inside.copy()
+        known[inside] = self._ids[positions[inside]] == ids[inside]
+        return positions, known
+
+    def has(self, ids: NDArray[np.int64]) -> bool:
+        """Whether all of these samples are in the cache."""
+        return bool(self._positions(ids)[1].all()) if self._index is not None else False
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def lookup(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The cached values of every tap for a batch, on the CPU, rows padded with 0 to the batch's length.
+
+        Raises:
+            CacheError: a sample is not in the cache, or its teacher input is not the one the cache was built with.
+        """
+        ids = _ids(batch)
+        positions, known = self._positions(ids)
+        if not known.all():
+            raise CacheError(
+                f"cache {self.path}: sample id {ids[~known][0]} is not in it ({len(self)} samples); build it with all of "
+                "the training data."
+            )
+        assert self._index is not None and self._shards is not None
+        where = self._where[positions]
+        inputs = self.live.inputs(batch)
+        for sample, digest, (shard, row) in zip(ids, _hashes(inputs, len(ids)), where, strict=True):
+            if self._shards[shard]["hashes.npy"][row] != digest:
+                raise CacheError(
+                    f"cache {self.path}: the teacher input of sample id {sample} is not the one the cache was built with "
+                    "(changed data, another tokenizer, or random augmentation, which a cache does not allow)."
+                )
+        return {tap: self._rows(tap, where, _padded_length(inputs)) for tap in self.taps}
+
+    def _rows(self, tap: str, where: NDArray[np.int64], length: int | None) -> Tensor:
+        assert self._index is not None and self._shards is not None
+        number, ragged = list(self._index["taps"]).index(tap), self._index["taps"][tap]["ragged"]
+        first = self._shards[where[0][0]][f"tap-{number}.npy"]
+        if not ragged:
+            rows = np.empty((len(where), *first.shape[1:]), first.dtype)
+            for i, (shard, row) in enumerate(where):
+                rows[i] = self._shards[shard][f"tap-{number}.npy"][row]
+            return torch.from_numpy(rows)
+        rows = np.zeros((len(where), length or 0, *first.shape[1:]), first.dtype)
+        for i, (shard, row) in enumerate(where):
+            start, end = self._shards[shard][f"tap-{number}.offsets.npy"][row : row + 2]
+            rows[i, : end - start] = self._shards[shard][f"tap-{number}.npy"][start:end]
+        return torch.from_numpy(rows)
+
+    # ---- building
+
+    def build(
+        self,
+        batches: Iterable[Mapping[str, Any]],
+        *,
+        total: int,
+        device: torch.device | str = "cpu",
+        announce: Callable[[str], None] = print,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Run the teacher over `batches` and store every tap; samples that are there already are left out.
+
+        Args:
+            batches: batches with `id`, unaugmented, as the training will see them (padding does not matter).
+            total: number of samples, for the size that is announced before anything is written.
+            device: where the teacher runs.
+            announce: gets one sentence with the size.
+            progress: called with the number of samples done after each batch.
+
+        Raises:
+            CacheError: the cache would not fit the budget or the disk, a tap cannot be stored, or ids repeat.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self._index is None and (self.path / "index.json").exists():
+            self._open()
+        writer: _Writer | None = None
+        done = 0
+        for raw in batches:
+            ids = _ids(raw)
+            fresh = ~self._positions(ids)[1] if self._index is not None else np.ones(len(ids), bool)
+            done += len(ids)
+            if fresh.any():
+                batch = _to_device(dict(raw), torch.device(device))
+                values = self.live(batch)
+                inputs = self.live.inputs(batch)
+                if writer is None:
+                    writer = self._start(batch, values, inputs, total - len(self), announce)
+                writer.add(ids, fresh, values, inputs)
+                if writer.rows >= self.shard_size:
+                    writer.flush()
+            progress(done)
+        if writer is not None:
+            writer.flush()
+        if self._index is None:
+            raise CacheError(f"cache {self.path}: there was nothing to build it from.")
+        self._map()
+
+    def _start(
+        self, batch: Mapping[str, Any], values: Mapping[str, Any], inputs: Mapping[str, Any], total: int, announce: Callable[[str], None]
+    ) -> _Writer:
+        ragged = self._ragged(batch, values, inputs)
+        if self._index is None:
+            taps = {t: {"shape": list(v.shape[2:] if ragged[t] else v.shape[1:]), "ragged": ragged[t]} for t, v in values.items()}
+            self._index = {"key": self.key(), "taps": taps, "shards": []}
+        writer = _Writer(self.path, self._index, self.dtype)
+        size = writer.bytes_per_sample(values, inputs) * total
+        free = shutil.disk_usage(self.path).free
+        limit = min(free, self.budget) if self.budget is not None else free
+        announce(f"teacher cache: {total} samples, about {_human(size)} as {self.dtype} in {self.path}")
+        if size > limit:
+            raise CacheError(f"cache {self.path}: about {_human(size)} are needed, {_human(limit)} are allowed or free.")
+        return writer
+
+    def _ragged(self, batch: Mapping[str, Any], values: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, bool]:
+        """Which taps have a row of their own length for each sample: those whose second dimension grows with padding."""
+        length = _padded_length(inputs)
+        for tap, value in values.items():
+            if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 1:
+                raise CacheError(f"cache {self.path}: tap {tap!r} is not a floating point tensor with a batch dimension.")
+        if length is None or not any(v.ndim > 1 and length in v.shape[1:] for v in values.values()):
+            return dict.fromkeys(values, False)
+        wider = {
+            k: torch.nn.functional.pad(v, (0, 1)) if isinstance(v, Tensor) and v.ndim == 2 and v.shape[1] == length else v
+            for k, v in batch.items()
+        }
+        grown = self.live(wider)
+        ragged = {}
+        for tap, value in values.items():
+            changed = [d for d, (a, b) in enumerate(zip(value.shape, grown[tap].shape, strict=True)) if a != b]
+            if changed not in ([], [1]):
+                raise CacheError(
+                    f"cache {self.path}: tap {tap!r} of shape {tuple(value.shape)} grows with padding in the dimensions {changed}; "
+                    "only the second may. Tap a slice of it, as in '[:, 0]'."
+                )
+            ragged[tap] = bool(changed)
+        return ragged
+
+
+class _Writer:
+    """Collects rows and writes shards."""
+
+    def __init__(self, path: Path, index: dict[str, Any], dtype: str) -> None:
+        self.path, self.index, self.dtype = path, index, np.dtype(dtype)
+        self._seen = {int(i) for s in index["shards"] for i in np.load(path / s["name"] / "ids.npy")}
+        self._reset()
+
+    def _reset(self) -> None:
+        self.rows = 0
+        self.ids: list[int] = []
+        self.hashes: list[int] = []
+        self.values: dict[str, list[NDArray[Any]]] = {t: [] for t in self.index["taps"]}
+
+    def bytes_per_sample(self, values: Mapping[str, Any], inputs: Mapping[str, Any]) -> float:
+        count = len(next(iter(values.values())))
+        mask = _mask(inputs)
+        mean = float(mask.sum()) / count if mask is not None else 0.0
+        total = 16.0
+        for tap, about in self.index["taps"].items():
+            shape = values[tap].shape[2:] if about["ragged"] else values[tap].shape[1:]
+            total += float(np.prod(shape)) * self.dtype.itemsize * (mean if about["ragged"] else 1)
+        return total
+
+    def add(self, ids: NDArray[np.int64], fresh: NDArray[np.bool_], values: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> None:
+        digests = _hashes(inputs, len(ids))
+        mask = _mask(inputs)
+        arrays = {t: values[t].detach().float().cpu().numpy().astype(self.dtype) for t in self.index["taps"]}
+        for tap, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise CacheError(f"tap {tap!r} of the teacher is not finite as {self.dtype} for some of the samples {ids.tolist()}.")
+        for i in np.flatnonzero(fresh):
+            if int(ids[i]) in self._seen:
+                raise CacheError(f"sample id {ids[i]} occurs twice in the data; ids must be unique.")
+            self._seen.add(int(ids[i]))
+            self.ids.append(int(ids[i]))
+            self.hashes.append(digests[i])
+            for tap, array in arrays.items():
+                row = array[i]
+                self.values[tap].append(row[mask[i]] if self.index["taps"][tap]["ragged"] and mask is not None else row)
+            self.rows += 1
+
+    def flush(self) -> None:
+        if not self.rows:
+            return
+        name = f"shard-{len(self.index['shards']):05d}"
+        staging = self.path / f"{name}.tmp"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        np.save(staging / "ids.npy", np.array(self.ids, np.int64))
+        np.save(staging / "hashes.npy", np.array(self.hashes, np.uint64))
+        for number, (tap, rows) in enumerate(self.values.items()):
+            if self.index["taps"][tap]["ragged"]:
+                np.save(staging / f"tap-{number}.offsets.npy", np.cumsum([0, *(len(r) for r in rows)]))
+                np.save(staging / f"tap-{number}.npy", np.concatenate(rows))
+            else:
+                np.save(staging / f"tap-{number}.npy", np.stack(rows))
+        files = {f.name: file_sha256(f) for f in sorted(staging.iterdir())}
+        shutil.rmtree(self.path / name, ignore_errors=True)
+        os.replace(staging, self.path / name)
+        self.index["shards"].append({"name": name, "rows": self.rows, "files": files})
+        temporary = self.path / "index.json.tmp"
+        temporary.write_text(json.dumps(self.index, indent=1))
+        os.replace(temporary, self.path / "index.json")
+        self._reset()
+
+
+def _ids(batch: Mapping[str, Any]) -> NDArray[np.int64]:
+    ids = batch.get("id")
+    if ids is None:
+        raise CacheError("a cached teacher needs `id` in every batch (int64, unique for each sample); add such a column to the data.")
+    array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+    return array.astype(np.int64).reshape(-1)
+
+
+def _mask(inputs: Mapping[str, Any]) -> NDArray[np.bool_] | None:
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    array: NDArray[np.bool_] = mask.detach().cpu().numpy().astype(bool)
+    return array
+
+
+def _padded_length(inputs: Mapping[str, Any]) -> int | None:
+    mask = inputs.get("attention_mask")
+    return int(mask.shape[1]) if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _hashes(inputs: Mapping[str, Any], count: int) -> list[int]:
+    """A 64-bit hash of each sample's unpadded teacher input."""
+    mask = _mask(inputs)
+    columns: list[tuple[str, Any, bool]] = []
+    for name in sorted(inputs):
+        value = inputs[name]
+        if isinstance(value, Tensor):
+            array = value.detach().cpu()
+            array = array.float() if array.dtype == torch.bfloat16 else array
+            columns.append((name, array.numpy(), mask is not None and array.ndim > 1 and array.shape[1] == mask.shape[1]))
+        elif isinstance(value, list | tuple) and len(value) == count:
+            columns.append((name, [v.detach().cpu().numpy() if isinstance(v, Tensor) else v for v in value], False))
+    digests = []
+    for i in range(count):
+        digest = xxhash.xxh3_64()
+        for name, column, padded in columns:
+            row = column[i]
+            if padded and mask is not None:
+                row = row[mask[i]]
+            digest.update(name)
+            digest.update(np.ascontiguousarray(row).data if isinstance(row, np.ndarray | np.generic) else repr(row))
+        digests.append(digest.intdigest())
+    return digests
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:12] + "…"
+
+
+def _human(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit in ("B", "kB") else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

@@ -1,0 +1,179 @@
+"""What a run saves: whole folders that are complete or are not there, and a student in its own format.
+
+`checkpoint-N/` holds `student/` (its own format), `taskkd_state.safetensors` (adapters, banks, progress: all else of ours),
+the engine's optimiser, scheduler and random states, and `manifest.json` with the sha256 of every file, written last. The folder
+is written beside and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import nn
+
+from taskkd.caches import file_sha256
+from taskkd.errors import CheckpointError
+
+__all__ = ["load_state", "load_student", "newest_checkpoint", "save_state", "save_student", "seal", "staged", "verify"]
+
+MANIFEST = "manifest.json"
+STATE = "taskkd_state.safetensors"
+STUDENT = "student"
+logger = logging.getLogger(__name__)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest: the sha256 of every file in `folder`, each on disk before it is listed."""
+    digests = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        _fsync(path)
+        digests[path.relative_to(folder).as_posix()] = file_sha256(path)
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"format": 1, "sha256": digests}, indent=1))
+    _fsync(manifest)
+
+
+def verify(folder: Path) -> None:
+    """Check a folder against its manifest.
+
+    Raises:
+        CheckpointError: the manifest or a file is missing, or a file is not what was written; the message names it.
+    """
+    try:
+        digests = json.loads((folder / MANIFEST).read_text())["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"checkpoint {folder} is incomplete: it has no readable {MANIFEST}, which is written last.") from None
+    for name, digest in digests.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing.")
+        if file_sha256(path) != digest:
+            raise CheckpointError(f"checkpoint {folder} is damaged: {name} is not what was saved (truncated or changed).")
+
+
+@contextmanager
+def staged(final: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `final` only when the block ends well.
+
+    A process killed inside the block leaves `final` as it was.
+    """
+    staging = final.with_name(final.name + ".tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    yield staging
+    commit(staging, final)
+
+
+def commit(staging: Path, final: Path) -> None:
+    """Put a finished folder in its place; what was there before goes."""
+    if final.exists():
+        old = final.with_name(final.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
+        os.replace(staging, final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(staging, final)
+    _fsync(final.parent)
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest complete `checkpoint-N` in `run`; damaged ones are named in a warning and passed over.
+
+    Returns:
+        None if there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: there are checkpoints, but every one is damaged.
+    """
+    found = [(int(m[1]), p) for p in run.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    damaged = []
+    for _, path in sorted(found, reverse=True):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            logger.warning("%s The one before it is used.", error)
+            damaged.append(str(error))
+        else:
+            return path
+    if damaged:
+        raise CheckpointError(f"no checkpoint in {run} can be used: {' '.join(damaged)} Delete them to start from the beginning.")
+    return None
+
+
+def save_student(student: nn.Module, folder: Path, processing_class: Any = None) -> None:
+    """Save the student alone: `save_pretrained` where it has one, else `model.safetensors`.
+
+    The tokenizer or image processor is saved beside it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(student, "save_pretrained"):
+        student.save_pretrained(folder)
+    else:
+        save_model(student, str(folder / "model.safetensors"))
+    if processing_class is not None and hasattr(processing_class, "save_pretrained"):
+        processing_class.save_pretrained(folder)
+
+
+def load_student(student: nn.Module, folder: Path) -> None:
+    """Load what `save_student` wrote into a student of the same architecture; every key must fit.
+
+    Raises:
+        CheckpointError: a file cannot be read, or keys or shapes differ.
+    """
+    try:
+        if hasattr(student, "save_pretrained"):
+            dtype = next(student.parameters()).dtype
+            loaded, report = type(student).from_pretrained(folder, dtype=dtype, output_loading_info=True)  # type: ignore[attr-defined]
+            wrong = {k: sorted(report[k]) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(k)}
+            if wrong:
+                raise CheckpointError(f"checkpoint {folder} is not of this student: {wrong}.")
+            student.load_state_dict(loaded.state_dict())
+        else:
+            load_model(student, str(folder / "model.safetensors"))
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"checkpoint {folder} does not load into this student: {first}") from error
+
+
+def save_state(distiller: nn.Module, path: Path) -> None:
+    """Save all that a distiller holds beside its student (adapters, learned losses, progress, automatic weights)."""
+    state = {k: v.detach().contiguous() for k, v in distiller.state_dict().items() if not k.startswith("student.")}
+    save_file(state, str(path))
+
+
+def load_state(distiller: nn.Module, path: Path) -> None:
+    """Load what `save_state` wrote.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its keys are not those of this distiller (another method).
+    """
+    try:
+        state = load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    own = {k for k in distiller.state_dict() if not k.startswith("student.")}
+    if own != set(state):
+        missing, extra = sorted(own - set(state)), sorted(set(state) - own)
+        raise CheckpointError(f"{path} belongs to other terms: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}.")
+    with torch.no_grad():
+        distiller.load_state_dict({**state, **{f"student.{k}": v for k, v in distiller.student.state_dict().items()}})

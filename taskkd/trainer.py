@@ -1,0 +1,480 @@
+"""The trainer: `transformers.Trainer` on a distiller. The only place that knows the engine (with `checkpoints`)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import signal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.utils.generic import can_return_loss, find_labels
+
+from taskkd.augmentation import Augmented
+from taskkd.caches import CACHE_KEY, Cached
+from taskkd.checkpoints import (
+    STATE,
+    STUDENT,
+    commit,
+    load_state,
+    load_student,
+    newest_checkpoint,
+    save_state,
+    save_student,
+    seal,
+    verify,
+)
+from taskkd.distiller import Distiller, Preparation, TaskLoss
+from taskkd.errors import CacheError, CheckpointError, NonFiniteError, TaskkdError
+from taskkd.stages import Method, Stage, train_only
+from taskkd.teachers import Teacher
+from taskkd.terms import Term
+
+__all__ = ["Interrupted", "Metric", "SignalStop", "Trainer"]
+
+logger = logging.getLogger(__name__)
+SKIPS_IN_A_ROW = 10
+
+
+class Metric(Protocol):
+    """A task's metric: it sees batches one by one, so nothing is gathered but its small state."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+
+    def update(self, output: Any, batch: Mapping[str, Any]) -> None:
+        """Count one batch."""
+
+    def state(self) -> Any:
+        """What another process needs to merge this one's counts."""
+
+    def merge(self, states: Sequence[Any]) -> None:
+        """Take the counts of all processes (this one's among them) instead of the own."""
+
+    def compute(self) -> dict[str, float]:
+        """The results by name."""
+
+
+class Interrupted(SystemExit):
+    """Training was asked to stop by a signal, and has saved a checkpoint; the exit code is 128 + signal."""
+
+
+class SignalStop(transformers.TrainerCallback):  # type: ignore[misc]
+    """On SIGINT or SIGTERM: finish the optimiser step, save a checkpoint, stop. A second signal stops at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            raise Interrupted(128 + number)
+        self.received = number
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.received is not None:
+            control.should_save = control.should_training_stop = True
+
+    def restore(self) -> None:
+        """Put the former handlers back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+class _Drive(transformers.TrainerCallback):  # type: ignore[misc]
+    """What the distiller needs at the turns of the engine's loop."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.distiller.set_total(state.max_steps)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        set_epoch = getattr(self.trainer.train_dataset, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(int(state.epoch or 0))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._stop_or_skip()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.distiller.step()
+
+
+class _CachedCollator:
+    """A collator that looks the teacher's outputs up, in the loader's worker, before the batch goes to a device."""
+
+    def __init__(self, collator: Callable[[list[Any]], Any], cached: Cached) -> None:
+        self.collator, self.cached = collator, cached
+
+    def __call__(self, features: list[Any]) -> dict[str, Any]:
+        batch = dict(self.collator(features))
+        batch[CACHE_KEY] = self.cached.lookup(batch)
+        return batch
+
+
+class Trainer(transformers.Trainer):  # type: ignore[misc]
+    """`transformers.Trainer` that distils: same arguments, callbacks, `compute_metrics`, mixed precision, accumulation, DDP.
+
+    Args:
+        student: the model to train.
+        teacher: a model, `Frozen` or `Cached`; a cache that is not complete is built before training.
+        method: a paper's method; or
+        terms: the terms themselves; neither: the student alone.
+        stage: which stage of a method with several (`kd.distill` runs them all).
+        task_weight: factor of the task loss (with `terms`; a method brings its own).
+        task_loss: `(output, batch) -> scalar`; default: the student's own loss.
+        metric: a streaming `Metric`, used instead of `compute_metrics`: no logits are gathered.
+        adapter_learning_rate, adapter_weight_decay: of adapters and learned losses; default: as the student's.
+        on_nonfinite: "raise" stops with the name of a non-finite term; "skip" leaves the step out, at most 10 in a row.
+        args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks, optimizers,
+            preprocess_logits_for_metrics: as in `transformers.Trainer`.
+
+    Raises:
+        TaskkdError: arguments that contradict each other.
+        TapError: a tap is in neither model.
+
+    A checkpoint holds the student alone in `student/`; `save_model(folder)` writes it there.
+    `train(resume_from_checkpoint=True)` uses the newest complete checkpoint, and starts from the beginning if there is none.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        *,
+        teacher: nn.Module | Teacher | None = None,
+        method: Method | None = None,
+        terms: Iterable[Term] = (),
+        stage: int | None = None,
+        task_weight: float = 1.0,
+        task_loss: TaskLoss | None = None,
+        metric: Metric | None = None,
+        adapter_learning_rate: float | None = None,
+        adapter_weight_decay: float | None = None,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+        args: transformers.TrainingArguments | None = None,
+        **engine: Any,
+    ) -> None:
+        args = copy.copy(args) if args is not None else transformers.TrainingArguments(output_dir="runs/trainer")
+        current = _stage(method, stage, tuple(terms), task_weight)
+        if current.overrides:
+            args = dataclasses.replace(args, **current.overrides)
+        if args.label_smoothing_factor:
+            raise TaskkdError("`label_smoothing_factor` is not applied to a distiller's losses: give a `task_loss` that smooths.")
+        # A NaN that is logged as 0 trains on, and is checkpointed.
+        args.logging_nan_inf_filter = False
+        if args.n_gpu > 1:
+            logger.warning("%d GPUs are visible, one is used; for all: accelerate launch --num_processes %d ...", args.n_gpu, args.n_gpu)
+            args._n_gpu = 1
+        train_only(student, current.trains)
+        self.distiller = Distiller(
+            student, teacher, current.terms, task_weight=current.task_weight, task_loss=task_loss, on_nonfinite=on_nonfinite
+        )
+        self.distiller.check_in_forward = False
+        self.metric = metric
+        self.preparation: Preparation | None = None
+        self._adapter_options = {"lr": adapter_learning_rate, "weight_decay": adapter_weight_decay}
+        self._sums: dict[str, Tensor] = {}
+        self._summed = 0
+        self._skipped = 0
+        super().__init__(model=self.distiller, args=args, **engine)
+        self.add_callback(_Drive(self))
+        # The engine looks at `Distiller.forward(**batch)` and finds no names; the student has them.
+        if self.args.label_names is None:
+            self.label_names = find_labels(type(student))
+        self.can_return_loss = can_return_loss(type(student))
+
+    # ---- data
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            names = self.distiller.columns() | {"label", "label_ids", *self.label_names}
+            self._signature_columns = sorted(names)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The training batches; with a cached teacher, what it gave travels in them."""
+        cached = self.distiller.teacher
+        if not isinstance(cached, Cached) or not self.distiller._uses_teacher:
+            loader: DataLoader[Any] = super().get_train_dataloader()
+            return loader
+        collator = self.data_collator
+        self.data_collator = _CachedCollator(collator, cached)
+        try:
+            loader = super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+        return loader
+
+    def _collated(self, indices: Sequence[int]) -> dict[str, Any]:
+        """These samples of the training set as one batch."""
+        dataset: Any = self.train_dataset
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            iterator = iter(dataset)
+            samples = [next(iterator) for _ in indices]
+        else:
+            samples = [dataset[int(i)] for i in indices]
+        return dict(self._get_collator_with_removed_columns(self.data_collator)(samples))
+
+    def complete_cache(self) -> None:
+        """Build what is missing of a cached teacher, on the main process; the others wait."""
+        cached, dataset = self.distiller.teacher, self.train_dataset
+        if not isinstance(cached, Cached) or not self.distiller._uses_teacher:
+            return
+        if isinstance(dataset, Augmented):
+            raise CacheError("a cached teacher cannot follow random augmentation: use `Frozen`, or train without `Augmented`.")
+        if not hasattr(dataset, "__len__"):
+            raise CacheError("a cached teacher needs a dataset with a length and sample ids, not a stream.")
+        if len(cached) >= len(dataset):
+            return
+        with self.accelerator.main_process_first():
+            if self.accelerator.is_main_process:
+                from taskkd.progress import track
+
+                order = _by_length(dataset)
+                size = self.args.eval_batch_size
+                batches = (self._collated(order[i : i + size]) for i in range(0, len(order), size))
+                with track("teacher cache", len(order)) as advance:
+                    cached.build(batches, total=len(order), device=self.args.device, announce=logger.info, progress=advance)
+            else:
+                cached._open()
+
+    def prepare(self) -> Preparation:
+        """Prepare the distiller on the first training batch (adapters, taps, sizes of terms); done once."""
+        if self.preparation is None:
+            size = self.args.per_device_train_batch_size
+            count = min(size, len(self.train_dataset)) if hasattr(self.train_dataset, "__len__") else size
+            if count == 0:
+                raise TaskkdError("the training set is empty.")
+            batch = self._prepare_inputs(self._collated(range(count)))
+            self.preparation = self.distiller.prepare(batch)
+            for sentence in self.preparation.advice:
+                logger.warning("%s", sentence)
+        return self.preparation
+
+    # ---- training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; see `transformers.Trainer.train`.
+
+        Raises:
+            NonFiniteError: a term became NaN or infinite.
+            CheckpointError: the checkpoint to resume from is damaged or of something else.
+        """
+        if resume_from_checkpoint is True:
+            found = newest_checkpoint(Path(self.args.output_dir))
+            resume_from_checkpoint = str(found) if found is not None else None
+        elif resume_from_checkpoint:
+            verify(Path(resume_from_checkpoint))
+        self.complete_cache()
+        self.prepare()
+        stops = [c for c in self.callback_handler.callbacks if isinstance(c, SignalStop)]
+        try:
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        finally:
+            for stop in stops:
+                stop.restore()
+        for stop in stops:
+            if stop.received is not None:
+                raise Interrupted(128 + stop.received)
+        return result
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The engine's optimiser; adapters in a group of their own where they have their own options."""
+        self.prepare()
+        fresh = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        options = {k: v for k, v in self._adapter_options.items() if v is not None}
+        own = {id(p) for p in self.distiller.terms.parameters()}
+        if fresh and options and own:
+            moved = []
+            for group in optimizer.param_groups:
+                moved += [p for p in group["params"] if id(p) in own]
+                group["params"] = [p for p in group["params"] if id(p) not in own]
+            optimizer.add_param_group({"params": moved, **options})
+        return optimizer
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The weighted sum in training, the student's own loss in evaluation."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs)
+        losses = model(**inputs)
+        self.distiller.watch(losses, inputs)
+        for name, value in losses.items():
+            if name != "loss":
+                total = self._sums.get(name)
+                self._sums[name] = value.clone() if total is None else total.add_(value)
+        self._summed += 1
+        return (losses["loss"], losses) if return_outputs else losses["loss"]
+
+    def _stop_or_skip(self) -> None:
+        if self.distiller.check_finite():
+            self._skipped = 0
+            return
+        self._skipped += 1
+        if self._skipped >= SKIPS_IN_A_ROW:
+            raise NonFiniteError(f"{self._skipped} steps in a row had a non-finite term; the run stops.")
+        logger.warning("step %d is left out: a term is not finite.", self.state.global_step)
+        for parameter in self.distiller.parameters():
+            parameter.grad = None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log; every term's mean since the last log is added to the training's entries, read from the device here only."""
+        if "loss" in logs and self._summed:
+            means = torch.stack(list(self._sums.values())).float() / self._summed
+            if self.args.world_size > 1:
+                means = self.accelerator.reduce(means, "mean")
+            logs |= {f"loss_{n}": v for n, v in zip(self._sums, means.tolist(), strict=True)}
+            self._sums, self._summed = {}, 0
+        super().log(logs, *args, **kwargs)
+
+    # ---- evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """With a `metric`: stream over this process's own share of the data, then merge small states. Else the engine's."""
+        if self.metric is None:
+            return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        was_training = self.distiller.training
+        self.distiller.eval()
+        self.metric.reset()
+        loss, count = 0.0, 0
+        for raw in self._own_share(dataloader):
+            batch = self._prepare_inputs(raw)
+            with torch.no_grad(), self.autocast_smart_context_manager(), self.accelerator.autocast():
+                output = self.distiller(**batch)
+            self.metric.update(output, batch)
+            value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+            size = len(next(v for v in batch.values() if isinstance(v, Tensor)))
+            if isinstance(value, Tensor):
+                loss += float(value) * size
+            count += size
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        self.distiller.train(was_training)
+        states: list[Any] = [(self.metric.state(), loss, count)]
+        if self.args.world_size > 1:
+            from accelerate.utils import gather_object
+
+            states = gather_object(states)
+        self.metric.merge([s for s, _, _ in states])
+        total = sum(c for _, _, c in states)
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.metric.compute().items()}
+        if total and any(value for _, value, _ in states):
+            metrics[f"{metric_key_prefix}_loss"] = sum(value for _, value, _ in states) / total
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=total)
+
+    def _own_share(self, dataloader: DataLoader[Any]) -> DataLoader[Any]:
+        """The batches of this process, without the samples that the engine repeats to make shares equal."""
+        if self.args.world_size <= 1:
+            return dataloader
+        dataset: Any = dataloader.dataset
+        own = Subset(dataset, range(self.args.process_index, len(dataset), self.args.world_size))
+        return DataLoader(
+            own,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=dataloader.collate_fn,
+            num_workers=self.args.dataloader_num_workers,
+        )
+
+    # ---- saving and loading
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:
+            processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+            save_student(self.distiller.student, Path(output_dir or self.args.output_dir), processing)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the engine's, but written beside, sealed by a manifest, and renamed."""
+        self.store_flos()
+        run = Path(self._get_output_dir(trial))
+        final = run / f"checkpoint-{self.state.global_step}"
+        staging = final.with_name(final.name + ".tmp")
+        if self.args.should_save:
+            import shutil
+
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self._save(str(staging / STUDENT))
+        if self.args.should_save:
+            save_state(self.distiller, staging / STATE)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(staging))
+            self._save_scaler(str(staging))
+            self._save_rng_state(str(staging))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if self.state.best_global_step:
+                best = run / f"checkpoint-{self.state.best_global_step}"
+                if best == final or best.exists():
+                    self.state.best_model_checkpoint = str(best)
+            for callback in [*self.callback_handler.callbacks, self.control]:
+                if isinstance(callback, ExportableState):
+                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+            self.state.save_to_json(str(staging / "trainer_state.json"))
+            seal(staging)
+            commit(staging, final)
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final / STUDENT))
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if not (folder / STUDENT).is_dir() or not (folder / STATE).is_file():
+            raise CheckpointError(f"{folder} is not a checkpoint of taskkd: expected {STUDENT}/ and {STATE} in it.")
+        self.prepare()
+        load_student(self.distiller.student, folder / STUDENT)
+        load_state(self.distiller, folder / STATE)
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        verify(best)
+        self._load_from_checkpoint(str(best))
+
+
+def _stage(method: Method | None, stage: int | None, terms: tuple[Term, ...], task_weight: float) -> Stage:
+    if method is None:
+        return Stage("train", terms, task_weight)
+    if terms:
+        raise TaskkdError("give `method` or `terms`, not both.")
+    if stage is None and len(method.stages) > 1:
+        names = ", ".join(s.name for s in method.stages)
+        raise TaskkdError(f"method {method.name!r} has {len(method.stages)} stages ({names}): use `kd.distill`, or say stage=0.")
+    return method.stages[stage or 0]
+
+
+def _by_length(dataset: Any) -> list[int]:
+    """Indices in order of token length where samples have one (less padding), else as they are."""
+    columns = getattr(dataset, "column_names", None)
+    if columns and "input_ids" in columns:
+        lengths = [len(ids) for ids in dataset["input_ids"]]
+        return sorted(range(len(dataset)), key=lengths.__getitem__)
+    return list(range(len(dataset)))
