@@ -64,11 +64,11 @@ class NonFiniteError(TaskkdError):
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """`"; did you mean 'a', 'b'?"` for the known names nearest to `name`, or an empty string."""
+    """`" (did you mean 'a', 'b'?)"` for the known names nearest to `name`, or an empty string."""
     # The last part of a dotted name decides as much as the whole: `layer.3` is near `encoder.layer.3`.
     candidates = list(dict.fromkeys(known))
     close = difflib.get_close_matches(name, candidates, n=count, cutoff=0.5)
     close += [c for c in candidates if c.endswith("." + name) and c not in close]
     if not close:
         close = difflib.get_close_matches(name, candidates, n=count, cutoff=0.3)
-    return f"; did you mean {', '.join(repr(c) for c in close[:count])}?" if close else ""
+    return f" (did you mean {', '.join(repr(c) for c in close[:count])}?)" if close else ""

@@ -1,0 +1,53 @@
+"""`taskkd` and `python -m taskkd`: run the command line and end with the exit code of what went wrong.
+
+0 well, 2 usage or recipe, 3 data or files, 4 non-finite loss, 130 / 143 signals.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line; an error that the user can act on is one sentence (`--debug` shows the traceback)."""
+    import click
+
+    from taskkd.cli import app
+    from taskkd.errors import TaskkdError
+
+    debug = "--debug" in sys.argv
+    argv = [a for a in sys.argv[1:] if a != "--debug"]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    code: object = 0
+    try:
+        code = app(argv, standalone_mode=False) or 0
+    except TaskkdError as error:
+        if debug:
+            raise
+        print(f"taskkd: {error}", file=sys.stderr)
+        code = error.exit_code
+    except click.exceptions.Exit as error:
+        code = error.exit_code
+    except click.exceptions.Abort:
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("taskkd: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        code = 130
+    except OSError as error:
+        if debug:
+            raise
+        print(f"taskkd: {error}", file=sys.stderr)
+        code = 3
+    sys.exit(code)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()

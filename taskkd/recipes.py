@@ -1,0 +1,242 @@
+"""Recipes: a complete run in YAML 1.2, validated before anything is loaded.
+
+A recipe cannot import or run anything: it is read by a safe loader, tags are refused, unknown keys are refused with the
+nearest right one. `distill` is the same run from Python.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import io
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from taskkd.errors import RecipeError, nearest
+
+if TYPE_CHECKING:
+    from taskkd.runs import Result
+
+__all__ = ["distill", "dump_recipe", "load_recipe", "packaged_recipes", "parse_overrides", "task_named"]
+
+TASKS = {"nlp": "taskkd.nlp.task"}
+
+# ---- reading
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """A validated recipe.
+
+    Args:
+        source: a path (`my.yaml`) or the name of a packaged recipe (`nlp/sentiment-distil`).
+        overrides: `key=value` each, keys dotted, values as in YAML: `student.layers=[0,2]`.
+
+    Raises:
+        RecipeError: no such recipe, not YAML, an unknown key, a wrong type or a value out of range; the message has
+            the line and the nearest right name.
+    """
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise RecipeError(f"no recipe file {str(source)!r}.")
+        text, title = path.read_text(encoding="utf-8"), str(path)
+    else:
+        known = packaged_recipes()
+        if str(source) not in known:
+            raise RecipeError(f"no packaged recipe {str(source)!r}{nearest(str(source), known)}; known: {', '.join(known)}.")
+        text, title = known[str(source)], str(source)
+    data, lines = _parse(text, title)
+    if "name" not in data:
+        data["name"] = path.stem if path.suffix else str(source).rpartition("/")[2]
+    for key, value in parse_overrides(overrides).items():
+        _set(data, key, value)
+        lines.pop(tuple(key.split(".")), None)
+    return validate(data, title, lines)
+
+
+def validate(data: Mapping[str, Any], title: str, lines: Mapping[tuple[Any, ...], int] | None = None) -> Any:
+    """A recipe from plain data.
+
+    Raises:
+        RecipeError: see `load_recipe`.
+    """
+    task = task_named(data.get("task"), title)
+    try:
+        recipe = task.recipe.model_validate(dict(data))
+    except ValidationError as error:
+        raise RecipeError(_explain(error, task.recipe, title, lines or {})) from None
+    if recipe.method is not None:
+        known = task.methods
+        if recipe.method.name not in known:
+            raise RecipeError(
+                f"{title}: task {task.name!r} has no method {recipe.method.name!r}{nearest(recipe.method.name, known)}; "
+                f"known: {', '.join(known)}."
+            )
+        schema = options_schema(known[recipe.method.name])
+        try:
+            schema.model_validate(recipe.method.model_extra or {})
+        except ValidationError as error:
+            raise RecipeError(_explain(error, schema, title, lines or {}, ("method",))) from None
+    return recipe
+
+
+def task_named(name: Any, title: str = "recipe") -> Any:
+    """The task object of a task package.
+
+    Raises:
+        RecipeError: there is no such task.
+    """
+    if name not in TASKS:
+        raise RecipeError(f"{title}: task {name!r} is not known{nearest(str(name), TASKS)}; tasks: {', '.join(TASKS)}.")
+    return importlib.import_module(TASKS[name]).TASK
+
+
+def options_schema(method: Callable[..., Any]) -> type[BaseModel]:
+    """A model of a method's keyword options, from its signature; unknown options are refused."""
+    hints = typing.get_type_hints(method, include_extras=True)
+    options = [p for p in inspect.signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    fields: dict[str, Any] = {p.name: (hints[p.name], p.default) for p in options}
+    return create_model(method.__name__, __config__=ConfigDict(extra="forbid", protected_namespaces=()), **fields)
+
+
+def method_options(recipe: Any) -> dict[str, Any]:
+    """The validated options of a recipe's method, defaults included."""
+    schema = options_schema(task_named(recipe.task).methods[recipe.method.name])
+    return schema.model_validate(recipe.method.model_extra or {}).model_dump()
+
+
+def _parse(text: str, title: str) -> tuple[dict[str, Any], dict[tuple[Any, ...], int]]:
+    """Plain data, and the line of every key."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    try:
+        loaded = YAML(typ="rt", pure=True).load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise RecipeError(f"{title}{where}: {str(error.problem or error.context).splitlines()[0]}.") from None
+    except YAMLError as error:
+        raise RecipeError(f"{title}: not YAML ({str(error).splitlines()[0]}).") from None
+    if not isinstance(loaded, Mapping):
+        raise RecipeError(f"{title}: a recipe is a mapping of keys, found {type(loaded).__name__}.")
+    lines: dict[tuple[Any, ...], int] = {}
+    return _plain(loaded, (), lines, title), lines
+
+
+def _plain(value: Any, path: tuple[Any, ...], lines: dict[tuple[Any, ...], int], title: str) -> Any:
+    """The loader's round-trip objects as plain Python; tags, which could mean anything, are refused."""
+    tag = getattr(getattr(value, "tag", None), "value", None)
+    if tag and not str(tag).startswith("tag:yaml.org,2002:"):
+        raise RecipeError(f"{title}: the tag {tag} is refused; a recipe holds plain values only.")
+    if isinstance(value, Mapping):
+        result = {}
+        for key, item in value.items():
+            lines[(*path, key)] = value.lc.key(key)[0] + 1 if hasattr(value, "lc") and key in (value.lc.data or {}) else 0
+            result[str(key)] = _plain(item, (*path, key), lines, title)
+        return result
+    if isinstance(value, list):
+        return [_plain(item, (*path, i), lines, title) for i, item in enumerate(value)]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if value is None:
+        return None
+    raise RecipeError(f"{title}: {'.'.join(map(str, path))} holds a {type(value).__name__}; expected a plain value.")
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """`key=value` strings as a dict; values are YAML.
+
+    Raises:
+        RecipeError: there is no `=`, or the value is not YAML.
+    """
+    result = {}
+    for override in overrides:
+        key, sign, value = override.partition("=")
+        if not sign or not key.strip():
+            raise RecipeError(f"override {override!r}: expected key=value, as in training.epochs=5.")
+        result[key.strip()] = _parse(f"value: {value}", f"override {override!r}")[0]["value"]
+    return result
+
+
+def _set(data: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = data.setdefault(parent, {})
+        if inner is None:
+            inner = data[parent] = {}
+        if not isinstance(inner, dict):
+            raise RecipeError(f"override {key!r}: {parent!r} is a plain value, it has no keys.")
+        data = inner
+    data[last] = value
+
+
+def _explain(
+    error: ValidationError, schema: type[BaseModel], title: str, lines: Mapping[tuple[Any, ...], int], prefix: tuple[str, ...] = ()
+) -> str:
+    """The first validation error as a sentence."""
+    first = error.errors(include_url=False)[0]
+    location = tuple(part for part in first["loc"] if not (isinstance(part, str) and "[" in part))
+    path = (*prefix, *location)
+    line = lines.get(path)
+    where = f"{title}, line {line}" if line else title
+    name = ".".join(map(str, path)) or "recipe"
+    if first["type"] == "extra_forbidden":
+        known = _fields(schema, location[:-1])
+        return f"{where}: unknown key {name!r}{nearest(str(path[-1]), known)}; it may have {', '.join(known)}."
+    if first["type"] == "missing":
+        return f"{where}: the key {name!r} is missing."
+    message = first["msg"].removeprefix("Value error, ")
+    given = f", got {first['input']!r}" if first["type"] != "value_error" else ""
+    return f"{where}: {name}: {message[0].lower()}{message[1:]}{given}."
+
+
+def _fields(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """The keys that a part of the schema has."""
+    current: Any = schema
+    for part in location:
+        info = current.model_fields.get(part) if hasattr(current, "model_fields") else None
+        if info is None:
+            return []
+        options = [info.annotation, *typing.get_args(info.annotation)]
+        current = next((o for o in options if inspect.isclass(o) and issubclass(o, BaseModel)), None)
+    return [f.alias or n for n, f in current.model_fields.items()] if current is not None else []
+
+
+def packaged_recipes() -> dict[str, str]:
+    """Name -> YAML text of the recipes in the package."""
+    found = {}
+    for task in TASKS:
+        folder = files("taskkd") / task / "recipes"
+        for file in sorted(folder.iterdir(), key=lambda f: f.name):
+            if file.name.endswith(".yaml"):
+                found[f"{task}/{file.name.removesuffix('.yaml')}"] = file.read_text(encoding="utf-8")
+    return found
+
+
+def dump_recipe(recipe: BaseModel) -> str:
+    """A recipe with every default filled in, as YAML that `load_recipe` reads again."""
+    from ruamel.yaml import YAML
+
+    data = recipe.model_dump(by_alias=True)
+    if data.get("method") is not None:
+        data["method"] = {"name": data["method"]["name"], **method_options(recipe)}
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    buffer = io.StringIO()
+    yaml.dump(data, buffer)
+    return buffer.getvalue()
+
+
+def distill(student: Any, teacher: Any, train: Any, eval: Any = None, *, task: str, **options: Any) -> Result:  # noqa: A002
+    """Distil in one call; see `taskkd.runs.distill`, which this is."""
+    from taskkd import runs
+
+    return runs.distill(student, teacher, train, eval, task=task, **options)

@@ -1,0 +1,79 @@
+"""The frame of recipes: what every task's recipe has, typed and checked by pydantic."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["Baseline", "CacheConfig", "Finetune", "MethodConfig", "Model", "Recipe", "TeacherConfig", "Training"]
+
+
+class Model(BaseModel):
+    """Base of all parts of a recipe: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class Training(Model):
+    """How a student is trained. One optimiser: AdamW."""
+
+    epochs: float = Field(3.0, gt=0)
+    learning_rate: float = Field(1e-4, gt=0)
+    batch_size: int = Field(32, ge=1)
+    eval_batch_size: int = Field(128, ge=1)
+    accumulation: int = Field(1, ge=1)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: float = Field(0.1, ge=0, lt=1)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    max_grad_norm: float = Field(1.0, ge=0)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    workers: int = Field(0, ge=0)
+
+
+class Finetune(Model):
+    """How a teacher is fine-tuned on the labelled data first."""
+
+    epochs: float = Field(3.0, gt=0)
+    learning_rate: float = Field(1e-4, gt=0)
+    batch_size: int = Field(32, ge=1)
+
+
+class CacheConfig(Model):
+    """The teacher's outputs on disk."""
+
+    dtype: Literal["float32", "float16"] = "float32"
+    budget_gb: float | None = Field(None, gt=0)
+
+
+class TeacherConfig(Model):
+    """What every task's teacher has."""
+
+    finetune: Finetune | None = None
+    cache: CacheConfig | None = CacheConfig()
+
+
+class Baseline(Model):
+    """The student alone: the same start and data with labels, its own search, the best epoch on validation."""
+
+    learning_rates: list[float] = Field([5e-5, 1e-4, 2e-4], min_length=1)
+    epochs: float = Field(8.0, gt=0)
+
+
+class MethodConfig(BaseModel):
+    """A method by name, and its own options."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str
+
+
+class Recipe(Model):
+    """The frame of every task's recipe."""
+
+    schema_: Literal[1] = Field(1, alias="schema")
+    name: str = "run"
+    task: str
+    method: MethodConfig | None = None
+    training: Training = Training()
+    baseline: Baseline | None = Baseline()
+    seeds: list[int] = Field([0], min_length=1)
