@@ -13,28 +13,19 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run the command line; an error that the user can act on is one sentence (`--debug` shows the traceback)."""
-    import click
-
     from taskkd.cli import app
     from taskkd.errors import TaskkdError
 
     debug = "--debug" in sys.argv
     argv = [a for a in sys.argv[1:] if a != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    code: object = 0
+    code = 0
     try:
-        code = app(argv, standalone_mode=False) or 0
+        app(argv)
     except TaskkdError as error:
         if debug:
             raise
         print(f"taskkd: {error}", file=sys.stderr)
-        code = error.exit_code
-    except click.exceptions.Exit as error:
-        code = error.exit_code
-    except click.exceptions.Abort:
-        code = 130
-    except click.ClickException as error:
-        error.show()
         code = error.exit_code
     except KeyboardInterrupt:
         if debug:
@@ -46,7 +37,7 @@ def main() -> None:
             raise
         print(f"taskkd: {error}", file=sys.stderr)
         code = 3
-    sys.exit(code)  # type: ignore[arg-type]
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -458,8 +458,8 @@ def _hashes(inputs: Mapping[str, Any], count: int) -> list[int]:
             row = column[i]
             if padded and mask is not None:
                 row = row[mask[i]]
-            digest.update(name)
-            digest.update(np.ascontiguousarray(row).data if isinstance(row, np.ndarray | np.generic) else repr(row))
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(row).tobytes() if isinstance(row, np.ndarray | np.generic) else repr(row).encode())
         digests.append(digest.intdigest())
     return digests
 

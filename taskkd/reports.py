@@ -84,13 +84,15 @@ def rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def table(report: Mapping[str, Any]) -> Any:
     """The rows as a rich table."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     name = report["metric"]
     seeds = len(report["seeds"])
     over = f"mean over {seeds} seeds" if seeds > 1 else "1 seed"
-    shown = Table(title=f"{report['recipe']}: {name} on {report['test_samples']} test samples, {over}")
-    for column in ("", name, "± s.e.", "gain", "kept", "parameters", "size", "latency", "speed-up"):
+    title = f"{report['recipe']}: {name} on {report['test_samples']} test samples, {over}"
+    shown = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for column in ("", name, "± s.e.", "gain", "kept", "params", "size", "latency", "speed"):
         shown.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for row in rows(report):
         shown.add_row(

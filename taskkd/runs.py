@@ -138,6 +138,8 @@ def fit(
         `validation` and `test` metrics, `seconds`, `steps`, and the log `history`.
     """
     metric = f"eval_{task.main_metric(data)}"
+    if training.dropout is not None:
+        set_dropout(student, training.dropout)
     args = training_arguments(folder, training, seed, metric)
     trainer = Trainer(
         student,
@@ -157,8 +159,10 @@ def fit(
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=True)
     seconds = time.perf_counter() - start
+    # The engine keeps the first best epoch; its validation metrics are in the log already.
+    evaluated = [h for h in trainer.state.log_history if metric in h]
     results = {
-        "validation": _strip(trainer.evaluate(data.validation)),
+        "validation": _strip(max(evaluated, key=lambda h: h[metric])),
         "test": _strip(trainer.evaluate(data.test, metric_key_prefix="test")),
         "seconds": seconds,
         "steps": trainer.state.global_step,
@@ -169,6 +173,13 @@ def fit(
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
     return results
+
+
+def set_dropout(model: nn.Module, rate: float) -> None:
+    """Give every dropout of a model this rate. The config that is saved keeps its own."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
 
 
 def _strip(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -219,6 +230,7 @@ def run_recipe(
     """
     from taskkd import reports
 
+    transformers.utils.logging.disable_progress_bar()  # one bar a training is enough
     variants = _variants(recipe, sweep or {})
     task = recipes.task_named(recipe.task)
     with locked(folder):
@@ -325,20 +337,23 @@ def _alone(recipe: Any, task: Any, data: Any, teacher: nn.Module, folder: Path, 
     """The student alone: each learning rate from the same start, the best on validation."""
     name = task.main_metric(data)
     runs = {}
-    for rate in recipe.baseline.learning_rates:
-        training = recipe.training.model_copy(update={"learning_rate": rate, "epochs": recipe.baseline.epochs})
-        step = f"seed-{seed}/alone-{rate:g}"
-        runs[f"{rate:g}"] = record.step(
+    grid = [(rate, dropout) for rate in recipe.baseline.learning_rates for dropout in recipe.baseline.dropouts]
+    for rate, dropout in grid:
+        changes = {"learning_rate": rate, "dropout": dropout, "epochs": recipe.baseline.epochs}
+        training = recipe.training.model_copy(update=changes)
+        setting = f"{rate:g}" if dropout is None else f"{rate:g}-dropout-{dropout:g}"
+        step = f"seed-{seed}/alone-{setting}"
+        runs[setting] = record.step(
             step,
-            lambda training=training, step=step, rate=rate: fit(
+            lambda training=training, step=step, setting=setting: fit(
                 folder / step, task.student(recipe, data, teacher, seed), Stage("alone", ()), teacher=None, train=data.train,
-                data=data, task=task, training=training, seed=seed, title=f"student alone, learning rate {rate:g}, seed {seed}",
+                data=data, task=task, training=training, seed=seed, title=f"student alone, learning rate {setting}, seed {seed}",
             ),
         )  # fmt: skip
     best = max(runs, key=lambda r: runs[r]["validation"][name])
     shown = ", ".join(f"{r}: {run['validation'][name]:.4f}" for r, run in runs.items())
     say(f"student alone, seed {seed}: {name} on validation by learning rate {shown}")
-    return {**runs[best], "learning_rate": float(best)}
+    return {**runs[best], "setting": best, "model": f"seed-{seed}/alone-{best}/model"}
 
 
 def _distilled(
@@ -407,7 +422,7 @@ def _select(
     seed = max(runs, key=lambda s: runs[s]["validation"][name])
     report["selected_seed"] = int(seed)
     chosen = runs[seed]
-    source = folder / chosen.get("model", f"seed-{seed}/alone-{chosen.get('learning_rate', 0):g}/model")
+    source = folder / chosen["model"]
     student = task.student(recipe, data, teacher, int(seed))
     return task.reload(student, source), source
 
@@ -431,6 +446,7 @@ def check(recipe: Any, *, evaluate: int = 200) -> Plan:
         recipe: from `load_recipe`.
         evaluate: number of validation samples that a teacher which is not to be fine-tuned is tried on.
     """
+    transformers.utils.logging.disable_progress_bar()
     task = recipes.task_named(recipe.task)
     data = task.load(recipe)
     teacher = task.teacher(recipe, data)

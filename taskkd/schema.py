@@ -27,6 +27,7 @@ class Training(Model):
     warmup: float = Field(0.1, ge=0, lt=1)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     max_grad_norm: float = Field(1.0, ge=0)
+    dropout: float | None = Field(None, ge=0, lt=1)  # None: as the student's config says
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     workers: int = Field(0, ge=0)
 
@@ -57,6 +58,7 @@ class Baseline(Model):
     """The student alone: the same start and data with labels, its own search, the best epoch on validation."""
 
     learning_rates: list[float] = Field([5e-5, 1e-4, 2e-4], min_length=1)
+    dropouts: list[float | None] = Field([None], min_length=1)
     epochs: float = Field(8.0, gt=0)
 
 
