@@ -134,12 +134,11 @@ class Frozen:
             TapError: a module did not run, or ran several times.
         """
         taps = self._ready(batch)
-        output = None
         try:
             with taps.record():
                 output = self._forward(batch, run)
         except StopForward:
-            pass
+            output = None
         return taps.read(output, batch)
 
     @torch.no_grad()
