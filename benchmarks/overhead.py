@@ -8,7 +8,7 @@ Workloads (student cross-entropy + logit KL at T = 4 + MSE on three tapped layer
 The loop by hand is plain torch: forward hooks that put three features of either model into a dictionary, the teacher
 in eval mode under no_grad, the weighted sum of five losses, zero_grad, backward, SGD. Everybody starts from the same
 weights and sees the same batches; that the losses agree is asserted before anything is timed. Then blocks of steps
-alternate in one process, in rotating order, and each block's CPU time is divided by that of the hand-written block of
+alternate in one process, in random order, and each block's CPU time is divided by that of the hand-written block of
 the same round. "by hand, again" is a second copy of the hand-written loop: what it differs from 1 is noise.
 
     python benchmarks/overhead.py [--only P1] [--rounds N] [--json FILE]
@@ -22,6 +22,7 @@ import gc
 import importlib.util
 import json
 import logging
+import random
 import statistics
 import sys
 import time
@@ -334,9 +335,9 @@ def measure(workload: Workload, names: list[str], rounds: int) -> dict[str, list
     gc.collect()
     gc.freeze()  # what the libraries have loaded is not to be walked through in somebody's step
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    order = random.Random(0)
     for number in range(rounds):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in order.sample(names, len(names)):
             step = contenders[name]
             start = time.process_time()
             for i in range(workload.steps):
