@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["distill", "dump_recipe", "load_recipe", "packaged_recipes", "parse_overrides", "task_named"]
 
 TASKS = {"nlp": "taskkd.nlp.task"}
+PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null")
 
 # ---- reading
 
@@ -132,7 +133,7 @@ def _parse(text: str, title: str) -> tuple[dict[str, Any], dict[tuple[Any, ...],
 def _plain(value: Any, path: tuple[Any, ...], lines: dict[tuple[Any, ...], int], title: str) -> Any:
     """The loader's round-trip objects as plain Python; tags, which could mean anything, are refused."""
     tag = getattr(getattr(value, "tag", None), "value", None)
-    if tag and not str(tag).startswith("tag:yaml.org,2002:"):
+    if tag and str(tag).removeprefix("tag:yaml.org,2002:") not in PLAIN_TAGS:
         raise RecipeError(f"{title}: the tag {tag} is refused; a recipe holds plain values only.")
     if isinstance(value, Mapping):
         result = {}

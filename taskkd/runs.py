@@ -24,7 +24,7 @@ from torch import nn
 
 from taskkd import recipes
 from taskkd.caches import Cached
-from taskkd.errors import RecipeError, TaskkdError
+from taskkd.errors import RecipeError
 from taskkd.progress import ProgressBar
 from taskkd.schema import Training
 from taskkd.stages import Method, Stage
@@ -135,7 +135,7 @@ def fit(
     """One training: the best epoch on validation is kept in `student` and in `folder/model`.
 
     Returns:
-        `validation` and `test` metrics, `seconds`, `steps`, and the log `history`.
+        `validation` metrics, `seconds`, `steps`, and the log `history`.
     """
     metric = f"eval_{task.main_metric(data)}"
     if training.dropout is not None:
@@ -163,7 +163,6 @@ def fit(
     evaluated = [h for h in trainer.state.log_history if metric in h]
     results = {
         "validation": _strip(max(evaluated, key=lambda h: h[metric])),
-        "test": _strip(trainer.evaluate(data.test, metric_key_prefix="test")),
         "seconds": seconds,
         "steps": trainer.state.global_step,
         "history": trainer.state.log_history,
@@ -210,7 +209,13 @@ def _claim(folder: Path, text: str) -> None:
 
 
 def run_recipe(
-    recipe: Any, folder: Path, *, sweep: Mapping[str, Sequence[Any]] | None = None, say: Say = print, restart: bool = False
+    recipe: Any,
+    folder: Path,
+    *,
+    sweep: Mapping[str, Sequence[Any]] | None = None,
+    say: Say = print,
+    restart: bool = False,
+    task: Any = None,
 ) -> Result:
     """Run a recipe: teacher, student alone, distilled student, for every seed; then the report.
 
@@ -223,6 +228,7 @@ def run_recipe(
             validation (mean over seeds) is the result.
         say: gets one line for each step.
         restart: delete what the folder holds first.
+        task: the task object; default: the one that the recipe names.
 
     Raises:
         TaskkdError: of the kind that says what is wrong.
@@ -232,7 +238,7 @@ def run_recipe(
 
     transformers.utils.logging.disable_progress_bar()  # one bar a training is enough
     variants = _variants(recipe, sweep or {})
-    task = recipes.task_named(recipe.task)
+    task = task or recipes.task_named(recipe.task)
     with locked(folder):
         if restart:
             for path in folder.iterdir():
@@ -248,7 +254,7 @@ def run_recipe(
             "metric": task.main_metric(data),
             "data": data.summary(),
             "test_samples": len(data.test),
-            "teacher": record.finished["teacher"],
+            "teacher": {**record.finished["teacher"], "test": record.finished["teacher/test"]},
             "seeds": recipe.seeds,
             "alone": {},
             "distilled": {},
@@ -297,11 +303,7 @@ def _teacher(recipe: Any, task: Any, data: Any, folder: Path, record: Record, sa
     def work() -> dict[str, Any]:
         model = task.teacher(recipe, data)
         if own.finetune is None:
-            trainer = _evaluator(model, task, data, folder / "teacher", recipe.training)
-            return {
-                "validation": _strip(trainer.evaluate(data.validation)),
-                "test": _strip(trainer.evaluate(data.test, metric_key_prefix="test")),
-            }
+            return {"validation": _evaluated(model, recipe, task, data, data.validation, folder)}
         training = recipe.training.model_copy(update=own.finetune.model_dump())
         return fit(
             folder / "teacher", model, Stage("finetune", ()), teacher=None, train=data.train, data=data, task=task,
@@ -318,19 +320,22 @@ def _teacher(recipe: Any, task: Any, data: Any, folder: Path, record: Record, sa
             "this task. Fine-tune it first (`teacher: {finetune: {}}`), or check the label names and their order."
         )
     source = str(model_folder) if own.finetune is not None else None
-    teacher: nn.Module = task.teacher(recipe, data, source)
-    return teacher.eval()
+    teacher: nn.Module = task.teacher(recipe, data, source).eval()
+    record.step("teacher/test", lambda: _evaluated(teacher, recipe, task, data, data.test, folder))
+    return teacher
 
 
-def _evaluator(model: nn.Module, task: Any, data: Any, folder: Path, training: Training) -> Trainer:
-    return Trainer(
+def _evaluated(model: nn.Module, recipe: Any, task: Any, data: Any, table: Any, folder: Path) -> dict[str, float]:
+    """The metrics of a model on a table."""
+    trainer = Trainer(
         model,
         metric=task.metric(data),
-        args=training_arguments(folder, training, 0, None),
+        args=training_arguments(folder, recipe.training, 0, None),
         processing_class=data.tokenizer,
         data_collator=data.collator,
-        callbacks=[],
     )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return _strip(trainer.evaluate(table))
 
 
 def _alone(recipe: Any, task: Any, data: Any, teacher: nn.Module, folder: Path, record: Record, seed: int, say: Say) -> dict[str, Any]:
@@ -353,7 +358,13 @@ def _alone(recipe: Any, task: Any, data: Any, teacher: nn.Module, folder: Path, 
     best = max(runs, key=lambda r: runs[r]["validation"][name])
     shown = ", ".join(f"{r}: {run['validation'][name]:.4f}" for r, run in runs.items())
     say(f"student alone, seed {seed}: {name} on validation by learning rate {shown}")
-    return {**runs[best], "setting": best, "model": f"seed-{seed}/alone-{best}/model"}
+    model = f"seed-{seed}/alone-{best}/model"
+    student = task.student(recipe, data, teacher, seed)
+    tested = record.step(
+        f"seed-{seed}/alone/test",
+        lambda: _evaluated(task.reload(student, folder / model), recipe, task, data, data.test, folder),
+    )
+    return {**runs[best], "test": tested, "setting": best, "model": model}
 
 
 def _distilled(
@@ -377,9 +388,13 @@ def _distilled(
                 title=f"{name}, {stage.name}, seed {seed}",
             ),
         )  # fmt: skip
+    model = f"{base}/stages/{len(method.stages) - 1}-{method.stages[-1].name}/model"
+    tested = record.step(
+        f"{base}/test", lambda: _evaluated(task.reload(student, folder / model), recipe, task, data, data.test, folder)
+    )
     metric = task.main_metric(data)
     say(f"{name}, seed {seed}: {metric} {outcome['validation'][metric]:.4f} on validation")
-    return {**outcome, "model": f"{base}/stages/{len(method.stages) - 1}-{method.stages[-1].name}/model"}
+    return {**outcome, "test": tested, "model": model}
 
 
 def build_method(recipe: Any, student: nn.Module, teacher: nn.Module) -> Method:
@@ -456,8 +471,7 @@ def check(recipe: Any, *, evaluate: int = 200) -> Plan:
         plan.summary.append((title, f"{type(model).__name__}, {parameters(model):,} parameters"))
     if recipe.teacher.finetune is None:
         few = data.validation.select(range(min(evaluate, len(data.validation))))
-        trainer = _evaluator(teacher, task, data, Path("runs") / "check", recipe.training)
-        metrics = _strip(trainer.evaluate(few))
+        metrics = _evaluated(teacher, recipe, task, data, few, Path("runs") / "check")
         name = task.main_metric(data)
         plan.summary.append(("teacher's own " + name, f"{metrics[name]:.4f} on {len(few)} validation samples"))
         if metrics[name] <= task.chance(data) + 0.01:
@@ -494,6 +508,50 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+# ---- after training
+
+
+def _trained(run: Path) -> tuple[Any, Any, nn.Module, Any]:
+    """Recipe, task, student and tokenizer (or processor) of a finished run.
+
+    Raises:
+        RecipeError: the folder is not that of a finished run.
+    """
+    if not (run / "recipe.yaml").is_file() or not (run / "student").is_dir():
+        raise RecipeError(f"{run} is not the folder of a finished run: expected recipe.yaml and student/ in it.")
+    transformers.utils.logging.disable_progress_bar()
+    recipe = recipes.load_recipe(run / "recipe.yaml")
+    task = recipes.task_named(recipe.task)
+    return recipe, task, *task.trained(run / "student")
+
+
+def evaluate(run: Path, data: str | None = None) -> dict[str, float]:
+    """Metrics of a run's student on its test set, or on another file with the same columns."""
+    recipe, task, student, tokenizer = _trained(run)
+    loaded = None
+    if data is None:
+        loaded = task.load(recipe)
+        table = loaded.test
+    else:
+        table = task.read(recipe, data, student, tokenizer)
+    metric = task.metric_of(student)
+    trainer = Trainer(
+        student,
+        metric=metric,
+        args=training_arguments(run, recipe.training, 0, None),
+        processing_class=tokenizer,
+        data_collator=task.collator(tokenizer),
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return _strip(trainer.evaluate(table, metric_key_prefix="test"))
+
+
+def predict(run: Path, inputs: Sequence[str]) -> Iterator[tuple[str, float, str]]:
+    """(label, probability, input) for each input, with a run's student."""
+    recipe, task, student, tokenizer = _trained(run)
+    yield from task.predict(recipe, student, tokenizer, inputs)
+
+
 # ---- one call
 
 
@@ -515,35 +573,31 @@ def distill(
     """Distil `teacher` into `student` on `train`, in one call.
 
     Args:
-        student: what a recipe's `student` takes: a list of teacher layers, a dict of sizes, or a name or path.
-        teacher: a name or path of a model that is trained for the task.
-        train: path of a file (csv, tsv, jsonl, parquet) with text and labels.
-        eval: path of the file to validate on; None: a tenth of `train` is held out.
+        student: a model, or a list of the teacher's layers (0-based). A model is left as it was: the trained one is in
+            the result.
+        teacher: a model that is trained for the task, or its name or path.
+        train: a path (csv, tsv, jsonl, parquet), a list of dicts, or an HF `Dataset`.
+        eval: the same, to validate on; None: a tenth of `train` to validate on and a tenth to test on are held out.
         task: "nlp".
         output_dir: of the run; an interrupted run goes on there.
         method: a key of the task's `METHODS`.
-        options: the method's.
-        training: as in a recipe (`{"epochs": 3}`).
+        options: the method's own.
+        training: as in a recipe, `{"epochs": 3, "learning_rate": 1e-4}`.
         baseline: whether the student alone is trained as well, for comparison.
         seeds: one run each.
-        **data: further keys of a recipe's `data` (`text="review"`, `label="stars"`); `unlabelled` and `test` are paths.
+        **data: what else the task's data takes; for nlp `processing_class`, `text`, `label`, `test`, `unlabelled`,
+            `max_length` (see `taskkd.nlp.given.GivenTask`).
 
     Raises:
         TaskkdError: of the kind that says what is wrong.
     """
-    kind = "layers" if isinstance(student, list | tuple) else "config" if isinstance(student, Mapping) else "model"
-    if isinstance(student, nn.Module) or isinstance(teacher, nn.Module):
-        raise TaskkdError("`distill` takes names and paths, so that the run can be repeated; for modules use `kd.Trainer`.")
-    sources = {"train": str(train), "validation": str(eval) if eval is not None else None}
-    sources |= {k: data.pop(k) for k in ("test", "unlabelled") if k in data}
+    held = recipes.task_named(task, "distill").given(student, teacher, train, eval, **data)
     recipe = recipes.validate(
         {
             "schema": 1,
             "name": Path(output_dir).name,
             "task": task,
-            "data": {"files": sources, **data},
-            "teacher": {"model": str(teacher)},
-            "student": {kind: list(student) if kind == "layers" else student},
+            **held.describe(),
             "method": {"name": method, **(options or {})},
             "training": dict(training or {}),
             "baseline": {} if baseline else None,
@@ -551,4 +605,4 @@ def distill(
         },
         "distill",
     )
-    return run_recipe(recipe, Path(output_dir), say=logger.info)
+    return run_recipe(recipe, Path(output_dir), say=logger.info, task=held)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -225,9 +225,54 @@ class NlpTask:
         load_student(student, folder)
         return student
 
+    def given(self, *args: Any, **options: Any) -> NlpTask:
+        """This task with models and data that the caller holds; see `GivenTask`."""
+        from taskkd.nlp.given import GivenTask
+
+        return GivenTask(*args, **options)
+
+    def trained(self, folder: Path) -> tuple[nn.Module, Any]:
+        """A trained student and its tokenizer, from the folder it was saved in."""
+        return models.load_model(str(folder)).eval(), models.load_tokenizer(str(folder))
+
+    def read(self, recipe: NlpRecipe, path: str, student: Any, tokenizer: Any) -> Any:
+        """Another file with the recipe's columns, tokenized, with the labels of a trained student."""
+        names = None if models.is_regression(student) else [str(student.config.id2label[i]) for i in range(student.config.num_labels)]
+        rows = text.read_rows(path, recipe.data.text, recipe.data.label)
+        return text.tokenized(rows, tokenizer, names, max_length=recipe.data.max_length)
+
+    def predict(self, recipe: NlpRecipe, student: Any, tokenizer: Any, inputs: Sequence[str]) -> Iterator[tuple[str, float, str]]:
+        """(label, probability, text) of each text, or (value, value, text) for regression; pairs are tab-separated."""
+        for start in range(0, len(inputs), 32):
+            chunk = list(inputs[start : start + 32])
+            first, second = chunk, None
+            if isinstance(recipe.data.text, list):
+                pairs = [t.partition("\t") for t in chunk]
+                first, second = [p[0] for p in pairs], [p[2] for p in pairs]
+            batch = tokenizer(first, second, truncation=True, max_length=recipe.data.max_length, padding=True, return_tensors="pt")
+            with torch.no_grad():
+                logits = student(**batch).logits.float()
+            if models.is_regression(student):
+                for content, value in zip(chunk, logits.reshape(-1).tolist(), strict=True):
+                    yield f"{value:.4f}", value, content
+            else:
+                for content, row in zip(chunk, logits.softmax(-1), strict=True):
+                    best = int(row.argmax())
+                    yield str(student.config.id2label[best]), float(row[best]), content
+
     def metric(self, data: NlpData) -> Classification | Regression:
         """A fresh metric."""
         return Classification(len(data.labels)) if data.labels else Regression()
+
+    def metric_of(self, student: nn.Module) -> Classification | Regression:
+        """A fresh metric for a trained student."""
+        return Regression() if models.is_regression(student) else Classification(models.number_of_labels(student))
+
+    def collator(self, tokenizer: Any) -> Any:
+        """Pads a batch to its longest text."""
+        from transformers import DataCollatorWithPadding
+
+        return DataCollatorWithPadding(tokenizer)
 
     def main_metric(self, data: NlpData) -> str:
         """The metric that models are selected by."""
@@ -252,9 +297,9 @@ def _splits(config: Data) -> text.Splits:
     if config.sample is not None:
         own = config.sample
         splits.train = text.sentiment_rows(own.domains, label=own.label)
-        taken = {r.text for r in splits.train}
+        taken = {text.same_text(r.text) for r in splits.train}
         extra = text.sentiment_rows(own.unlabelled_domains, label="none") if own.unlabelled_domains else []
-        splits.unlabelled = [r for r in extra if r.text not in taken]
+        splits.unlabelled = [r for r in extra if text.same_text(r.text) not in taken]
     elif config.files is not None:
         files = config.files
         splits.train = text.read_rows(files.train, config.text, config.label)
