@@ -133,7 +133,8 @@ def curves(report: Mapping[str, Any], path: Path) -> None:
     right.set(title=f"{name} on validation", xlabel="share of the training")
     for axis in (left, right):
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

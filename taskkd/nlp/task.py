@@ -64,7 +64,7 @@ class Data(Model):
     label: str = "label"
     type: Literal["classification", "regression"] = "classification"
     labels: list[str] | None = None
-    max_length: int = Field(128, ge=2)
+    max_length: int | None = Field(None, ge=2)  # None: 128, or what the teacher takes if that is less
     train_size: int | None = Field(None, ge=1)
     validation_size: Size = Field(0.1, gt=0)
     test_size: Size = Field(0.1, gt=0)
@@ -191,17 +191,15 @@ class NlpTask:
             if len(names) < 2:
                 raise DataError(f"classification needs two labels or more, the training data has {names}.")
         tokenizer = models.load_tokenizer(recipe.teacher.model)
-        longest = getattr(tokenizer, "model_max_length", config.max_length)
-        if config.max_length > longest:
-            raise RecipeError(f"data.max_length {config.max_length} is more than the teacher's {longest} positions.")
+        max_length = fitting_length(config.max_length, tokenizer)
         start, tables = 0, {}
         for part in ("train", "unlabelled", "validation", "test"):
             rows = getattr(splits, part)
             tables[part] = (
-                text.tokenized(rows, tokenizer, names, max_length=config.max_length, first_id=start) if rows else None
+                text.tokenized(rows, tokenizer, names, max_length=max_length, first_id=start) if rows else None
             )
             start += len(rows)
-        return NlpData(**tables, labels=names or [], tokenizer=tokenizer, max_length=config.max_length)
+        return NlpData(**tables, labels=names or [], tokenizer=tokenizer, max_length=max_length)
 
     def teacher(self, recipe: NlpRecipe, data: NlpData, source: str | None = None) -> nn.Module:
         """The teacher (from `source`, a folder of this run, once it is fine-tuned)."""
@@ -239,7 +237,7 @@ class NlpTask:
         """Another file with the recipe's columns, tokenized, with the labels of a trained student."""
         names = None if models.is_regression(student) else [str(student.config.id2label[i]) for i in range(student.config.num_labels)]
         rows = text.read_rows(path, recipe.data.text, recipe.data.label)
-        return text.tokenized(rows, tokenizer, names, max_length=recipe.data.max_length)
+        return text.tokenized(rows, tokenizer, names, max_length=fitting_length(recipe.data.max_length, tokenizer))
 
     def predict(self, recipe: NlpRecipe, student: Any, tokenizer: Any, inputs: Sequence[str]) -> Iterator[tuple[str, float, str]]:
         """(label, probability, text) of each text, or (value, value, text) for regression; pairs are tab-separated."""
@@ -249,7 +247,8 @@ class NlpTask:
             if isinstance(recipe.data.text, list):
                 pairs = [t.partition("\t") for t in chunk]
                 first, second = [p[0] for p in pairs], [p[2] for p in pairs]
-            batch = tokenizer(first, second, truncation=True, max_length=recipe.data.max_length, padding=True, return_tensors="pt")
+            length = fitting_length(recipe.data.max_length, tokenizer)
+            batch = tokenizer(first, second, truncation=True, max_length=length, padding=True, return_tensors="pt")
             with torch.no_grad():
                 logits = student(**batch).logits.float()
             if models.is_regression(student):
@@ -290,6 +289,18 @@ class NlpTask:
         rows = [data.test[i] for i in range(min(count, len(data.test)))]
         drop = {"id", "labels"}
         return [dict(data.collator([{k: v for k, v in row.items() if k not in drop}])) for row in rows]
+
+
+def fitting_length(asked: int | None, tokenizer: Any) -> int:
+    """The length that texts are cut to.
+
+    Raises:
+        RecipeError: more is asked for than the model has positions.
+    """
+    longest = int(min(getattr(tokenizer, "model_max_length", 128), 2**31))
+    if asked is not None and asked > longest:
+        raise RecipeError(f"data.max_length {asked} is more than the teacher's {longest} positions.")
+    return asked or min(128, longest)
 
 
 def _splits(config: Data) -> text.Splits:
