@@ -49,13 +49,15 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Any:
     else:
         known = packaged_recipes()
         if str(source) not in known:
-            raise RecipeError(f"no packaged recipe {str(source)!r}{nearest(str(source), known)}; known: {', '.join(known)}.")
+            raise RecipeError(
+                f"no packaged recipe {str(source)!r}{nearest(str(source), known)}; known: {', '.join(known)}."
+            )
         text, title = known[str(source)], str(source)
     data, lines = _parse(text, title)
     if "name" not in data:
         data["name"] = path.stem if path.suffix else str(source).rpartition("/")[2]
     for key, value in parse_overrides(overrides).items():
-        _set(data, key, value)
+        set_key(data, key, value)
         lines.pop(tuple(key.split(".")), None)
     return validate(data, title, lines)
 
@@ -75,8 +77,8 @@ def validate(data: Mapping[str, Any], title: str, lines: Mapping[tuple[Any, ...]
         known = task.methods
         if recipe.method.name not in known:
             raise RecipeError(
-                f"{title}: task {task.name!r} has no method {recipe.method.name!r}{nearest(recipe.method.name, known)}; "
-                f"known: {', '.join(known)}."
+                f"{title}: task {task.name!r} has no method {recipe.method.name!r}"
+                f"{nearest(recipe.method.name, known)}; known: {', '.join(known)}."
             )
         schema = options_schema(known[recipe.method.name])
         try:
@@ -138,7 +140,9 @@ def _plain(value: Any, path: tuple[Any, ...], lines: dict[tuple[Any, ...], int],
     if isinstance(value, Mapping):
         result = {}
         for key, item in value.items():
-            lines[(*path, key)] = value.lc.key(key)[0] + 1 if hasattr(value, "lc") and key in (value.lc.data or {}) else 0
+            lines[(*path, key)] = (
+                value.lc.key(key)[0] + 1 if hasattr(value, "lc") and key in (value.lc.data or {}) else 0
+            )
             result[str(key)] = _plain(item, (*path, key), lines, title)
         return result
     if isinstance(value, list):
@@ -166,7 +170,12 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def _set(data: dict[str, Any], key: str, value: Any) -> None:
+def set_key(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested dicts.
+
+    Raises:
+        RecipeError: a part of the key is a plain value.
+    """
     *parents, last = key.split(".")
     for parent in parents:
         inner = data.setdefault(parent, {})
@@ -179,7 +188,11 @@ def _set(data: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _explain(
-    error: ValidationError, schema: type[BaseModel], title: str, lines: Mapping[tuple[Any, ...], int], prefix: tuple[str, ...] = ()
+    error: ValidationError,
+    schema: type[BaseModel],
+    title: str,
+    lines: Mapping[tuple[Any, ...], int],
+    prefix: tuple[str, ...] = (),
 ) -> str:
     """The first validation error as a sentence."""
     first = error.errors(include_url=False)[0]

@@ -65,7 +65,9 @@ def test_lists(taskkd: Any) -> None:
     assert "transformers" in out
 
 
-def test_check_distil_evaluate_predict(taskkd: Any, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_distil_evaluate_predict(
+    taskkd: Any, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, out, err = taskkd("check", str(recipe))
     assert code == 0, err
     assert "out.logits" in out

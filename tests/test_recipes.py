@@ -57,7 +57,9 @@ def test_every_packaged_recipe_is_valid(name: str) -> None:
 def test_every_default_of_a_method_survives_yaml(name: str, recipe: Any) -> None:
     import inspect
 
-    defaults = {p.name: p.default for p in inspect.signature(METHODS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    defaults = {
+        p.name: p.default for p in inspect.signature(METHODS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY
+    }
     loaded = recipes.load_recipe(recipe(GOOD.replace("soft_targets\n  temperature: 2", name)))
     assert recipes.method_options(loaded) == defaults
     path = recipe(recipes.dump_recipe(loaded))
@@ -68,9 +70,17 @@ def test_every_default_of_a_method_survives_yaml(name: str, recipe: Any) -> None
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
-        ("temperature: 2", "temprature: 2", r"my\.yaml, line 9: unknown key 'method\.temprature' \(did you mean 'temperature'\?\)"),
+        (
+            "temperature: 2",
+            "temprature: 2",
+            r"my\.yaml, line 9: unknown key 'method\.temprature' \(did you mean 'temperature'\?\)",
+        ),
         ("training:", "traning:", r"line 10: unknown key 'traning' \(did you mean 'training'\?\)"),
-        ("learning_rate: 1e-4", "learning_rat: 1", r"unknown key 'training\.learning_rat' \(did you mean 'learning_rate'"),
+        (
+            "learning_rate: 1e-4",
+            "learning_rat: 1",
+            r"unknown key 'training\.learning_rat' \(did you mean 'learning_rate'",
+        ),
         ("temperature: 2", "temperature: -2", r"line 9: method\.temperature: input should be greater than 0, got -2"),
         ("temperature: 2", "temperature: hot", r"method\.temperature: input should be a valid number.*'hot'"),
         ("layers: [0, 2]", "layers: 2", r"line 6: student\.layers: input should be a valid list"),
@@ -110,7 +120,9 @@ def test_bad_overrides_end_in_a_sentence(recipe: Any, override: str, sentence: s
 
 
 def test_overrides_have_types(recipe: Any) -> None:
-    loaded = recipes.load_recipe(recipe(GOOD), ["student.layers=[1]", "training.learning_rate=1e-3", "seeds=[1,2]", "baseline=null"])
+    loaded = recipes.load_recipe(
+        recipe(GOOD), ["student.layers=[1]", "training.learning_rate=1e-3", "seeds=[1,2]", "baseline=null"]
+    )
     assert loaded.student.layers == [1]
     assert loaded.training.learning_rate == 1e-3
     assert loaded.seeds == [1, 2]
@@ -118,7 +130,9 @@ def test_overrides_have_types(recipe: Any) -> None:
 
 
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"no packaged recipe 'nlp/sentiment-distill' \(did you mean 'nlp/sentiment-distil'"):
+    with pytest.raises(
+        RecipeError, match=r"no packaged recipe 'nlp/sentiment-distill' \(did you mean 'nlp/sentiment-distil'"
+    ):
         recipes.load_recipe("nlp/sentiment-distill")
     with pytest.raises(RecipeError, match="no recipe file"):
         recipes.load_recipe(tmp_path / "none.yaml")

@@ -106,7 +106,9 @@ def read_rows(path: str | Path, text: str | Sequence[str], label: str | None) ->
     """
     path = Path(path)
     if path.suffix not in READERS:
-        raise DataError(f"{path}: no reader for {path.suffix!r} files{nearest(path.suffix, READERS)}; known: {', '.join(READERS)}.")
+        raise DataError(
+            f"{path}: no reader for {path.suffix!r} files{nearest(path.suffix, READERS)}; known: {', '.join(READERS)}."
+        )
     if not path.is_file():
         raise DataError(f"{path}: no such file.")
     try:
@@ -127,7 +129,9 @@ def row(entry: Mapping[str, Any], text: str | Sequence[str], label: str | None, 
     columns = [text] if isinstance(text, str) else list(text)
     for column in [*columns, *([label] if label is not None else [])]:
         if column not in entry:
-            raise DataError(f"{where}: no column {column!r}{nearest(column, entry)}; it has {', '.join(map(repr, entry))}.")
+            raise DataError(
+                f"{where}: no column {column!r}{nearest(column, entry)}; it has {', '.join(map(repr, entry))}."
+            )
     texts = []
     for column in columns:
         if not isinstance(entry[column], str):
@@ -175,7 +179,9 @@ def sentiment_rows(domains: Sequence[str] = ("movie",), *, label: str = "binary"
     """
     for domain in domains:
         if domain not in DOMAINS:
-            raise DataError(f"the sentiment sample has no domain {domain!r}{nearest(domain, DOMAINS)}; it has {', '.join(DOMAINS)}.")
+            raise DataError(
+                f"the sentiment sample has no domain {domain!r}{nearest(domain, DOMAINS)}; it has {', '.join(DOMAINS)}."
+            )
     if label not in ("binary", "score", "none"):
         raise DataError(f"label {label!r} of the sentiment sample: expected 'binary', 'score' or 'none'.")
     source = files("taskkd.nlp") / "samples" / "vader_sentiment.jsonl.gz"
@@ -242,11 +248,15 @@ def encode_label(row: Row, names: Sequence[str] | None) -> int | float:
             raise DataError(f"{row.where}: label {row.label!r} is not a number.") from None
     text = str(row.label)
     if text not in names:
-        raise DataError(f"{row.where}: label {row.label!r} is not one of the {len(names)} labels {', '.join(names)}{nearest(text, names)}.")
+        raise DataError(
+            f"{row.where}: label {row.label!r} is not one of the {len(names)} labels {', '.join(names)}{nearest(text, names)}."
+        )
     return list(names).index(text)
 
 
-def tokenized(rows: Sequence[Row], tokenizer: Any, names: Sequence[str] | None, *, max_length: int, first_id: int = 0) -> Any:
+def tokenized(
+    rows: Sequence[Row], tokenizer: Any, names: Sequence[str] | None, *, max_length: int, first_id: int = 0
+) -> Any:
     """Rows as a `datasets.Dataset`: `id`, the tokenizer's columns (not padded), `labels`.
 
     Args:

@@ -57,12 +57,16 @@ class GivenTask(NlpTask):
                 raise RecipeError("give the tokenizer as processing_class=..., the teacher is a module.")
             processing_class = models.load_tokenizer(teacher)
         self._teacher = models.load_model(teacher) if isinstance(teacher, str) else teacher
-        self._student = student if isinstance(student, nn.Module) else models.student_from_layers(self._teacher, list(student))
+        self._student = (
+            student if isinstance(student, nn.Module) else models.student_from_layers(self._teacher, list(student))
+        )
         models.check_same_labels(self._student, self._teacher)
         self._columns = (text, label)
-        config = self._teacher.config
+        config: Any = self._teacher.config
         regression = models.is_regression(self._teacher)
-        self._names = None if regression else [str(config.id2label[i]) for i in range(models.number_of_labels(self._teacher))]
+        self._names = (
+            None if regression else [str(config.id2label[i]) for i in range(models.number_of_labels(self._teacher))]
+        )
         self._tokenizer, self._max_length, self._next = processing_class, max_length, 0
         if eval is None:
             cut = self._table(train, labelled=True).train_test_split(0.2, seed=0)
@@ -84,7 +88,9 @@ class GivenTask(NlpTask):
             if "labels" not in table.column_names and label in table.column_names:
                 table = table.rename_column(label, "labels")
             if labelled and "labels" not in table.column_names:
-                raise DataError(f"a tokenized data set needs the column 'labels' or {label!r}; it has {table.column_names}.")
+                raise DataError(
+                    f"a tokenized data set needs the column 'labels' or {label!r}; it has {table.column_names}."
+                )
             if "id" in table.column_names:
                 table = table.remove_columns("id")
             if not len(table):
@@ -114,7 +120,11 @@ class GivenTask(NlpTask):
 
     def describe(self) -> dict[str, Any]:
         """What of this run goes into its resolved recipe, so that a run of other models or data is noticed."""
-        data = {k: f"given:{len(t)}:{getattr(t, '_fingerprint', '')}" for k, t in vars(self._data).items() if hasattr(t, "column_names")}
+        data = {
+            k: f"given:{len(t)}:{getattr(t, '_fingerprint', '')}"
+            for k, t in vars(self._data).items()
+            if hasattr(t, "column_names")
+        }
         files = {k: v for k, v in data.items() if k in ("train", "validation", "test", "unlabelled")}
         return {
             "data": {"files": files, "max_length": self._max_length},

@@ -140,7 +140,11 @@ class NlpData:
     @property
     def preprocessing(self) -> dict[str, Any]:
         """What the teacher's inputs depend on beside the text, for the key of a cache."""
-        return {"tokenizer": type(self.tokenizer).__name__, "vocabulary": len(self.tokenizer), "max_length": self.max_length}
+        return {
+            "tokenizer": type(self.tokenizer).__name__,
+            "vocabulary": len(self.tokenizer),
+            "max_length": self.max_length,
+        }
 
     def summary(self) -> str:
         """One line with the numbers of samples."""
@@ -166,7 +170,8 @@ def task_loss(output: Any, batch: Mapping[str, Any]) -> Tensor:
     else:
         known = labels >= 0
         total = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-    return total / known.sum().clamp(min=1)
+    loss: Tensor = total / known.sum().clamp(min=1)
+    return loss
 
 
 class NlpTask:
@@ -235,11 +240,17 @@ class NlpTask:
 
     def read(self, recipe: NlpRecipe, path: str, student: Any, tokenizer: Any) -> Any:
         """Another file with the recipe's columns, tokenized, with the labels of a trained student."""
-        names = None if models.is_regression(student) else [str(student.config.id2label[i]) for i in range(student.config.num_labels)]
+        names = (
+            None
+            if models.is_regression(student)
+            else [str(student.config.id2label[i]) for i in range(student.config.num_labels)]
+        )
         rows = text.read_rows(path, recipe.data.text, recipe.data.label)
         return text.tokenized(rows, tokenizer, names, max_length=fitting_length(recipe.data.max_length, tokenizer))
 
-    def predict(self, recipe: NlpRecipe, student: Any, tokenizer: Any, inputs: Sequence[str]) -> Iterator[tuple[str, float, str]]:
+    def predict(
+        self, recipe: NlpRecipe, student: Any, tokenizer: Any, inputs: Sequence[str]
+    ) -> Iterator[tuple[str, float, str]]:
         """(label, probability, text) of each text, or (value, value, text) for regression; pairs are tab-separated."""
         for start in range(0, len(inputs), 32):
             chunk = list(inputs[start : start + 32])
@@ -337,12 +348,16 @@ def _cut(config: Data, splits: text.Splits) -> text.Splits:
     sizes.append(_count(config.validation_size, total) if not splits.validation else 0)
     sizes.append(config.train_size if config.train_size is not None else total - sum(sizes))
     if sizes[2] < 1:
-        raise DataError(f"{total} labelled rows are too few for a test set of {sizes[0]} and a validation set of {sizes[1]}.")
+        raise DataError(
+            f"{total} labelled rows are too few for a test set of {sizes[0]} and a validation set of {sizes[1]}."
+        )
     test, validation, train, rest = text.holdout(labelled, sizes, config.split_seed)
     unlabelled = [*rest, *left, *splits.unlabelled]
     if config.unlabelled_size is not None:
         if config.unlabelled_size > len(unlabelled):
-            raise DataError(f"data.unlabelled_size is {config.unlabelled_size}, but only {len(unlabelled)} rows are left for it.")
+            raise DataError(
+                f"data.unlabelled_size is {config.unlabelled_size}, but only {len(unlabelled)} rows are left for it."
+            )
         unlabelled = text.holdout(unlabelled, [config.unlabelled_size], config.split_seed + 1)[0]
     stripped = [text.Row(r.text, r.pair, None, r.where) for r in unlabelled]
     return text.Splits(train, splits.validation or validation, splits.test or test, stripped)

@@ -36,7 +36,11 @@ def test_a_byte_order_mark_and_quoted_line_breaks_are_read(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("a.csv", "text,lable\nx,1\n", r"a\.csv, line 2: no column 'label' \(did you mean 'lable'\?\); it has 'text', 'lable'"),
+        (
+            "a.csv",
+            "text,lable\nx,1\n",
+            r"a\.csv, line 2: no column 'label' \(did you mean 'lable'\?\); it has 'text', 'lable'",
+        ),
         ("a.csv", "", r"a\.csv: the file has no rows"),
         ("a.csv", "text,label\n", r"a\.csv: the file has no rows"),
         ("a.csv", "text,label\nx,1,2\n", r"a\.csv, line 2: more fields than the header"),

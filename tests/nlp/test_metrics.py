@@ -43,7 +43,9 @@ def test_merging_shares_equals_one_process() -> None:
 
 def test_regression_by_hand() -> None:
     metric = Regression()
-    metric.update({"logits": torch.tensor([[1.0], [2.0], [4.0], [9.0]])}, {"labels": torch.tensor([1.0, 3.0, 3.0, math.nan])})
+    metric.update(
+        {"logits": torch.tensor([[1.0], [2.0], [4.0], [9.0]])}, {"labels": torch.tensor([1.0, 3.0, 3.0, math.nan])}
+    )
     found = metric.compute()
     assert found["rmse"] == pytest.approx(math.sqrt(2 / 3))
     assert found["spearman"] == pytest.approx(1.5 / math.sqrt(2 * 1.5))  # ranks 0 1 2 against 0 1.5 1.5

@@ -8,7 +8,10 @@ from taskkd.nlp import models
 from taskkd.nlp.methods.patient_kd import patient_kd, patient_layers
 from tests import tiny
 
-BATCH = {"input_ids": torch.tensor([[2, 6, 18, 3], [2, 7, 22, 3]]), "attention_mask": torch.ones(2, 4, dtype=torch.long)}
+BATCH = {
+    "input_ids": torch.tensor([[2, 6, 18, 3], [2, 7, 22, 3]]),
+    "attention_mask": torch.ones(2, 4, dtype=torch.long),
+}
 
 
 def test_all_layers_give_the_teacher_itself() -> None:
@@ -23,7 +26,9 @@ def test_chosen_layers_are_copied_in_order() -> None:
     student = models.student_from_layers(teacher, [0, 3])
     assert student.config.num_hidden_layers == 2
     for own, source in ((0, 0), (1, 3)):
-        for a, b in zip(student.bert.encoder.layer[own].parameters(), teacher.bert.encoder.layer[source].parameters(), strict=True):
+        for a, b in zip(
+            student.bert.encoder.layer[own].parameters(), teacher.bert.encoder.layer[source].parameters(), strict=True
+        ):
             assert torch.equal(a, b)
             assert a.data_ptr() != b.data_ptr()
     assert torch.equal(student.classifier.weight, teacher.classifier.weight)
@@ -39,7 +44,13 @@ def test_layers_that_are_not_there(layers: list[int]) -> None:
 def test_other_families_have_layers_to_choose_from(family: str) -> None:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     if family == "distilbert":
         sizes = {"vocab_size": 40, "dim": 16, "n_layers": 4, "n_heads": 2, "hidden_dim": 32}
     extra = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
@@ -54,7 +65,14 @@ def test_albert_has_no_list_of_layers() -> None:
     from transformers import AlbertConfig, AlbertForSequenceClassification
 
     model = AlbertForSequenceClassification(
-        AlbertConfig(vocab_size=40, embedding_size=8, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32)
+        AlbertConfig(
+            vocab_size=40,
+            embedding_size=8,
+            hidden_size=16,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            intermediate_size=32,
+        )
     )
     with pytest.raises(RecipeError, match="no list of 4 layers"):
         models.layer_taps(model)
@@ -63,8 +81,12 @@ def test_albert_has_no_list_of_layers() -> None:
 def test_a_student_from_a_config_is_a_function_of_its_seed() -> None:
     teacher = tiny.teacher()
     before = torch.random.get_rng_state()
-    one = models.student_from_config(teacher, {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16}, seed=3)
-    two = models.student_from_config(teacher, {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16}, seed=3)
+    one = models.student_from_config(
+        teacher, {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16}, seed=3
+    )
+    two = models.student_from_config(
+        teacher, {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16}, seed=3
+    )
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     with pytest.raises(RecipeError, match="no 'num_layer'"):
@@ -123,7 +145,9 @@ def test_patient_layers_are_the_authors() -> None:
 def test_patient_kd_refuses_what_does_not_fit() -> None:
     teacher = tiny.teacher()
     student = models.student_from_layers(teacher, [0, 2])
-    assert patient_kd(student, teacher, teacher_layers=[2]).stages[0].terms[1].teacher_taps == ("bert.encoder.layer.2[:, 0]",)
+    assert patient_kd(student, teacher, teacher_layers=[2]).stages[0].terms[1].teacher_taps == (
+        "bert.encoder.layer.2[:, 0]",
+    )
     with pytest.raises(RecipeError, match="must be 1 numbers"):
         patient_kd(student, teacher, teacher_layers=[0, 1])
     with pytest.raises(RecipeError, match="of one size; the student has 8"):

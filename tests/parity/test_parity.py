@@ -50,7 +50,9 @@ def compare(got: Tensor, want: Any, tolerance: float, what: str) -> None:
     finite = want.isfinite()  # a non-finite reference is a trap in the authors' code
     scale = want[finite].abs().max().clamp(min=1e-12) if finite.any() else torch.tensor(1.0)
     error = (got.detach().double() - want)[finite].abs().max() / scale if finite.any() else torch.tensor(0.0)
-    assert error <= tolerance or (got.detach().double() - want)[finite].abs().max() <= 1e-12, f"{what} differs by {error:.2e}"
+    assert error <= tolerance or (got.detach().double() - want)[finite].abs().max() <= 1e-12, (
+        f"{what} differs by {error:.2e}"
+    )
 
 
 def test_there_are_cases_and_every_difference_names_one() -> None:
@@ -116,7 +118,11 @@ def test_soft_targets_builds_the_term_that_was_tested(path: Path) -> None:
     about, arrays = load(path)
     inputs, params = tensors(arrays), about["params"]
     s, t = inputs["in_student"], inputs["in_teacher"]
-    run_of = {"shape": (s.shape[1],), "student": lambda taps: dict.fromkeys(taps, s), "teacher": lambda taps: dict.fromkeys(taps, t)}
+    run_of = {
+        "shape": (s.shape[1],),
+        "student": lambda taps: dict.fromkeys(taps, s),
+        "teacher": lambda taps: dict.fromkeys(taps, t),
+    }
     ours = method_loss("soft_targets", {"temperature": params["T"], "weight": 1.0}, (1, 1), run_of)
     compare(ours, ADAPTERS["core/kd"](inputs, params)["loss"].detach().numpy(), 1e-12, "soft_targets")
 

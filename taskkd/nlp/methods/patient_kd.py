@@ -26,7 +26,9 @@ def patient_layers(student: int, teacher: int, strategy: Literal["skip", "last"]
         RecipeError: the student has under two layers, is deeper than the teacher, or k is no integer.
     """
     if student < 2:
-        raise RecipeError(f"patient_kd needs a student of two layers or more, got {student}: its last layer is not matched.")
+        raise RecipeError(
+            f"patient_kd needs a student of two layers or more, got {student}: its last layer is not matched."
+        )
     if student > teacher:
         raise RecipeError(f"patient_kd: the student has {student} layers, the teacher only {teacher}.")
     if strategy == "last":
@@ -81,9 +83,11 @@ def patient_kd(
                 f"patient_kd: teacher_layers {chosen} must be {len(own) - 1} numbers (one for each student layer but the last) "
                 f"from 0 to {len(others) - 1}."
             )
-    sizes = student.config.hidden_size, teacher.config.hidden_size
+    sizes = [config.hidden_size for config in (student.config, teacher.config)]  # type: ignore[union-attr]
     if sizes[0] != sizes[1]:
-        raise RecipeError(f"patient_kd compares [CLS] states of one size; the student has {sizes[0]}, the teacher {sizes[1]}.")
+        raise RecipeError(
+            f"patient_kd compares [CLS] states of one size; the student has {sizes[0]}, the teacher {sizes[1]}."
+        )
     patience = Match(
         "patience",
         losses.patience,
