@@ -21,6 +21,7 @@ from taskkd.errors import RecipeError, nearest
 
 if TYPE_CHECKING:
     from taskkd.runs import Result
+    from taskkd.terms import Match
 
 __all__ = ["distill", "dump_recipe", "load_recipe", "packaged_recipes", "parse_overrides", "task_named"]
 
@@ -113,6 +114,49 @@ def method_options(recipe: Any) -> dict[str, Any]:
     return schema.model_validate(recipe.method.model_extra or {}).model_dump()
 
 
+def build_terms(recipe: Any) -> list[Match]:
+    """The terms that a recipe lists by hand.
+
+    Raises:
+        RecipeError: no such loss or adapter; the options of a loss are checked by `Match`.
+    """
+    from taskkd import losses
+    from taskkd.adapters import ADAPTERS
+    from taskkd.schedules import warmup
+    from taskkd.terms import Match
+
+    built = []
+    for term in recipe.terms:
+        if term.loss not in losses.__all__:
+            known = ", ".join(losses.__all__)
+            raise RecipeError(
+                f"term {term.name!r}: no loss {term.loss!r}{nearest(term.loss, losses.__all__)}; known: {known}."
+            )
+        if term.adapter is not None and term.adapter not in ADAPTERS:
+            known = ", ".join(ADAPTERS)
+            raise RecipeError(
+                f"term {term.name!r}: no adapter {term.adapter!r}{nearest(term.adapter, ADAPTERS)}; known: {known}."
+            )
+        weight = (
+            term.weight
+            if isinstance(term.weight, float | str)
+            else warmup(term.weight.value, fraction=term.weight.fraction)
+        )
+        built.append(
+            Match(
+                term.name,
+                getattr(losses, term.loss),
+                term.student,
+                term.teacher,
+                adapter=term.adapter,
+                mask=term.mask,
+                weight=weight,
+                **(term.model_extra or {}),
+            )
+        )
+    return built
+
+
 def _parse(text: str, title: str) -> tuple[dict[str, Any], dict[tuple[Any, ...], int]]:
     """Plain data, and the line of every key."""
     from ruamel.yaml import YAML
@@ -177,14 +221,32 @@ def set_key(data: dict[str, Any], key: str, value: Any) -> None:
         RecipeError: a part of the key is a plain value.
     """
     *parents, last = key.split(".")
+    current: Any = data
     for parent in parents:
-        inner = data.setdefault(parent, {})
-        if inner is None:
-            inner = data[parent] = {}
-        if not isinstance(inner, dict):
+        if isinstance(current, list):
+            current = current[_position(key, parent, current)]
+            continue
+        if current.get(parent) is None:
+            current[parent] = {}
+        current = current[parent]
+        if not isinstance(current, dict | list):
             raise RecipeError(f"override {key!r}: {parent!r} is a plain value, it has no keys.")
-        data = inner
-    data[last] = value
+    if isinstance(current, list):
+        current[_position(key, last, current)] = value
+    else:
+        current[last] = value
+
+
+def _position(key: str, part: str, items: Sequence[Any]) -> int:
+    """The position in a list that a part of a key names: a number, or the `name` of an item."""
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if part in names:
+        return names.index(part)
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    raise RecipeError(
+        f"override {key!r}: no item {part!r} in a list of {len(items)}{nearest(part, filter(None, names))}."
+    )
 
 
 def _explain(

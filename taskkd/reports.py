@@ -112,7 +112,7 @@ def table(report: Mapping[str, Any]) -> Any:
 
 
 def curves(report: Mapping[str, Any], path: Path) -> None:
-    """Draw loss and validation metric over training, of the student alone and of every distilled variant (first seed)."""
+    """Draw training loss and validation metric of the student alone and of every distilled variant (first seed)."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -25,6 +25,7 @@ from torch import nn
 
 from taskkd import recipes
 from taskkd.caches import Cached
+from taskkd.distiller import Distiller, Preparation
 from taskkd.errors import RecipeError
 from taskkd.progress import ProgressBar
 from taskkd.schema import Training
@@ -161,7 +162,7 @@ class Session:
     def fit(
         self,
         step: str,
-        student: nn.Module,
+        student: Any,
         stage: Stage,
         training: Training,
         *,
@@ -271,7 +272,7 @@ def run_recipe(
     Args:
         recipe: from `load_recipe`.
         folder: of the run.
-        sweep: dotted keys under `method` or `training` -> values; every combination is distilled, the best on
+        sweep: dotted keys under `method`, `terms` or `training` -> values; every combination is distilled, the best on
             validation (mean over seeds) is the result.
         say: gets one line for each step.
         restart: delete what the folder holds first.
@@ -294,6 +295,11 @@ def run_recipe(
         _claim(folder, recipes.dump_recipe(recipe))
         session = Session(recipe, task, task.load(recipe), folder, Record(folder), say)
         say(f"data: {session.data.summary()}")
+        if "teacher" not in session.record.finished:
+            # A wrong tap or shape is told before the teacher is trained, not after.
+            raw = task.teacher(recipe, session.data)
+            for variant in variants.values():
+                look(variant, task, session.data, session.student(raw, recipe.seeds[0]), raw)
         teacher = _teacher(session)
         finished = session.record.finished
         report: dict[str, Any] = {
@@ -310,7 +316,7 @@ def run_recipe(
             if recipe.baseline is not None:
                 report["alone"][str(seed)] = _alone(session, teacher, seed)
             for name, variant in variants.items():
-                if variant.method is not None:
+                if variant.method is not None or variant.terms:
                     outcome = _distilled(replace(session, recipe=variant), teacher, seed, name)
                     report["distilled"].setdefault(name, {})[str(seed)] = outcome
         student, source = _select(session, teacher, report)
@@ -329,8 +335,8 @@ def _variants(recipe: Any, sweep: Mapping[str, Sequence[Any]]) -> dict[str, Any]
         return {"distilled": recipe}
     found = {}
     for key in sweep:
-        if key.partition(".")[0] not in ("method", "training"):
-            raise RecipeError(f"sweep {key!r}: keys under method and training can be swept.")
+        if key.partition(".")[0] not in ("method", "terms", "training"):
+            raise RecipeError(f"sweep {key!r}: keys under method, terms and training can be swept.")
     for values in itertools.product(*sweep.values()):
         data = recipe.model_dump(by_alias=True)
         for key, value in zip(sweep, values, strict=True):
@@ -419,10 +425,15 @@ def _distilled(session: Session, teacher: nn.Module, seed: int, name: str) -> di
 
 
 def build_method(recipe: Any, student: nn.Module, teacher: nn.Module) -> Method:
-    """The recipe's method for this pair."""
+    """The recipe's method for this pair, with the recipe's own terms in every stage of it."""
+    own = recipes.build_terms(recipe)
+    if recipe.method is None:
+        return Method("terms", [Stage("distil", own)] if own else [])
     make = recipes.task_named(recipe.task).methods[recipe.method.name]
     method: Method = make(student, teacher, **recipes.method_options(recipe))
-    return method
+    if own and len(method.stages) > 1:
+        raise RecipeError(f"`terms` go with a method of one stage; {recipe.method.name!r} has {len(method.stages)}.")
+    return replace(method, stages=[replace(s, terms=[*s.terms, *own]) for s in method.stages])
 
 
 def _supplier(session: Session, teacher: nn.Module, stage: Stage) -> Frozen | Cached | None:
@@ -495,26 +506,34 @@ def check(recipe: Any, *, evaluate: int = 200) -> Plan:
             ("teacher's own metric", f"it is fine-tuned first: {own.epochs:g} epochs on {len(data.train)} samples")
         )
         plan.warnings.append("the sizes below are those of a teacher that is not fine-tuned yet.")
-    if recipe.method is None:
+    if recipe.method is None and not recipe.terms:
         return plan
     training = recipe.training
-    for stage in build_method(recipe, student, teacher).stages:
-        trainer = Trainer(
-            student,
-            teacher=Frozen(teacher),
-            method=Method(stage.name, [stage]),
-            task_loss=task.task_loss,
-            args=training_arguments(Path("runs") / "check", training, recipe.seeds[0], None),
-            train_dataset=data.everything,
-            processing_class=data.tokenizer,
-            data_collator=data.collator,
-        )
-        plan.stages[stage.name] = trainer.prepare()
-        plan.warnings += plan.stages[stage.name].advice
-        trainer.distiller.close()
+    plan.stages = look(recipe, task, data, student, teacher)
+    plan.warnings += [sentence for preparation in plan.stages.values() for sentence in preparation.advice]
     steps = -(-len(data.everything) // (training.batch_size * training.accumulation))
     plan.summary.append(("distillation", f"{training.epochs:g} epochs of {steps} steps, batch {training.batch_size}"))
     return plan
+
+
+def look(recipe: Any, task: Any, data: Any, student: nn.Module, teacher: nn.Module) -> dict[str, Preparation]:
+    """What `prepare` says of every stage on one real batch; both models are left as they were.
+
+    Raises:
+        TaskkdError: a tap, shape or option does not work out.
+    """
+    found = {}
+    rows = [data.everything[i] for i in range(min(recipe.training.batch_size, len(data.everything)))]
+    batch = dict(data.collator(rows))
+    for stage in build_method(recipe, student, teacher).stages:
+        distiller = Distiller(
+            student, Frozen(teacher), stage.terms, task_weight=stage.task_weight, task_loss=task.task_loss
+        )
+        try:
+            found[stage.name] = distiller.prepare(batch)
+        finally:
+            distiller.close()
+    return found
 
 
 def parameters(model: nn.Module) -> int:

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 import taskkd as kd
 from taskkd import recipes, reports, runs
-from taskkd.errors import CacheError, RecipeError
+from taskkd.errors import CacheError, RecipeError, TapError, TaskkdError
 from tests import tiny
 
 
@@ -91,7 +91,7 @@ def test_seeds_and_a_sweep(recipe: Path, tmp_path: Path) -> None:
     rows = reports.rows(result.report)
     assert rows[1]["standard_error"] >= 0
     assert len(list((tmp_path / "run" / "cache").iterdir())) == 1  # the same taps: one cache for all
-    with pytest.raises(RecipeError, match="keys under method and training can be swept"):
+    with pytest.raises(RecipeError, match="keys under method, terms and training can be swept"):
         run(recipe, tmp_path / "other", sweep={"data.max_length": [8]})
     with pytest.raises(RecipeError, match=r"unknown key 'method\.temprature'"):
         run(recipe, tmp_path / "other", sweep={"method.temprature": [8]})
@@ -107,6 +107,38 @@ def test_patient_kd_and_a_frozen_teacher(recipe: Path, tmp_path: Path) -> None:
     assert {k: a[0][k] for k in a[0] if k.startswith("loss")} == pytest.approx(
         {k: b[0][k] for k in b[0] if k.startswith("loss")}, rel=1e-4
     )
+
+
+def test_terms_by_hand_and_a_sweep_of_a_weight(recipe: Path, tmp_path: Path) -> None:
+    path = tmp_path / "terms.yaml"
+    text = recipe.read_text().replace(
+        "method: {name: soft_targets, temperature: 2}",
+        """terms:
+  - {name: hidden, loss: mse, student: "bert.encoder.layer.1", teacher: "bert.encoder.layer.3", adapter: linear,
+     mask: batch.attention_mask, weight: {value: 2, fraction: 0.5}, normalise: true}
+  - {name: logits, loss: kl_divergence, student: out.logits, temperature: 2}""",
+    )
+    path.write_text(text)
+    result = run(
+        path, tmp_path / "run", "baseline=null", "training.epochs=1", sweep={"terms.logits.weight": [0.5, 1.0]}
+    )
+    assert set(result.report["distilled"]) == {"weight=0.5", "weight=1.0"}
+    history = result.report["distilled"]["weight=1.0"]["0"]["history"]
+    assert {"loss_task", "loss_hidden", "loss_logits"} <= set(history[0])
+    for override, error, sentence in (
+        (
+            "terms.hidden.student=bert.encoder.layers.1",
+            TapError,
+            r"no module 'bert.encoder.layers.1' \(did you mean 'bert.enc",
+        ),
+        ("terms.logits.temprature=1", TaskkdError, r"no option 'temprature' \(did you mean 'temperature'"),
+        ("terms.logits.loss=kl_divergenc", RecipeError, r"no loss 'kl_divergenc' \(did you mean 'kl_divergence'"),
+        ("terms.hidden.adapter=linea", RecipeError, r"no adapter 'linea' \(did you mean 'linear'"),
+        ("terms.hiden.weight=1", RecipeError, r"no item 'hiden' in a list of 2 \(did you mean 'hidden'"),
+        ("terms.hidden.teacher=out.pooled", TapError, r"no item 'pooled'"),
+    ):
+        with pytest.raises(error, match=sentence):
+            run(path, tmp_path / "bad", override, "baseline=null", restart=True)
 
 
 def test_a_run_of_another_recipe_is_not_overwritten(recipe: Path, tmp_path: Path) -> None:

@@ -249,7 +249,8 @@ def encode_label(row: Row, names: Sequence[str] | None) -> int | float:
     text = str(row.label)
     if text not in names:
         raise DataError(
-            f"{row.where}: label {row.label!r} is not one of the {len(names)} labels {', '.join(names)}{nearest(text, names)}."
+            f"{row.where}: label {row.label!r} is not one of the {len(names)} labels "
+            f"{', '.join(names)}{nearest(text, names)}."
         )
     return list(names).index(text)
 

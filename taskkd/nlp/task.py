@@ -38,8 +38,8 @@ class Sample(Model):
     """The embedded sentiment sample."""
 
     name: Literal["sentiment"] = "sentiment"
-    domains: list[str] = ["movie"]
-    unlabelled_domains: list[str] = []
+    domains: list[str] = Field(["movie"], min_length=1)
+    unlabelled_domains: list[str] = Field([])
     label: Literal["binary", "score"] = "binary"
 
 
@@ -150,7 +150,8 @@ class NlpData:
         """One line with the numbers of samples."""
         free = 0 if self.unlabelled is None else len(self.unlabelled)
         kind = f"{len(self.labels)} labels" if self.labels else "regression"
-        return f"{len(self.train)} labelled, {free} unlabelled, {len(self.validation)} validation, {len(self.test)} test; {kind}"
+        held = f"{len(self.validation)} validation, {len(self.test)} test"
+        return f"{len(self.train)} labelled, {free} unlabelled, {held}; {kind}"
 
 
 def task_loss(output: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -289,7 +290,7 @@ class NlpTask:
         return "accuracy" if data.labels else "pearson"
 
     def chance(self, data: NlpData) -> float:
-        """What the main metric is without looking at the text: the share of the commonest label of the validation set."""
+        """The main metric without looking at the text: the share of the commonest label of the validation set."""
         if not data.labels:
             return 0.0
         labels = torch.tensor(data.validation["labels"])

@@ -88,7 +88,8 @@ def test_equals_the_authors_code(path: Path) -> None:
         result["loss"].backward()
     for name in gradients:
         source = inputs.get("in_" + name.partition("_")[2], inputs.get("w_" + name.partition("_")[2]))
-        assert source is not None and source.grad is not None, name
+        assert source is not None, name
+        assert source.grad is not None, name
         compare(source.grad, np.array(arrays[name]) * factor, 1e-4 if single else 1e-6, name)
 
 
