@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import tiny
 import torch
 from torch import nn
+
+from tests import small
 
 torch.set_num_threads(1)
 
@@ -21,13 +22,13 @@ def _seeded() -> None:
 @pytest.fixture
 def conv_pair() -> tuple[nn.Module, nn.Module]:
     """A student and a wider teacher with BatchNorm, ReLU in place and a residual `out += x`."""
-    return tiny.ConvNet(4), tiny.ConvNet(6)
+    return small.ConvNet(4), small.ConvNet(6)
 
 
 @pytest.fixture
 def bert_pair() -> tuple[nn.Module, nn.Module]:
     """A small BERT student and a wider, deeper teacher."""
-    return tiny.bert(1, 8, seed=1), tiny.bert(2, 16, seed=2)
+    return small.bert(1, 8, seed=1), small.bert(2, 16, seed=2)
 
 
 @pytest.fixture
