@@ -235,7 +235,7 @@ class Taps:
         self.stop_after: int | None = None
         self._slots: dict[tuple[str, str], _Slot] = {}
         self._handles: list[RemovableHandle] = []
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))
         for tap in self.taps.values():
             if tap.root != "module" or (tap.path, tap.port) in self._slots:
                 continue

@@ -165,7 +165,7 @@ class Frozen:
         Raises:
             TapError: no such module.
         """
-        modules = dict(self.model.named_modules())
+        modules = dict(self.model.named_modules(remove_duplicate=False))
         if path not in modules:
             raise TapError(f"the teacher has no module {path!r}{nearest(path, modules)}.")
         recording = self._taps is not None and self._taps.recording
