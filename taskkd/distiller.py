@@ -201,7 +201,7 @@ class Distiller(nn.Module):
                 isinstance(value, Tensor)
                 and value.is_floating_point()
                 and not value.requires_grad
-                and not name.startswith("batch")
+                and self._taps.taps[name].root != "batch"
                 and any(p.requires_grad for p in self.student.parameters())
             ):
                 raise TapError(
