@@ -350,7 +350,7 @@ class Distiller(nn.Module):
         tensor = first_tensor(batch)
         devices = [tensor.device] if tensor is not None and tensor.device.type == "cuda" else []
         buffers = {n: b.clone() for n, b in self.student.named_buffers()}
-        training = self.training
+        modes = [(module, module.training) for module in self.modules()]
         active, self._active = self._active, self._term_list
         try:
             with torch.random.fork_rng(devices), torch.enable_grad():
@@ -360,7 +360,9 @@ class Distiller(nn.Module):
                     term.build(run)
                 terms = self._measure(run, batch)
         finally:
-            self.train(training)
+            self.train(modes[0][1])  # what was built just now, too
+            for module, training in modes:
+                module.training = training
             with torch.no_grad():
                 for name, buffer in self.student.named_buffers():
                     buffer.copy_(buffers[name])
