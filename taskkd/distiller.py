@@ -389,11 +389,7 @@ class Distiller(nn.Module):
                     f"term {name!r} is {value.item()} on the first batch, before any training; look at the teacher's "
                     "and the student's tensors there."
                 )
-            gradients = (
-                torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-                if parameters and value.requires_grad
-                else ()
-            )
+            gradients = _gradients(value, parameters) if parameters and value.requires_grad else ()
             norms = [g.detach().float().norm() for g in gradients if g is not None]
             reports.append(
                 TermReport(
@@ -476,6 +472,18 @@ class Distiller(nn.Module):
         if self.teacher is not None:
             names |= self.teacher.columns()
         return names | {tap.selectors[0] for tap in self._taps.taps.values() if tap.root == "batch" and tap.selectors}  # type: ignore[misc]
+
+
+def _gradients(value: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise TaskkdError(
+            "the student's gradient checkpointing is the reentrant kind, which hides tensors from taps; use "
+            "`use_reentrant=False`."
+        ) from None
 
 
 def _advice(terms: Sequence[TermReport]) -> list[str]:
