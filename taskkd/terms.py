@@ -176,11 +176,13 @@ class Match(Term):
         pairs = zip(
             self._values(run.student, self.student_pairs), self._values(run.teacher, self.teacher_taps), strict=True
         )
+        adapters = []
         for tap, (s, t) in zip(self.student_pairs, pairs, strict=True):
             try:
-                self.adapters.append(build_adapter(self.adapter_spec, s, t).to(s.device))
+                adapters.append(build_adapter(self.adapter_spec, s, t).to(s.device))
             except ShapeError as error:
                 raise ShapeError(f"term {self.name!r}, tap {tap!r}: {error}") from None
+        self.adapters.extend(adapters)
 
     def forward(self, run: Run) -> Tensor:
         students = self._values(run.student, self.student_pairs)
