@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from taskkd.adapters import AdapterSpec, build_adapter
@@ -179,7 +180,8 @@ class Match(Term):
         adapters = []
         for tap, (s, t) in zip(self.student_pairs, pairs, strict=True):
             try:
-                adapters.append(build_adapter(self.adapter_spec, s, t).to(s.device))
+                adapter = build_adapter(self.adapter_spec, s, t).to(s.device)
+                adapters.append(adapter.double() if s.dtype == torch.float64 else adapter)
             except ShapeError as error:
                 raise ShapeError(f"term {self.name!r}, tap {tap!r}: {error}") from None
         self.adapters.extend(adapters)
@@ -191,7 +193,7 @@ class Match(Term):
         if self.mask is not None or self.gate is not None:
             options, scale = self._masked(run, students[0])
         if self.adapters:
-            students = [a(s) for a, s in zip(self.adapters, students, strict=True)]
+            students = [a(_as_weights(s, a)) for a, s in zip(self.adapters, students, strict=True)]
         try:
             value = (
                 self.loss(tuple(students), tuple(teachers), **options)
@@ -217,3 +219,11 @@ class Match(Term):
         gated = full * gate.reshape(gate.shape + (1,) * (full.ndim - gate.ndim))
         total = full.sum()
         return {**self.options, "mask": gated}, gated.sum() / total.clamp(min=1e-12)
+
+
+def _as_weights(x: Tensor, adapter: nn.Module) -> Tensor:
+    """`x` in the precision of the adapter's weights, which stay fp32 under a half-precision student."""
+    weight = next(adapter.parameters(), None)
+    if weight is None or weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(weight.dtype)
