@@ -64,7 +64,8 @@ class Distiller(nn.Module):
         task_weight: factor of the task loss; 0: it is not computed and labels are not needed.
         task_loss: `(output, batch) -> scalar`. Default: `output.loss` / `output["loss"]`, or the sum of a dict of
             losses (torchvision detectors).
-        on_nonfinite: "raise" stops at a NaN or infinite term with its name; "skip" lets the caller skip the step.
+        on_nonfinite: "raise" stops at a NaN or infinite term with its name; "skip" lets the loop skip
+            the step: `if distiller.check_finite(): optimizer.step()`.
 
     Raises:
         TapError: a tap is in neither model.
@@ -144,7 +145,8 @@ class Distiller(nn.Module):
         losses |= zip(names, stacked.detach().unbind(), strict=True)
         if self.check_in_forward and not torch.compiler.is_compiling():  # a compiled graph cannot stop
             self.watch(losses, batch)
-            self.check_finite()
+            if self.on_nonfinite == "raise":  # else the loop asks `check_finite` whether to skip
+                self.check_finite()
         return losses
 
     def _losses(self, batch: Mapping[str, Any]) -> tuple[list[str], list[Tensor]]:
