@@ -334,11 +334,13 @@ class Cached:
                 raise CacheError(f"cache {self.path}: tap {tap!r} is not a floating point tensor with a batch dimension.")
         if length is None or not any(v.ndim > 1 and length in v.shape[1:] for v in values.values()):
             return dict.fromkeys(values, False)
-        wider = {
-            k: torch.nn.functional.pad(v, (0, 1)) if isinstance(v, Tensor) and v.ndim == 2 and v.shape[1] == length else v
+        # One column less shows it too, and unlike one more it is never beyond the model's position embeddings.
+        change = (0, -1) if length > 1 else (0, 1)
+        other = {
+            k: torch.nn.functional.pad(v, change) if isinstance(v, Tensor) and v.ndim == 2 and v.shape[1] == length else v
             for k, v in batch.items()
         }
-        grown = self.live(wider)
+        grown = self.live(other)
         ragged = {}
         for tap, value in values.items():
             changed = [d for d, (a, b) in enumerate(zip(value.shape, grown[tap].shape, strict=True)) if a != b]
