@@ -167,8 +167,8 @@ class Cached:
         file = self.path / "index.json"
         try:
             index = json.loads(file.read_text())
-            stored, shards = index["key"], index["shards"]
-        except (OSError, ValueError, KeyError) as error:
+            stored, shards, _ = dict(index["key"]), list(index["shards"]), index["taps"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CacheError(f"cache {self.path}: {file.name} cannot be read ({error}); delete the folder to build it anew.") from None
         for part, wanted in self.key().items():
             if stored.get(part) != wanted:
@@ -317,6 +317,11 @@ class Cached:
         if self._index is None:
             taps = {t: {"shape": list(v.shape[2:] if ragged[t] else v.shape[1:]), "ragged": ragged[t]} for t, v in values.items()}
             self._index = {"key": self.key(), "taps": taps, "shards": []}
+        elif unasked := [t for t in self._index["taps"] if t not in values]:
+            raise CacheError(
+                f"cache {self.path} holds the taps {', '.join(map(repr, self._index['taps']))} and is not complete; to go on "
+                f"building it, {', '.join(map(repr, unasked))} must be asked for too. Or delete the folder."
+            )
         writer = _Writer(self.path, self._index, self.dtype)
         size = writer.bytes_per_sample(values, inputs) * total
         free = shutil.disk_usage(self.path).free
