@@ -7,6 +7,7 @@ length). A shard is written beside and renamed; an interrupted build goes on whe
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -105,6 +106,8 @@ class Cached:
         """For loader workers that are spawned: files are opened anew there, the model stays behind."""
         state = self.__dict__.copy()
         state["_shards"] = None
+        state["live"] = live = copy.copy(self.live)  # a worker looks up, for which it needs `inputs` alone
+        live.model, live._taps, live._call = nn.Identity(), None, None
         return state
 
     # ---- what a distiller asks
