@@ -141,7 +141,8 @@ class Distiller(nn.Module):
             return self.student(**self._accepted(batch))
         names, values = self._losses(batch)
         stacked = torch.stack(values) if len(values) > 1 else values[0].reshape(1)
-        losses = {"loss": stacked @ self._weights_like(stacked)}
+        # Not `@`: autocast would compute that in half precision.
+        losses = {"loss": (stacked * self._weights_like(stacked)).sum()}
         losses |= zip(names, stacked.detach().unbind(), strict=True)
         if self.check_in_forward and not torch.compiler.is_compiling():  # a compiled graph cannot stop
             self.watch(losses, batch)
