@@ -241,7 +241,7 @@ class Distiller(nn.Module):
         if current is None or len(current) != len(numbers):
             self._weights = torch.tensor(numbers)
         elif self._numbers != numbers:
-            self._weights.copy_(torch.tensor(numbers))
+            self._weights.copy_(torch.tensor(numbers, dtype=torch.float64))
         self._numbers = numbers
 
     def _scheduled(self, term: Term) -> float:
@@ -251,7 +251,9 @@ class Distiller(nn.Module):
 
     def _weights_like(self, values: Tensor) -> Tensor:
         if self._weights.device != values.device or self._weights.dtype != values.dtype:
-            self._weights = self._weights.to(values.device, values.dtype)
+            exact = values.dtype == torch.float64 and not torch.compiler.is_compiling()
+            weights = torch.tensor(self._numbers, dtype=torch.float64) if exact else self._weights
+            self._weights = weights.to(values.device, values.dtype)
         return self._weights
 
     def weights(self) -> dict[str, float]:
