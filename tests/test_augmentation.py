@@ -23,7 +23,9 @@ def dataset(count: int = 12, seed: int = 0) -> Augmented:
 def epoch_of(data: Augmented, epoch: int, **loader: Any) -> dict[int, list[float]]:
     data.set_epoch(epoch)
     return {
-        int(i): x.tolist() for batch in DataLoader(data, batch_size=5, **loader) for i, x in zip(batch["id"], batch["x"], strict=True)
+        int(i): x.tolist()
+        for batch in DataLoader(data, batch_size=5, **loader)
+        for i, x in zip(batch["id"], batch["x"], strict=True)
     }
 
 

@@ -12,14 +12,25 @@ from typing import Any
 
 import pytest
 
-
 import taskkd as kd
 
 ROOT = Path(kd.__file__).parent
 TASKS = {"detection", "segmentation", "nlp", "face"}
 ABOVE = {"recipes", "runs", "cli", "reports", "export", "__main__"}  # what may know tasks
 FILES = sorted(ROOT.rglob("*.py"))
-CORE = ["errors", "losses", "taps", "schedules", "adapters", "terms", "teachers", "caches", "distiller", "augmentation", "stages"]
+CORE = [
+    "errors",
+    "losses",
+    "taps",
+    "schedules",
+    "adapters",
+    "terms",
+    "teachers",
+    "caches",
+    "distiller",
+    "augmentation",
+    "stages",
+]
 
 
 def imported(file: Path) -> set[str]:
@@ -94,13 +105,25 @@ def test_importing_is_cheap() -> None:
 
 
 def test_the_core_needs_no_engine_and_no_task() -> None:
-    names = "kd.Distiller, kd.Match, kd.Term, kd.Run, kd.Frozen, kd.Stage, kd.Method, kd.Augmented, kd.losses, kd.schedules"
+    names = (
+        "kd.Distiller, kd.Match, kd.Term, kd.Run, kd.Frozen, kd.Stage, kd.Method, kd.Augmented, kd.losses, kd.schedules"
+    )
     result = run(
         f"import torch, sys, time; start = time.perf_counter(); import taskkd as kd; {names}\n"
         "print(time.perf_counter() - start, *sys.modules)"
     )
     elapsed, *modules = result.stdout.split()
-    heavy = {"transformers", "torchvision", "datasets", "accelerate", "pydantic", "typer", "rich", "matplotlib", "pycocotools"}
+    heavy = {
+        "transformers",
+        "torchvision",
+        "datasets",
+        "accelerate",
+        "pydantic",
+        "typer",
+        "rich",
+        "matplotlib",
+        "pycocotools",
+    }
     assert not heavy & set(modules)
     assert not {f"taskkd.{name}" for name in TASKS | {"trainer", "recipes"}} & set(modules)
     assert float(elapsed) < 0.3
@@ -126,6 +149,10 @@ def functions(value: Any) -> list[Any]:
         return [value]
     if not inspect.isclass(value):
         return []
+    if getattr(value, "_is_protocol", False):  # its __init__ is typing's
+        return [
+            m for n, m in vars(value).items() if inspect.isfunction(m) and n != "__init__" and not n.startswith("_")
+        ]
     members = [m for n, m in vars(value).items() if not n.startswith("_") or n in ("__init__", "__call__")]
     members = [m.fget if isinstance(m, property) else getattr(m, "__wrapped__", m) for m in members]
     return [m for m in members if inspect.isfunction(m)]
@@ -140,10 +167,17 @@ def test_public_names_are_documented_and_typed(name: str, value: Any) -> None:
     assert not value.__doc__.startswith(f"{value.__name__}("), "a dataclass has a docstring of its own"
     for function in functions(value):
         inherited = inspect.isclass(value) and any(function.__name__ in vars(base) for base in value.__mro__[1:])
-        assert inspect.getdoc(function) or inherited or function.__name__.startswith("__") or function.__name__ == "forward", function
+        assert (
+            inspect.getdoc(function)
+            or inherited
+            or function.__name__.startswith("__")
+            or function.__name__ == "forward"
+        ), function
         signature = inspect.signature(function)
         assert signature.return_annotation is not inspect.Signature.empty, function
-        untyped = [p.name for p in signature.parameters.values() if p.annotation is p.empty and p.name not in ("self", "cls")]
+        untyped = [
+            p.name for p in signature.parameters.values() if p.annotation is p.empty and p.name not in ("self", "cls")
+        ]
         assert not untyped, (function, untyped)
 
 

@@ -46,7 +46,7 @@ def test_a_warmup_of_no_length_is_the_full_weight(options: dict[str, float]) -> 
     ],
 )
 def test_errors_are_sentences(options: dict[str, float], sentence: str) -> None:
-    with pytest.raises(ValueError, match="^`") as caught:
+    with pytest.raises(ValueError, match=r"^`") as caught:
         warmup(1.0, **options)
     assert str(caught.value) == sentence
 

@@ -35,7 +35,9 @@ def calls_of(model: nn.Module) -> list[str]:
 
 
 def distiller(teacher: Any, *taps: str, **options: Any) -> kd.Distiller:
-    return kd.Distiller(small.ConvNet(4), teacher, [kd.Match(f"t{i}", losses.mse, t) for i, t in enumerate(taps)], **options)
+    return kd.Distiller(
+        small.ConvNet(4), teacher, [kd.Match(f"t{i}", losses.mse, t) for i, t in enumerate(taps)], **options
+    )
 
 
 def test_a_frozen_teacher_is_a_teacher() -> None:
@@ -119,7 +121,7 @@ def test_a_deep_copy_shares_it() -> None:
     ("taps", "runs"),
     [
         (["stem"], ["", "stem"]),
-        (["norm:in"], ["", "stem", "norm"]),
+        (["norm:in"], ["", "stem"]),  # `norm` itself need not run for its input
         (["stem", "block.conv"], ["", "stem", "norm", "relu", "block", "block.conv"]),
         (["norm"], ["", "stem", "norm"]),  # overwritten in place later, copied
     ],
@@ -217,7 +219,9 @@ def test_a_call_of_ones_own() -> None:
 
 
 def test_it_needs_taps() -> None:
-    with pytest.raises(TapError, match="this teacher has no taps: it is used through a Distiller, or call `attach` first"):
+    with pytest.raises(
+        TapError, match="this teacher has no taps: it is used through a Distiller, or call `attach` first"
+    ):
         Frozen(nn.Linear(1, 1))({"input": torch.ones(1)})
     with pytest.raises(TapError, match="the teacher has no module 'headd' \\(did you mean 'head'"):
         distiller(small.ConvNet(4), "head").teacher.attach(["headd"])

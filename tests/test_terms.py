@@ -48,7 +48,10 @@ def test_good_names(name: str) -> None:
         ({"weight": -1.0}, "term 'a': its weight must not be negative, got -1.0."),
         ({"weight": float("nan")}, "term 'a': its weight must not be negative, got nan."),
         ({"weight": "automatic"}, "term 'a': weight 'automatic' is neither a number, a schedule nor 'auto'."),
-        ({"teacher": ["x", "y"]}, "term 'a': 1 student taps and 2 teacher taps; expected as many of each, at least one."),
+        (
+            {"teacher": ["x", "y"]},
+            "term 'a': 1 student taps and 2 teacher taps; expected as many of each, at least one.",
+        ),
     ],
 )
 def test_errors_are_sentences(options: dict[str, Any], sentence: str) -> None:
@@ -164,7 +167,9 @@ def test_a_tap_that_is_no_tensor() -> None:
 
 
 def test_a_shape_error_names_the_term() -> None:
-    with pytest.raises(ShapeError, match=r"term 'a': `mse` needs student and teacher tensors of one shape, got \(2, 3\) and"):
+    with pytest.raises(
+        ShapeError, match=r"term 'a': `mse` needs student and teacher tensors of one shape, got \(2, 3\) and"
+    ):
         Match("a", losses.mse, "x")(run_of(torch.ones(2, 3), torch.ones(2, 4)))
 
 
@@ -222,11 +227,15 @@ def test_an_adapter_kind_is_built_from_a_run() -> None:
 
 
 def test_one_adapter_for_each_tap() -> None:
-    run = Run({}, None, {"a": torch.randn(4, 5), "b": torch.randn(4, 6)}, {"a": torch.randn(4, 8), "b": torch.randn(4, 8)})
+    run = Run(
+        {}, None, {"a": torch.randn(4, 5), "b": torch.randn(4, 6)}, {"a": torch.randn(4, 8), "b": torch.randn(4, 8)}
+    )
     term = Match("m", losses.patience, ["a", "b"], adapter="linear")
     term.build(run)
     assert [a.map.in_features for a in term.adapters] == [5, 6]
-    expected = losses.patience([f(run.student[n]) for f, n in zip(term.adapters, "ab", strict=True)], list(run.teacher.values()))
+    expected = losses.patience(
+        [f(run.student[n]) for f, n in zip(term.adapters, "ab", strict=True)], list(run.teacher.values())
+    )
     assert torch.equal(term(run), expected)
 
 
@@ -237,7 +246,9 @@ def test_adapters_that_do_not_fit_name_term_and_tap() -> None:
 
 
 def test_a_term_that_failed_to_build_can_be_built_again() -> None:
-    run = Run({}, None, {"a": torch.randn(4, 5), "b": torch.randn(3, 6)}, {"a": torch.randn(4, 8), "b": torch.randn(4, 8)})
+    run = Run(
+        {}, None, {"a": torch.randn(4, 5), "b": torch.randn(3, 6)}, {"a": torch.randn(4, 8), "b": torch.randn(4, 8)}
+    )
     term = Match("m", losses.patience, ["a", "b"], adapter="linear")
     with pytest.raises(ShapeError, match="tap 'b'"):
         term.build(run)
