@@ -322,8 +322,8 @@ class Cached:
             self._index = {"key": self.key(), "taps": taps, "shards": []}
         elif unasked := [t for t in self._index["taps"] if t not in values]:
             raise CacheError(
-                f"cache {self.path} holds the taps {', '.join(map(repr, self._index['taps']))} and is not complete; to go on "
-                f"building it, {', '.join(map(repr, unasked))} must be asked for too. Or delete the folder."
+                f"cache {self.path} holds the taps {', '.join(map(repr, self._index['taps']))} and is not complete; "
+                f"to go on building it, {', '.join(map(repr, unasked))} must be asked for too. Or delete the folder."
             )
         writer = _Writer(self.path, self._index, self.dtype)
         size = writer.bytes_per_sample(values, inputs) * total

@@ -155,7 +155,7 @@ def test_masked_entries_count_nothing(case: Case) -> None:
     mask = some_mask(case)
     where = case.spread(mask)
     value = case(student, teacher, mask)
-    for filler in (0.0, 1e4, -77.0):
+    for filler in (0.0, 1e4, -77.0, float("inf"), float("nan")):
         changed = torch.where(where, student, filler)
         other = torch.where(where, teacher, -filler)
         assert torch.equal(case(changed, other, mask), value)
