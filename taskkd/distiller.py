@@ -354,7 +354,7 @@ class Distiller(nn.Module):
         """
         tensor = first_tensor(batch)
         devices = [tensor.device] if tensor is not None and tensor.device.type == "cuda" else []
-        buffers = {n: b.clone() for n, b in self.student.named_buffers()}
+        buffers = {n: b.clone() for n, b in self.named_buffers()}
         modes = [(module, module.training) for module in self.modules()]
         active, self._active = self._active, self._term_list
         try:
@@ -363,14 +363,17 @@ class Distiller(nn.Module):
                 run = self._run(batch, prepare=True)
                 for term in self._term_list:
                     term.build(run)
+                for name, buffer in self.named_buffers():  # those of adapters that were built just now
+                    buffers.setdefault(name, buffer.clone())
                 terms = self._measure(run, batch)
         finally:
             self.train(modes[0][1])  # what was built just now, too
             for module, training in modes:
                 module.training = training
             with torch.no_grad():
-                for name, buffer in self.student.named_buffers():
-                    buffer.copy_(buffers[name])
+                for name, buffer in self.named_buffers():
+                    if name in buffers:
+                        buffer.copy_(buffers[name])
             self._active = active
         self._pending = []
         self._set_automatic(terms)

@@ -277,6 +277,22 @@ def test_prepare_leaves_everything_as_it_was(distiller: kd.Distiller) -> None:
     assert distiller.progress.step == 0
 
 
+def normalised(student: Tensor, teacher: Tensor) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(student.shape[1], teacher.shape[1], 1), nn.BatchNorm2d(teacher.shape[1]))
+
+
+@pytest.mark.parametrize("made", ["before", "by prepare"])
+def test_prepare_leaves_buffers_of_adapters(conv_pair: tuple[nn.Module, nn.Module], made: str) -> None:
+    adapter = normalised(torch.empty(1, 4), torch.empty(1, 6)) if made == "before" else normalised
+    pair = kd.Distiller(*conv_pair, [kd.Match("block", losses.mse, "block", adapter=adapter)])
+    pair.prepare(small.conv_batch())
+    norm = pair.terms["block"].adapters[0][1]
+    assert norm.running_mean.eq(0).all()
+    assert norm.num_batches_tracked == 0
+    pair(**small.conv_batch())
+    assert norm.num_batches_tracked == 1
+
+
 def test_prepare_keeps_eval_mode(distiller: kd.Distiller) -> None:
     distiller.eval()
     distiller.prepare(small.conv_batch())
