@@ -23,6 +23,7 @@ __all__ = ["Match", "Run", "Term", "Weight"]
 
 Weight: TypeAlias = "float | Schedule | Literal['auto']"
 Mask: TypeAlias = "str | Callable[[Mapping[str, Any], Tensor], Tensor]"
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 Gate: TypeAlias = Callable[["Run"], Tensor]
 
 
@@ -153,6 +154,10 @@ class Match(Term):
                         f"term {self.name!r}: `{title}` has no option {option!r}{nearest(option, names)}; "
                         f"it has {', '.join(names) or 'none'}."
                     )
+        needed = [p.name for p in list(parameters.values())[2:] if p.default is p.empty and p.kind in NAMED]
+        for option in needed:
+            if option not in options and not (option == "mask" and masked):
+                raise TaskkdError(f"term {self.name!r}: `{title}` needs {option!r}, which has no default.")
         if masked and "mask" not in names:
             raise TaskkdError(f"term {self.name!r}: a mask or gate was given, but `{title}` takes no `mask`.")
 

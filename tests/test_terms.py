@@ -77,6 +77,17 @@ def test_a_mask_for_a_loss_without_mask() -> None:
     assert Match("a", plain, "x").forward(run_of(*pair(2, 3))) > 0
 
 
+def test_an_option_without_default_must_be_given() -> None:
+    def margin(student: Tensor, teacher: Tensor, *, margin: float, mask: Tensor) -> Tensor:
+        return ((student - teacher).abs() - margin).clamp(min=0)[mask].mean()
+
+    with pytest.raises(TaskkdError, match=r"term 'a': `margin` needs 'margin', which has no default\."):
+        Match("a", margin, "x", mask="batch.m")
+    with pytest.raises(TaskkdError, match="`margin` needs 'mask', which has no default"):
+        Match("a", margin, "x", margin=0.5)
+    Match("a", margin, "x", margin=0.5, mask="batch.m")
+
+
 def test_a_loss_that_takes_anything_is_believed() -> None:
     def loose(student: Tensor, teacher: Tensor, **options: float) -> Tensor:
         return (student - teacher).abs().mean() * options["scale"]
