@@ -14,6 +14,7 @@ Grammar, read left to right::
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -235,7 +236,7 @@ class Taps:
         self.stop_after: int | None = None
         self._slots: dict[tuple[str, str], _Slot] = {}
         self._handles: list[RemovableHandle] = []
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))
         for tap in self.taps.values():
             if tap.root != "module" or (tap.path, tap.port) in self._slots:
                 continue
@@ -342,6 +343,10 @@ def accepted_arguments(forward: Callable[..., Any]) -> Callable[[Mapping[str, An
 
     parameters = inspect.signature(forward).parameters.values()
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return functools.partial(_pick, frozenset(named))
+
+
+def _pick(named: frozenset[str], batch: Mapping[str, Any]) -> dict[str, Any]:
     if named:
-        return lambda batch: {k: v for k, v in batch.items() if k in named}
-    return lambda batch: {k: v for k, v in batch.items() if k != "id" and not k.startswith("teacher_")}
+        return {k: v for k, v in batch.items() if k in named}
+    return {k: v for k, v in batch.items() if k != "id" and not k.startswith("teacher_")}
