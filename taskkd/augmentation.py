@@ -15,8 +15,8 @@ Sample = TypeVar("Sample")
 
 def generator_for(seed: int, epoch: int, sample_id: int) -> torch.Generator:
     """A generator that is a function of these three numbers alone."""
-    mixed = seed & 0xFFFFFFFF
-    for number in (epoch, sample_id):  # one round of splitmix64 each: neighbouring ids get unrelated streams
+    mixed = 0
+    for number in (seed, epoch, sample_id):  # one round of splitmix64 each: neighbouring numbers get unrelated streams
         mixed = (mixed + 0x9E3779B97F4A7C15 + (number & 0xFFFFFFFFFFFFFFFF)) & 0xFFFFFFFFFFFFFFFF
         mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
         mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF

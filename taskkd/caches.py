@@ -7,6 +7,7 @@ length). A shard is written beside and renamed; an interrupted build goes on whe
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -105,6 +106,8 @@ class Cached:
         """For loader workers that are spawned: files are opened anew there, the model stays behind."""
         state = self.__dict__.copy()
         state["_shards"] = None
+        state["live"] = live = copy.copy(self.live)  # a worker looks up, for which it needs `inputs` alone
+        live.model, live._taps, live._call = nn.Identity(), None, None
         return state
 
     # ---- what a distiller asks
@@ -167,8 +170,8 @@ class Cached:
         file = self.path / "index.json"
         try:
             index = json.loads(file.read_text())
-            stored, shards = index["key"], index["shards"]
-        except (OSError, ValueError, KeyError) as error:
+            stored, shards, _ = dict(index["key"]), list(index["shards"]), index["taps"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CacheError(f"cache {self.path}: {file.name} cannot be read ({error}); delete the folder to build it anew.") from None
         for part, wanted in self.key().items():
             if stored.get(part) != wanted:
@@ -317,6 +320,11 @@ class Cached:
         if self._index is None:
             taps = {t: {"shape": list(v.shape[2:] if ragged[t] else v.shape[1:]), "ragged": ragged[t]} for t, v in values.items()}
             self._index = {"key": self.key(), "taps": taps, "shards": []}
+        elif unasked := [t for t in self._index["taps"] if t not in values]:
+            raise CacheError(
+                f"cache {self.path} holds the taps {', '.join(map(repr, self._index['taps']))} and is not complete; "
+                f"to go on building it, {', '.join(map(repr, unasked))} must be asked for too. Or delete the folder."
+            )
         writer = _Writer(self.path, self._index, self.dtype)
         size = writer.bytes_per_sample(values, inputs) * total
         free = shutil.disk_usage(self.path).free
@@ -334,11 +342,13 @@ class Cached:
                 raise CacheError(f"cache {self.path}: tap {tap!r} is not a floating point tensor with a batch dimension.")
         if length is None or not any(v.ndim > 1 and length in v.shape[1:] for v in values.values()):
             return dict.fromkeys(values, False)
-        wider = {
-            k: torch.nn.functional.pad(v, (0, 1)) if isinstance(v, Tensor) and v.ndim == 2 and v.shape[1] == length else v
+        # One column less shows it too, and unlike one more it is never beyond the model's position embeddings.
+        change = (0, -1) if length > 1 else (0, 1)
+        other = {
+            k: torch.nn.functional.pad(v, change) if isinstance(v, Tensor) and v.ndim == 2 and v.shape[1] == length else v
             for k, v in batch.items()
         }
-        grown = self.live(wider)
+        grown = self.live(other)
         ragged = {}
         for tap, value in values.items():
             changed = [d for d, (a, b) in enumerate(zip(value.shape, grown[tap].shape, strict=True)) if a != b]

@@ -64,7 +64,8 @@ class Distiller(nn.Module):
         task_weight: factor of the task loss; 0: it is not computed and labels are not needed.
         task_loss: `(output, batch) -> scalar`. Default: `output.loss` / `output["loss"]`, or the sum of a dict of
             losses (torchvision detectors).
-        on_nonfinite: "raise" stops at a NaN or infinite term with its name; "skip" lets the caller skip the step.
+        on_nonfinite: "raise" stops at a NaN or infinite term with its name; "skip" lets the loop skip
+            the step: `if distiller.check_finite(): optimizer.step()`.
 
     Raises:
         TapError: a tap is in neither model.
@@ -141,12 +142,13 @@ class Distiller(nn.Module):
             return self.student(**self._accepted(batch))
         names, values = self._losses(batch)
         stacked = torch.stack(values) if len(values) > 1 else values[0].reshape(1)
-        # `dot`, as autocast would compute `stacked @ weights` in half precision.
+        # Not `@`: autocast would compute that in half precision.
         losses = {"loss": torch.dot(stacked, self._weights_like(stacked))}
         losses |= zip(names, [v.detach() for v in values], strict=True)
         if self.check_in_forward and not torch.compiler.is_compiling():  # a compiled graph cannot stop
             self.watch(losses, batch)
-            self.check_finite()
+            if self.on_nonfinite == "raise":  # else the loop asks `check_finite` whether to skip
+                self.check_finite()
         return losses
 
     def _losses(self, batch: Mapping[str, Any]) -> tuple[list[str], list[Tensor]]:
@@ -203,7 +205,7 @@ class Distiller(nn.Module):
                 isinstance(value, Tensor)
                 and not value.requires_grad
                 and value.is_floating_point()
-                and not name.startswith("batch")
+                and self._taps.taps[name].root != "batch"
                 and any(p.requires_grad for p in self.student.parameters())
             ):
                 raise TapError(
@@ -241,7 +243,7 @@ class Distiller(nn.Module):
         if current is None or len(current) != len(numbers):
             self._weights = torch.tensor(numbers)
         elif self._numbers != numbers:
-            self._weights.copy_(torch.tensor(numbers))
+            self._weights.copy_(torch.tensor(numbers, dtype=torch.float64))
         self._numbers = numbers
 
     def _scheduled(self, term: Term) -> float:
@@ -251,7 +253,9 @@ class Distiller(nn.Module):
 
     def _weights_like(self, values: Tensor) -> Tensor:
         if self._weights.device != values.device or self._weights.dtype != values.dtype:
-            self._weights = self._weights.to(values.device, values.dtype)
+            exact = values.dtype == torch.float64 and not torch.compiler.is_compiling()
+            weights = torch.tensor(self._numbers, dtype=torch.float64) if exact else self._weights
+            self._weights = weights.to(values.device, values.dtype)
         return self._weights
 
     def weights(self) -> dict[str, float]:
@@ -357,8 +361,8 @@ class Distiller(nn.Module):
         """
         tensor = first_tensor(batch)
         devices = [tensor.device] if tensor is not None and tensor.device.type == "cuda" else []
-        buffers = {n: b.clone() for n, b in self.student.named_buffers()}
-        training = self.training
+        buffers = {n: b.clone() for n, b in self.named_buffers()}
+        modes = [(module, module.training) for module in self.modules()]
         active, self._active = self._active, self._term_list
         try:
             with torch.random.fork_rng(devices), torch.enable_grad():
@@ -366,12 +370,17 @@ class Distiller(nn.Module):
                 run = self._run(batch, prepare=True)
                 for term in self._term_list:
                     term.build(run)
+                for name, buffer in self.named_buffers():  # those of adapters that were built just now
+                    buffers.setdefault(name, buffer.clone())
                 terms = self._measure(run, batch)
         finally:
-            self.train(training)
+            self.train(modes[0][1])  # what was built just now, too
+            for module, training in modes:
+                module.training = training
             with torch.no_grad():
-                for name, buffer in self.student.named_buffers():
-                    buffer.copy_(buffers[name])
+                for name, buffer in self.named_buffers():
+                    if name in buffers:
+                        buffer.copy_(buffers[name])
             self._active = active
         self._pending = []
         self._set_automatic(terms)
@@ -395,11 +404,7 @@ class Distiller(nn.Module):
                     f"term {name!r} is {value.item()} on the first batch, before any training; look at the teacher's "
                     "and the student's tensors there."
                 )
-            gradients = (
-                torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-                if parameters and value.requires_grad
-                else ()
-            )
+            gradients = _gradients(value, parameters) if parameters and value.requires_grad else ()
             norms = [g.detach().float().norm() for g in gradients if g is not None]
             reports.append(
                 TermReport(
@@ -482,6 +487,18 @@ class Distiller(nn.Module):
         if self.teacher is not None:
             names |= self.teacher.columns()
         return names | {tap.selectors[0] for tap in self._taps.taps.values() if tap.root == "batch" and tap.selectors}  # type: ignore[misc]
+
+
+def _gradients(value: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise TaskkdError(
+            "the student's gradient checkpointing is the reentrant kind, which hides tensors from taps; use "
+            "`use_reentrant=False`."
+        ) from None
 
 
 def _advice(terms: Sequence[TermReport]) -> list[str]:

@@ -14,6 +14,7 @@ Grammar, read left to right::
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -222,7 +223,7 @@ class _Hook:
 
 
 class _Recording:
-    """The block of `Taps.record`: a plain class, entered twice in every step, where a generator costs several times more."""
+    """The block of `Taps.record`: a plain class, as a generator costs several times more, twice in every step."""
 
     def __init__(self, taps: Taps) -> None:
         self.taps = taps
@@ -257,7 +258,7 @@ class Taps:
         self._block = _Recording(self)
         self._slots: dict[tuple[str, str], _Slot] = {}
         self._handles: list[RemovableHandle] = []
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))
         for tap in self.taps.values():
             if tap.root != "module" or (tap.path, tap.port) in self._slots:
                 continue
@@ -300,10 +301,9 @@ class Taps:
         """
         values: dict[str, Any] = {}
         for name, tap, slot in self._reads:
+            value = output if tap.root == "out" else batch
             if slot is not None:
                 value = self._recorded(tap, slot)
-            else:
-                value = output if tap.root == "out" else batch
             values[name] = tap.select(value) if tap.selectors else value
         self.clear()
         return values
@@ -357,6 +357,10 @@ def accepted_arguments(forward: Callable[..., Any]) -> Callable[[Mapping[str, An
 
     parameters = inspect.signature(forward).parameters.values()
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return functools.partial(_pick, frozenset(named))
+
+
+def _pick(named: frozenset[str], batch: Mapping[str, Any]) -> dict[str, Any]:
     if named:
-        return lambda batch: {k: v for k, v in batch.items() if k in named}
-    return lambda batch: {k: v for k, v in batch.items() if k != "id" and not k.startswith("teacher_")}
+        return {k: v for k, v in batch.items() if k in named}
+    return {k: v for k, v in batch.items() if k != "id" and not k.startswith("teacher_")}

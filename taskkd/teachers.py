@@ -166,11 +166,13 @@ class Frozen:
         Raises:
             TapError: no such module.
         """
-        modules = dict(self.model.named_modules())
+        modules = dict(self.model.named_modules(remove_duplicate=False))
         if path not in modules:
             raise TapError(f"the teacher has no module {path!r}{nearest(path, modules)}.")
         recording = self._taps is not None and self._taps.recording
         assert not recording, "apply() runs outside the teacher's own forward"
+        if self.model.training:  # as in `_ready`
+            self.model.eval()
         return modules[path](x)
 
     def close(self) -> None:

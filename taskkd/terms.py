@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from taskkd.adapters import AdapterSpec, build_adapter
@@ -22,6 +23,7 @@ __all__ = ["Match", "Run", "Term", "Weight"]
 
 Weight: TypeAlias = "float | Schedule | Literal['auto']"
 Mask: TypeAlias = "str | Callable[[Mapping[str, Any], Tensor], Tensor]"
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 Gate: TypeAlias = Callable[["Run"], Tensor]
 
 
@@ -153,6 +155,10 @@ class Match(Term):
                         f"term {self.name!r}: `{title}` has no option {option!r}{nearest(option, names)}; "
                         f"it has {', '.join(names) or 'none'}."
                     )
+        needed = [p.name for p in list(parameters.values())[2:] if p.default is p.empty and p.kind in NAMED]
+        for option in needed:
+            if option not in options and not (option == "mask" and masked):
+                raise TaskkdError(f"term {self.name!r}: `{title}` needs {option!r}, which has no default.")
         if masked and "mask" not in names:
             raise TaskkdError(f"term {self.name!r}: a mask or gate was given, but `{title}` takes no `mask`.")
 
@@ -178,11 +184,14 @@ class Match(Term):
         pairs = zip(
             self._values(run.student, self.student_pairs), self._values(run.teacher, self.teacher_taps), strict=True
         )
+        adapters = []
         for tap, (s, t) in zip(self.student_pairs, pairs, strict=True):
             try:
-                self.adapters.append(build_adapter(self.adapter_spec, s, t).to(s.device))
+                adapter = build_adapter(self.adapter_spec, s, t).to(s.device)
+                adapters.append(adapter.double() if s.dtype == torch.float64 else adapter)
             except ShapeError as error:
                 raise ShapeError(f"term {self.name!r}, tap {tap!r}: {error}") from None
+        self.adapters.extend(adapters)
 
     def forward(self, run: Run) -> Tensor:
         students = self._values(run.student, self.student_pairs)
@@ -191,7 +200,7 @@ class Match(Term):
         if self.mask is not None or self.gate is not None:
             options, scale = self._masked(run, students[0])
         if self.adapted and self.adapters:
-            students = [a(s) for a, s in zip(self.adapters, students, strict=True)]
+            students = [a(_as_weights(s, a)) for a, s in zip(self.adapters, students, strict=True)]
         try:
             value = (
                 self.loss(tuple(students), tuple(teachers), **options)
@@ -217,3 +226,11 @@ class Match(Term):
         gated = full * gate.reshape(gate.shape + (1,) * (full.ndim - gate.ndim))
         total = full.sum()
         return {**self.options, "mask": gated}, gated.sum() / total.clamp(min=1e-12)
+
+
+def _as_weights(x: Tensor, adapter: nn.Module) -> Tensor:
+    """`x` in the precision of the adapter's weights, which stay fp32 under a half-precision student."""
+    weight = next(adapter.parameters(), None)
+    if weight is None or weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(weight.dtype)

@@ -1,0 +1,39 @@
+"""Fixtures that the tests of the core share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from tests import small
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Each test starts from the same random state, whichever tests ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def conv_pair() -> tuple[nn.Module, nn.Module]:
+    """A student and a wider teacher with BatchNorm, ReLU in place and a residual `out += x`."""
+    return small.ConvNet(4), small.ConvNet(6)
+
+
+@pytest.fixture
+def bert_pair() -> tuple[nn.Module, nn.Module]:
+    """A small BERT student and a wider, deeper teacher."""
+    return small.bert(1, 8, seed=1), small.bert(2, 16, seed=2)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Compiled code of other tests forgotten, before and after."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

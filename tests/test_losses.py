@@ -1,0 +1,374 @@
+"""One grid over every public loss: whoever adds a loss adds a row here, and has it tested for all of contract 1."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from taskkd import losses
+from taskkd.errors import ShapeError
+from taskkd.losses import primitives
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss, the shape it is tested with and what holds for it."""
+
+    loss: Callable[..., Tensor]
+    shape: tuple[int, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    mask: tuple[int, ...] = ()
+    zero_when_equal: bool = True
+    several: bool = False  # a sequence of tensors, one for each index of dimension 1
+
+    @property
+    def name(self) -> str:
+        options = ",".join(f"{k}={v}" for k, v in self.options.items())
+        return f"{self.loss.__name__}-{'x'.join(map(str, self.shape))}{'-several' if self.several else ''}-{options}"
+
+    def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.several:
+            student, teacher = student.unbind(1), teacher.unbind(1)  # type: ignore[assignment]
+        options = self.options if mask is None else {**self.options, "mask": mask}
+        return self.loss(student, teacher, **options)
+
+    def spread(self, mask: Tensor) -> Tensor:
+        """The mask as booleans over the whole input."""
+        if self.options.get("dim") == 1:
+            mask = mask.unsqueeze(1)
+        return mask.reshape(mask.shape + (1,) * (len(self.shape) - mask.ndim)).expand(self.shape).bool()
+
+
+CASES = [
+    Case(losses.kl_divergence, (6, 5), {"temperature": 4.0}, (6,)),
+    Case(losses.kl_divergence, (4, 5, 3, 2), {"dim": 1}, (4, 3, 2)),
+    Case(losses.kl_divergence, (4, 7, 5), {"dim": -1, "temperature": 2.0}, (4, 7)),
+    Case(losses.soft_cross_entropy, (6, 5), {"temperature": 4.0}, (6,), zero_when_equal=False),
+    Case(losses.soft_cross_entropy, (4, 5, 3, 2), {"dim": 1}, (4, 3, 2), zero_when_equal=False),
+    Case(losses.logit_mse, (6, 5), {}, (6,)),
+    Case(losses.mse, (4, 7, 5), {}, (4, 7)),
+    Case(losses.mse, (4, 7, 5), {"normalise": True}, (4, 7)),
+    Case(losses.mse, (4, 5, 3, 2), {}, (4,)),
+    Case(losses.cosine, (4, 7, 5), {}, (4, 7)),
+    Case(losses.cosine, (4, 5, 3, 2), {"dim": 1}, (4, 3, 2)),
+    Case(losses.channel_wise, (4, 5, 3, 2), {}, (4,)),
+    Case(losses.channel_wise, (4, 5, 3, 2), {"temperature": 1.0}, (4, 5)),
+    Case(losses.patience, (4, 3, 8), {}, (4,)),
+    Case(losses.patience, (4, 3, 8), {"normalise": False}, (4, 3)),
+    Case(losses.patience, (4, 3, 8), {}, (4,), several=True),
+]
+every_loss = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def pair(case: Case, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Random student (with gradient) and teacher tensors."""
+    student = (torch.randn(case.shape, dtype=torch.float64) * scale).to(dtype)
+    teacher = (torch.randn(case.shape, dtype=torch.float64) * scale).to(dtype)
+    return student.requires_grad_(), teacher
+
+
+def some_mask(case: Case) -> Tensor:
+    """A mask with 1s and 0s, at least one of each."""
+    mask = torch.rand(case.mask) > 0.4
+    mask.view(-1)[0], mask.view(-1)[-1] = True, False
+    return mask
+
+
+def finite_with_gradient(value: Tensor, student: Tensor) -> None:
+    assert value.isfinite()
+    (gradient,) = torch.autograd.grad(value, student)
+    assert gradient.isfinite().all()
+
+
+def test_the_grid_has_every_public_loss() -> None:
+    assert {case.loss.__name__ for case in CASES} == set(losses.__all__)
+
+
+@every_loss
+def test_scalar_fp32_with_gradient(case: Case) -> None:
+    student, teacher = pair(case)
+    value = case(student, teacher)
+    assert value.shape == ()
+    assert value.dtype == torch.float32
+    assert value > 0
+    (gradient,) = torch.autograd.grad(value, student)
+    assert gradient.abs().sum() > 0
+
+
+@every_loss
+def test_equal_inputs(case: Case) -> None:
+    _, teacher = pair(case)
+    student = teacher.clone().requires_grad_()
+    value = case(student, teacher)
+    finite_with_gradient(value, student)
+    assert (abs(value.item()) <= 1e-6) == case.zero_when_equal
+
+
+@every_loss
+def test_gradcheck(case: Case) -> None:
+    student, teacher = pair(case, torch.float64)
+    assert torch.autograd.gradcheck(lambda s: case(s, teacher), (student,))
+    mask = some_mask(case)
+    assert torch.autograd.gradcheck(lambda s: case(s, teacher, mask), (student,))
+
+
+@every_loss
+def test_float64_stays_float64(case: Case) -> None:
+    assert case(*pair(case, torch.float64)).dtype == torch.float64
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_inputs_are_computed_in_fp32(case: Case, dtype: torch.dtype) -> None:
+    student, teacher = pair(case, dtype, scale=4.0)
+    value = case(student, teacher)
+    assert value.dtype == torch.float32
+    finite_with_gradient(value, student)
+    exact = case(student.double(), teacher.double()).item()
+    assert value.item() == pytest.approx(exact, rel=1e-5)
+
+
+@every_loss
+def test_autocast_changes_nothing(case: Case) -> None:
+    student, teacher = pair(case)
+    mask = some_mask(case)
+    plain = [case(student, teacher), case(student, teacher, mask)]
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = [case(student, teacher), case(student, teacher, mask)]
+        assert torch.is_autocast_enabled("cpu")
+    assert [v.dtype for v in inside] == [torch.float32] * 2
+    assert torch.equal(torch.stack(plain), torch.stack(inside))
+
+
+@every_loss
+def test_masked_entries_count_nothing(case: Case) -> None:
+    student, teacher = pair(case)
+    mask = some_mask(case)
+    where = case.spread(mask)
+    value = case(student, teacher, mask)
+    for filler in (0.0, 1e4, -77.0, float("inf"), float("nan")):
+        changed = torch.where(where, student, filler)
+        other = torch.where(where, teacher, -filler)
+        assert torch.equal(case(changed, other, mask), value)
+    (gradient,) = torch.autograd.grad(value, student)
+    assert gradient[~where].eq(0).all()
+    assert gradient[where].ne(0).any()
+
+
+@every_loss
+def test_mask_is_the_mean_over_what_counts(case: Case) -> None:
+    student, teacher = pair(case, torch.float64)
+    rows = torch.tensor([True] * (case.shape[0] - 2) + [False] * 2)
+    mask = rows.reshape(-1, *(1,) * (len(case.mask) - 1)).expand(case.mask)
+    kept = case(student[rows], teacher[rows])
+    torch.testing.assert_close(case(student, teacher, mask), kept, rtol=1e-12, atol=0)
+    torch.testing.assert_close(case(student, teacher, mask * 3.0), kept, rtol=1e-12, atol=0)  # weights are relative
+    everything = torch.ones(case.mask)
+    torch.testing.assert_close(case(student, teacher, everything), case(student, teacher), rtol=1e-12, atol=0)
+
+
+@every_loss
+def test_an_all_masked_batch_is_zero_with_a_gradient_path(case: Case) -> None:
+    student, teacher = pair(case)
+    value = case(student, teacher, torch.zeros(case.mask, dtype=torch.bool))
+    assert value.item() == 0
+    (gradient,) = torch.autograd.grad(value, student)
+    assert gradient.eq(0).all()
+
+
+@every_loss
+def test_a_mask_that_does_not_fit_is_refused(case: Case) -> None:
+    with pytest.raises(ShapeError, match=r"a mask of shape \(9,\) does not fit a loss map"):
+        case(*pair(case), torch.ones(9))
+
+
+@every_loss
+def test_batch_of_one(case: Case) -> None:
+    student, teacher = pair(case)
+    one = student[:1].detach().requires_grad_()
+    finite_with_gradient(case(one, teacher[:1]), one)
+
+
+@every_loss
+@pytest.mark.parametrize(("s", "t"), [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0)])
+def test_zero_vectors(case: Case, s: float, t: float) -> None:
+    student, teacher = pair(case)
+    student = (student.detach() * s).requires_grad_()
+    finite_with_gradient(case(student, teacher * t), student)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_logits_times_thousand(case: Case, dtype: torch.dtype) -> None:
+    student, teacher = pair(case, dtype, scale=1000.0)
+    finite_with_gradient(case(student, teacher), student)
+
+
+@every_loss
+def test_doubling_the_batch_changes_nothing(case: Case) -> None:
+    student, teacher = pair(case, torch.float64)
+    doubled = case(torch.cat([student, student]), torch.cat([teacher, teacher]))
+    torch.testing.assert_close(doubled, case(student, teacher), rtol=1e-12, atol=0)
+
+
+@every_loss
+def test_the_teacher_may_be_of_another_precision(case: Case) -> None:
+    student, teacher = pair(case)
+    value = case(student, teacher.bfloat16())
+    torch.testing.assert_close(value, case(student, teacher.bfloat16().float()), rtol=0, atol=0)
+
+
+@every_loss
+def test_compiles_to_one_equal_graph(case: Case, fresh_dynamo: None) -> None:
+    student, teacher = pair(case)
+    mask = some_mask(case)
+    compiled = torch.compile(case.loss, fullgraph=True, backend="aot_eager")
+    fast = Case(compiled, case.shape, case.options, case.mask, several=case.several)
+    for arguments in ((student, teacher), (student, teacher, mask)):
+        expected, got = case(*arguments), fast(*arguments)
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+        (a,), (b,) = torch.autograd.grad(expected, student), torch.autograd.grad(got, student)
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-8)
+
+
+@every_loss
+def test_shapes_that_would_broadcast_are_refused(case: Case) -> None:
+    student, teacher = pair(case)
+    with pytest.raises(ShapeError, match=rf"`{case.loss.__name__}` needs student and teacher tensors of one shape"):
+        case(student, teacher[:1])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "sentence"),
+    [
+        (
+            lambda s, t: losses.kl_divergence(s, t, temperature=-1),
+            ValueError,
+            "`temperature` must be positive, got -1.",
+        ),
+        (lambda s, t: losses.kl_divergence(s, t, temperature=0), ValueError, "`temperature` must be positive, got 0."),
+        (
+            lambda s, t: losses.soft_cross_entropy(s, t, temperature=0),
+            ValueError,
+            "`temperature` must be positive, got 0.",
+        ),
+        (
+            lambda s, t: losses.channel_wise(s[..., None], t[..., None], temperature=-2.0),
+            ValueError,
+            "`temperature` must be positive, got -2.0.",
+        ),
+        (
+            losses.channel_wise,
+            ShapeError,
+            "`channel_wise` needs (batch, channels, height, width), got (4, 5).",
+        ),
+        (
+            lambda s, t: losses.kl_divergence(s[:, :, None], t[:, :, None]),
+            ShapeError,
+            "`kl_divergence` got logits of shape (4, 5, 1): say which dimension holds the classes",
+        ),
+        (
+            lambda s, t: losses.soft_cross_entropy(s[0], t[0]),
+            ShapeError,
+            "`soft_cross_entropy` got logits of shape (5,): say which dimension holds the classes",
+        ),
+        (
+            lambda s, t: losses.mse(s, t[:, :3]),
+            ShapeError,
+            "`mse` needs student and teacher tensors of one shape, got (4, 5) and (4, 3). An adapter",
+        ),
+    ],
+)
+def test_errors_are_sentences(call: Callable[[Tensor, Tensor], Tensor], error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error) as caught:
+        call(torch.randn(4, 5), torch.randn(4, 5))
+    assert sentence in str(caught.value)
+
+
+def test_kl_divergence_is_batchmean_times_temperature_squared() -> None:
+    s, t = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    expected = 9 * F.kl_div(F.log_softmax(s / 3, 1), F.softmax(t / 3, 1), reduction="batchmean")
+    torch.testing.assert_close(losses.kl_divergence(s, t, temperature=3.0), expected)
+    torch.testing.assert_close(losses.kl_divergence(s, t, temperature=torch.tensor(3.0, dtype=torch.float64)), expected)
+
+
+def test_kl_divergence_over_pixels_is_the_mean_over_pixels() -> None:
+    s, t = torch.randn(2, 5, 3, 2), torch.randn(2, 5, 3, 2)
+    flat = [x.permute(0, 2, 3, 1).reshape(-1, 5) for x in (s, t)]
+    torch.testing.assert_close(losses.kl_divergence(s, t, dim=1), losses.kl_divergence(*flat))
+
+
+def test_soft_cross_entropy_has_the_gradient_of_kl_divergence() -> None:
+    s, t = torch.randn(6, 5, dtype=torch.float64, requires_grad=True), torch.randn(6, 5, dtype=torch.float64)
+    grads = [
+        torch.autograd.grad(f(s, t, temperature=2.0), s)[0] for f in (losses.kl_divergence, losses.soft_cross_entropy)
+    ]
+    torch.testing.assert_close(*grads)
+    entropy = -(F.softmax(t / 2, 1) * F.log_softmax(t / 2, 1)).sum(1).mean() * 4
+    difference = losses.soft_cross_entropy(s, t, temperature=2.0) - losses.kl_divergence(s, t, temperature=2.0)
+    torch.testing.assert_close(difference, entropy)
+
+
+def test_channel_wise_is_a_divergence_over_space() -> None:
+    s, t = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    p, q = F.softmax(t.reshape(6, 20) / 4, 1), F.log_softmax(s.reshape(6, 20) / 4, 1)
+    torch.testing.assert_close(losses.channel_wise(s, t), 16 * F.kl_div(q, p, reduction="batchmean"))
+    torch.testing.assert_close(losses.channel_wise(s + 5, t), losses.channel_wise(s, t))  # a channel's level is free
+
+
+def test_cosine_and_mse_by_hand() -> None:
+    s, t = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[4.0, 3.0], [-2.0, 0.0]])
+    assert losses.cosine(s, t).item() == pytest.approx(((1 - 24 / 25) + 2) / 2)
+    assert losses.mse(s, t).item() == pytest.approx((1 + 1 + 9 + 0) / 4)
+    assert losses.mse(s, t, normalise=True).item() == pytest.approx((0.04 + 0.04 + 4 + 0) / 4)
+    assert losses.mse(s, t, mask=torch.tensor([1.0, 3.0])).item() == pytest.approx((2 + 3 * 9) / 8)
+    assert losses.cosine(torch.zeros(1, 2), t[:1]).item() == 1
+
+
+def test_patience_stacks_layers() -> None:
+    s, t = torch.randn(4, 3, 8), torch.randn(4, 3, 8)
+    expected = F.mse_loss(F.normalize(s, dim=-1), F.normalize(t, dim=-1))
+    torch.testing.assert_close(losses.patience(s, t), expected)
+    torch.testing.assert_close(losses.patience(list(s.unbind(1)), tuple(t.unbind(1))), expected)
+    assert losses.patience(s.half().unbind(1), t.half().unbind(1)).dtype == torch.float32
+
+
+def test_a_confident_teacher_gives_a_finite_divergence() -> None:
+    s = torch.zeros(1, 3, requires_grad=True)
+    value = losses.kl_divergence(s, torch.tensor([[1e4, 0.0, -1e4]]))
+    assert value.item() == pytest.approx(math.log(3))
+    finite_with_gradient(value, s)
+
+
+@pytest.mark.parametrize("module", ["logits", "features", "channels", "layers", "primitives"])
+def test_docstring_examples_run(module: str) -> None:
+    assert doctest.testmod(importlib.import_module(f"taskkd.losses.{module}")).failed == 0
+
+
+def test_there_are_docstring_examples() -> None:
+    examples = doctest.DocTestFinder().find(importlib.import_module("taskkd.losses.logits"))
+    assert sum(len(e.examples) for e in examples) >= 3
+
+
+def test_a_loss_of_ones_own_gets_the_same_care() -> None:
+    seen: list[torch.dtype] = []
+
+    @primitives.full_precision
+    def loss(student: Tensor, teacher: Tensor, *, weight: Tensor) -> Tensor:
+        """Mine."""
+        seen.extend([student.dtype, teacher.dtype, weight.dtype, (student @ teacher.T).dtype])
+        return (student - teacher).square().mean()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        loss(torch.ones(2, 2).half(), torch.ones(2, 2).bfloat16(), weight=torch.ones(1).half())
+    assert seen == [torch.float32] * 4
+    assert (loss.__name__, loss.__doc__) == ("loss", "Mine.")
