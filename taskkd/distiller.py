@@ -115,6 +115,10 @@ class Distiller(nn.Module):
         if teacher_taps and teacher is None:
             raise TaskkdError("there are terms that compare with a teacher, but `teacher` is None.")
         self._uses_teacher = bool(teacher_taps)
+        # Run before the student, a teacher's passing tensors lie in memory that the student's kept ones then take; run
+        # after it they come on top (on a CPU: fresh pages in every step).
+        needs_run = getattr(teacher, "needs_run", True) or any(t.needs_student_run for t in self._term_list)
+        self._teacher_first = teacher is not None and not needs_run
         if teacher is not None:
             try:
                 teacher.attach(teacher_taps)
@@ -186,6 +190,10 @@ class Distiller(nn.Module):
         return inputs
 
     def _run(self, batch: Mapping[str, Any], prepare: bool = False) -> Run:
+        teacher: Teacher | None = self.teacher if self._uses_teacher and self._active else None
+        early = None
+        if teacher is not None and self._teacher_first and not prepare:
+            early, teacher = teacher(batch), None
         with self._taps.record():
             output = self.student(**self._student_inputs(batch))
         if prepare and self._taps.overwritten():
@@ -194,8 +202,9 @@ class Distiller(nn.Module):
         run = Run(batch, output, self._taps.read(output, batch))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._check_gradient_paths(run)
-        teacher: Teacher | None = self.teacher
-        if teacher is not None and self._uses_teacher and self._active:
+        if early is not None:
+            run.teacher = early
+        elif teacher is not None:
             run.teacher = teacher.prepare(batch, run) if prepare else teacher(batch, run)
         return run
 

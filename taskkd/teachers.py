@@ -100,6 +100,11 @@ class Frozen:
         names = set(inspect.signature(self.model.forward).parameters) - {"labels"}
         return names | {f"teacher_{n}" for n in names}
 
+    @property
+    def needs_run(self) -> bool:
+        """Whether it must run after the student, as it may read the student's run."""
+        return self._call is not None
+
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What of `batch` the teacher's `forward` gets."""
         own = {k.removeprefix("teacher_"): v for k, v in batch.items() if k.startswith("teacher_")}
