@@ -112,7 +112,7 @@ class Workload:
 
 
 WORKLOADS = {
-    "P1": Workload("tiny pair of 3 convolutions, batch 8", Tiny, Tiny, ("conv1", "conv2", "conv3"), 8, 10, 200),
+    "P1": Workload("tiny pair of 3 convolutions, batch 8", Tiny, Tiny, ("conv1", "conv2", "conv3"), 8, 10, 100),
     "P2": Workload(
         "ResNet-56 -> ResNet-20, CIFAR, batch 32",
         lambda: ResNet(20),
@@ -120,7 +120,7 @@ WORKLOADS = {
         ("layer1", "layer2", "layer3"),
         32,
         1,
-        32,
+        24,
     ),
 }
 
@@ -371,7 +371,7 @@ def main() -> int:
     """Measure, print a table; 1 if taskkd misses a bar."""
     parser = argparse.ArgumentParser(description="The fixed cost of a distillation step over a loop written by hand.")
     parser.add_argument("--only", choices=sorted(WORKLOADS), help="one workload instead of both")
-    parser.add_argument("--rounds", type=int, help="rounds of blocks (default: 200 of 10 steps for P1, 32 of 1 for P2)")
+    parser.add_argument("--rounds", type=int, help="rounds of blocks (default: 100 of 10 steps for P1, 24 of 1 for P2)")
     parser.add_argument("--without", action="append", default=[], choices=sorted(CONTENDERS), help="leave one out")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
