@@ -192,7 +192,7 @@ class Distiller(nn.Module):
     def _run(self, batch: Mapping[str, Any], prepare: bool = False) -> Run:
         teacher: Teacher | None = self.teacher if self._uses_teacher and self._active else None
         early = None
-        if teacher is not None and self._teacher_first and not prepare:
+        if teacher is not None and self._teacher_first and self.prepared and not prepare:
             early, teacher = teacher(batch), None
         with self._taps.record():
             output = self.student(**self._student_inputs(batch))
