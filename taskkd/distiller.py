@@ -106,6 +106,7 @@ class Distiller(nn.Module):
         self.progress = Progress()
         self.prepared = False
         self._term_list: list[Term] = [self.terms[n] for n in self.terms]  # type: ignore[misc]
+        self._scheduled_terms = [t.name for t in self._term_list if t.scheduled]
         self._accepted = accepted_arguments(student.forward)
         self._automatic: dict[str, float] = {}
         self._pending: list[tuple[Mapping[str, Tensor], Any]] = []
@@ -141,9 +142,9 @@ class Distiller(nn.Module):
             return self.student(**self._accepted(batch))
         names, values = self._losses(batch)
         stacked = torch.stack(values) if len(values) > 1 else values[0].reshape(1)
-        # Not `@`: autocast would compute that in half precision.
-        losses = {"loss": (stacked * self._weights_like(stacked)).sum()}
-        losses |= zip(names, stacked.detach().unbind(), strict=True)
+        # `dot`, as autocast would compute `stacked @ weights` in half precision.
+        losses = {"loss": torch.dot(stacked, self._weights_like(stacked))}
+        losses |= zip(names, [v.detach() for v in values], strict=True)
         if self.check_in_forward and not torch.compiler.is_compiling():  # a compiled graph cannot stop
             self.watch(losses, batch)
             if self.on_nonfinite == "raise":  # else the loop asks `check_finite` whether to skip
@@ -157,7 +158,7 @@ class Distiller(nn.Module):
             raise TaskkdError(
                 f"the adapter of {missing} does not exist yet: call `distiller.prepare(batch)` before the optimiser is made."
             )
-        if self.progress.total is None and any(t.schedule.needs_total for t in self._term_list):
+        if self._lacks_total:
             raise TaskkdError(
                 "a schedule is a fraction of the training: call `distiller.set_total(optimiser_steps)` before the first "
                 "step (the trainer does it)."
@@ -202,8 +203,8 @@ class Distiller(nn.Module):
         for name, value in run.student.items():
             if (
                 isinstance(value, Tensor)
-                and value.is_floating_point()
                 and not value.requires_grad
+                and value.is_floating_point()
                 and self._taps.taps[name].root != "batch"
                 and any(p.requires_grad for p in self.student.parameters())
             ):
@@ -233,6 +234,7 @@ class Distiller(nn.Module):
         """Read the schedules at the present progress; which terms are active, and with which weight."""
         weights = {t.name: self._automatic.get(t.name, 1.0) * self._scheduled(t) for t in self._term_list}
         active = [t for t in self._term_list if weights[t.name] > 0]
+        self._lacks_total = self.progress.total is None and any(t.schedule.needs_total for t in self._term_list)
         numbers = [self.task_weight] if self.task_weight > 0 else []
         numbers += [weights[t.name] for t in active]
         self._active = active
@@ -276,8 +278,9 @@ class Distiller(nn.Module):
         """
         if self._pending:
             self.check_finite()
-        self.progress = Progress(self.progress.step + 1, self.progress.total)
-        if any(t.scheduled for t in self._term_list):
+        # past nn.Module.__setattr__, which looks for parameters, modules and buffers of that name in every step
+        object.__setattr__(self, "progress", Progress(self.progress.step + 1, self.progress.total))
+        if self._scheduled_terms:
             self._set_weights()
 
     # ---- finiteness
@@ -299,17 +302,21 @@ class Distiller(nn.Module):
         Raises:
             NonFiniteError: one was not; the message names term, weight, step and sample ids.
         """
-        pending, self._pending = self._pending, []
+        pending = self._pending.copy()
+        self._pending.clear()
         if not pending:
             return True
         # A NaN or infinite term makes the weighted sum non-finite, so one number stands for all of them.
         totals = [losses["loss"].detach() for losses, _ in pending]
-        finite = (totals[0] if len(totals) == 1 else torch.stack(totals)).isfinite().all()
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            flag = finite.float()
+            flag = torch.stack(totals).isfinite().all().float()
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
-            finite = flag > 0
-        if bool(finite):
+            finite = bool(flag > 0)
+        elif len(totals) == 1:  # the usual case, without a kernel
+            finite = math.isfinite(totals[0].item())
+        else:
+            finite = bool(torch.stack(totals).isfinite().all())
+        if finite:
             return True
         if self.on_nonfinite == "skip":
             return False

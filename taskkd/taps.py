@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from taskkd.errors import TapError, nearest
@@ -171,13 +171,13 @@ class _Slot:
             value = _clone(value)
         self.values.append(value)
         # Dynamo traces in-place operations away, so the counter has no meaning there (and no graph node).
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             self.versions.append(_version(value))
 
 
 def _version(value: Any) -> int:
     if isinstance(value, Tensor):
-        return 0 if value.is_inference() else int(value._version)
+        return 0 if value.is_inference() else value._version
     if isinstance(value, Mapping):
         return sum(_version(v) for v in value.values())
     if isinstance(value, list | tuple):
@@ -206,14 +206,35 @@ class _Hook:
         self.taps, self.slot = taps, slot
 
     def output(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        if self.taps.recording:
+        taps = self.taps
+        if taps.recording:
             self.slot.add(output)
-            self.taps._fired()
+            taps.fired += 1
+            if taps.fired == taps.stop_after:
+                taps.stop()
 
     def input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.taps.recording:
+        taps = self.taps
+        if taps.recording:
             self.slot.add({**dict(enumerate(args)), **kwargs})
-            self.taps._fired()
+            taps.fired += 1
+            if taps.fired == taps.stop_after:
+                taps.stop()
+
+
+class _Recording:
+    """The block of `Taps.record`: a plain class, entered twice in every step, where a generator costs several times more."""
+
+    def __init__(self, taps: Taps) -> None:
+        self.taps = taps
+
+    def __enter__(self) -> None:
+        self.taps.fired = 0
+        self.taps.clear()
+        self.taps.recording = True
+
+    def __exit__(self, *_: object) -> None:
+        self.taps.recording = False
 
 
 class Taps:
@@ -234,6 +255,7 @@ class Taps:
         self.recording = False
         self.fired = 0
         self.stop_after: int | None = None
+        self._block = _Recording(self)
         self._slots: dict[tuple[str, str], _Slot] = {}
         self._handles: list[RemovableHandle] = []
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -250,27 +272,21 @@ class Taps:
                 self._handles.append(module.register_forward_pre_hook(hook.input, with_kwargs=True))
             else:
                 self._handles.append(module.register_forward_hook(hook.output))
+        self._reads = [(name, tap, self._slots.get((tap.path, tap.port))) for name, tap in self.taps.items()]
 
     @property
     def needs_output(self) -> bool:
         """Whether some tap reads the model's own output, so that its forward must run to the end."""
         return any(tap.root == "out" for tap in self.taps.values())
 
-    def _fired(self) -> None:
-        self.fired += 1
-        if self.stop_after is not None and self.fired == self.stop_after and not torch.compiler.is_compiling():
+    def stop(self) -> None:
+        """Leave the forward, unless it is being compiled: a graph cannot stop."""
+        if not is_compiling():
             raise StopForward
 
-    @contextmanager
-    def record(self) -> Iterator[None]:
+    def record(self) -> AbstractContextManager[None]:
         """Record during this block only: what runs later (recomputation in backward, evaluation) is not seen."""
-        self.fired = 0
-        self.clear()
-        self.recording = True
-        try:
-            yield
-        finally:
-            self.recording = False
+        return self._block
 
     def clear(self) -> None:
         """Let go of every recorded tensor."""
@@ -284,17 +300,16 @@ class Taps:
             TapError: a module did not run, ran several times without `@call`, or its tensor was overwritten in place.
         """
         values: dict[str, Any] = {}
-        for name, tap in self.taps.items():
-            if tap.root == "module":
-                value = self._recorded(tap)
+        for name, tap, slot in self._reads:
+            if slot is not None:
+                value = self._recorded(tap, slot)
             else:
                 value = output if tap.root == "out" else batch
-            values[name] = tap.select(value)
+            values[name] = tap.select(value) if tap.selectors else value
         self.clear()
         return values
 
-    def _recorded(self, tap: Tap) -> Any:
-        slot = self._slots[tap.path, tap.port]
+    def _recorded(self, tap: Tap, slot: _Slot) -> Any:
         calls = len(slot.values)
         if calls == 0:
             raise TapError(f"tap {tap.text!r}: module {tap.path!r} of the {self.whose} did not run in this forward.")

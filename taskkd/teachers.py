@@ -6,7 +6,6 @@ outside the module tree: it has no parameters, no state, no place in DDP or an o
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -48,7 +47,7 @@ def first_tensor(value: Any) -> Tensor | None:
         return value
     if isinstance(value, Mapping):
         value = list(value.values())
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         for item in value:
             found = first_tensor(item)
             if found is not None:
@@ -135,9 +134,11 @@ class Frozen:
             TapError: a module did not run, or ran several times.
         """
         taps = self._ready(batch)
-        output = None
-        with taps.record(), contextlib.suppress(StopForward):
-            output = self._forward(batch, run)
+        try:
+            with taps.record():
+                output = self._forward(batch, run)
+        except StopForward:
+            output = None
         return taps.read(output, batch)
 
     @torch.no_grad()

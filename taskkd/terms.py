@@ -135,6 +135,7 @@ class Match(Term):
         self.loss, self.options = loss, loss_options
         self.mask, self.select, self.gate = mask, select, gate
         self.adapters = nn.ModuleList()
+        self.adapted = adapter is not None
         self.adapter_spec: AdapterSpec | None = None
         if isinstance(adapter, nn.Module):
             if len(self.student_pairs) > 1:
@@ -167,10 +168,11 @@ class Match(Term):
 
     def _values(self, values: Mapping[str, Any], taps: Sequence[str]) -> list[Tensor]:
         tensors = []
+        select = self.select
         for tap in taps:
             value = values[tap]
-            if self.select is not None:
-                value = self.select(value) if callable(self.select) else value[self.select]
+            if select is not None:
+                value = select(value) if callable(select) else value[select]
             if not isinstance(value, Tensor):
                 raise TapError(f"term {self.name!r}: tap {tap!r} is a {type(value).__name__}, not a tensor; select an item.")
             tensors.append(value)
@@ -197,7 +199,7 @@ class Match(Term):
         options = self.options
         if self.mask is not None or self.gate is not None:
             options, scale = self._masked(run, students[0])
-        if self.adapters:
+        if self.adapted and self.adapters:
             students = [a(_as_weights(s, a)) for a, s in zip(self.adapters, students, strict=True)]
         try:
             value = (

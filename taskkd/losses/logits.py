@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from taskkd.errors import ShapeError
 from taskkd.losses.primitives import check_same_shape, full_precision, log_softmax, masked_mean, softened_kl
@@ -65,7 +66,12 @@ def kl_divergence(
     """
     check_same_shape(student, teacher, "kl_divergence")
     _check_temperature(temperature)
-    return masked_mean(softened_kl(student, teacher, temperature, _class_dim(student, dim, "kl_divergence")), mask)
+    dim = _class_dim(student, dim, "kl_divergence")
+    if mask is None and not isinstance(temperature, Tensor) and student.numel() > 0:  # the same in fewer kernels
+        log_s, log_t = log_softmax(student, temperature, dim), log_softmax(teacher, temperature, dim)
+        rows = student.numel() // student.shape[dim]
+        return F.kl_div(log_s, log_t, reduction="sum", log_target=True) * (temperature**2 / rows)
+    return masked_mean(softened_kl(student, teacher, temperature, dim), mask)
 
 
 @full_precision

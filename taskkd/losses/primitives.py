@@ -25,7 +25,7 @@ def _upcast(value: Any) -> Any:
     """Half-precision tensors as fp32; everything else unchanged."""
     if isinstance(value, Tensor):
         return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
-    if isinstance(value, tuple | list):
+    if isinstance(value, (tuple, list)):
         return type(value)(_upcast(v) for v in value)
     return value
 
@@ -40,8 +40,11 @@ def full_precision(loss: Loss) -> Loss:
     @functools.wraps(loss)
     def wrapped(student: Any, teacher: Any, *args: Any, **options: Any) -> Tensor:
         student, teacher = _upcast(student), _upcast(teacher)
-        args, options = tuple(_upcast(a) for a in args), {k: _upcast(v) for k, v in options.items()}
-        first = student[0] if isinstance(student, tuple | list) else student
+        if args:
+            args = tuple(_upcast(a) for a in args)
+        for name, value in options.items():  # this call's own dictionary
+            options[name] = _upcast(value)
+        first = student[0] if isinstance(student, (tuple, list)) else student
         kind = first.device.type
         if torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
