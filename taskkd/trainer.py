@@ -203,7 +203,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            names = self.distiller.columns() | {"label", "label_ids", *self.label_names}
+            # Also where no model reads labels: a task loss or a term may.
+            names = self.distiller.columns() | {"label", "labels", "label_ids", *self.label_names}
             self._signature_columns = sorted(names)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
