@@ -312,9 +312,15 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The weighted sum in training, the student's own loss in evaluation."""
+        """The weighted sum in training, the task loss (the student's own by default) in evaluation."""
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs)
+            if self.distiller.task_loss is None:
+                return super().compute_loss(model, inputs, return_outputs=return_outputs)
+            output = model(**inputs)
+            # The engine takes a bare tensor apart as if it were (loss, logits).
+            outputs = dict(output) if isinstance(output, Mapping) else {"logits": output}
+            loss = self.distiller.task_loss(output, inputs)
+            return (loss, outputs) if return_outputs else loss
         losses = model(**inputs)
         self.distiller.watch(losses, inputs)
         for name, value in losses.items():
@@ -347,6 +353,15 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
     # ---- evaluation
 
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """As the engine's, but hidden states and attentions, which terms made the student give, are not gathered."""
+        if ignore_keys is None:
+            ignore_keys = [*getattr(getattr(self.distiller.student, "config", None), "keys_to_ignore_at_inference", [])]
+            ignore_keys += [k for k in ("past_key_values", "hidden_states", "attentions") if k not in ignore_keys]
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
     def evaluation_loop(
         self,
         dataloader: DataLoader[Any],
@@ -355,9 +370,13 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """With a `metric`: stream over this process's own share of the data, then merge small states. Else the engine's."""
-        if self.metric is None:
+        """With a `metric`: stream over this process's own share of the data, then merge small states. Else the engine's.
+
+        `predict` is the engine's always: its caller wants the predictions.
+        """
+        if self.metric is None or description == "Prediction":
             return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self.callback_handler.eval_dataloader = dataloader
         was_training = self.distiller.training
         self.distiller.eval()
         self.metric.reset()
@@ -367,7 +386,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             with torch.no_grad(), self.autocast_smart_context_manager(), self.accelerator.autocast():
                 output = self.distiller(**batch)
             self.metric.update(output, batch)
-            value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+            value = self._eval_loss(output, batch)
             size = len(next(v for v in batch.values() if isinstance(v, Tensor)))
             if isinstance(value, Tensor):
                 loss += float(value) * size
@@ -385,6 +404,12 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if total and any(value for _, value, _ in states):
             metrics[f"{metric_key_prefix}_loss"] = sum(value for _, value, _ in states) / total
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=total)
+
+    def _eval_loss(self, output: Any, batch: Mapping[str, Any]) -> Any:
+        """The task loss of an output in eval mode, or None where it has none (a detector's list of boxes)."""
+        if self.distiller.task_loss is not None and isinstance(output, Tensor | Mapping):
+            return self.distiller.task_loss(output, batch)
+        return output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
 
     def _own_share(self, dataloader: DataLoader[Any]) -> DataLoader[Any]:
         """The batches of this process, without the samples that the engine repeats to make shares equal."""
