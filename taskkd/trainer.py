@@ -299,15 +299,38 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         self.prepare()
         fresh = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        options = {k: v for k, v in self._adapter_options.items() if v is not None}
-        own = {id(p) for p in self.distiller.terms.parameters()}
-        if fresh and options and own:
-            moved = []
-            for group in optimizer.param_groups:
-                moved += [p for p in group["params"] if id(p) in own]
-                group["params"] = [p for p in group["params"] if id(p) not in own]
-            optimizer.add_param_group({"params": moved, **options})
+        own = {id(p): p for p in self.distiller.terms.parameters() if p.requires_grad}
+        if fresh:
+            self._split_groups(optimizer, set(own))
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [p for key, p in own.items() if key not in held]
+        if missing:  # an optimiser of the user's own, made before there were adapters
+            if self.lr_scheduler is not None:
+                raise TaskkdError(
+                    "the optimiser that was given does not hold the adapters, and its scheduler knows no group for them: "
+                    "give the optimiser alone, or none (`optimizers=(optimizer, None)`)."
+                )
+            optimizer.add_param_group({"params": missing, **{k: v for k, v in self._adapter_options.items() if v is not None}})
         return optimizer
+
+    def _split_groups(self, optimizer: torch.optim.Optimizer, own: set[int]) -> None:
+        """Move these parameters to groups of their own that differ from the engine's in what was asked for only."""
+        rate, decay = self._adapter_options["lr"], self._adapter_options["weight_decay"]
+        if rate is None and decay is None:
+            return
+        decayed = set(self.get_decay_parameter_names(self.distiller))
+        decayed_ids = {id(p) for n, p in self.distiller.named_parameters() if n in decayed}
+        for group in list(optimizer.param_groups):
+            moved = [p for p in group["params"] if id(p) in own]
+            if not moved:
+                continue
+            group["params"] = [p for p in group["params"] if id(p) not in own]
+            fresh = {**group, "params": moved}
+            if rate is not None:
+                fresh["lr"] = rate
+            if decay is not None and all(id(p) in decayed_ids for p in moved):
+                fresh["weight_decay"] = decay
+            optimizer.add_param_group(fresh)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
