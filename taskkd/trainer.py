@@ -181,7 +181,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if args.n_gpu > 1:
             logger.warning("%d GPUs are visible, one is used; for all: accelerate launch --num_processes %d ...", args.n_gpu, args.n_gpu)
             args._n_gpu = 1
-        train_only(student, current.trains)
+        # What the user froze stays frozen, unless the method itself freezes parts (and must free them in a later stage).
+        if method is not None and any(s.trains is not None for s in method.stages):
+            train_only(student, current.trains)
         self.distiller = Distiller(
             student, teacher, current.terms, task_weight=current.task_weight, task_loss=task_loss, on_nonfinite=on_nonfinite
         )
