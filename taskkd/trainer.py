@@ -103,6 +103,7 @@ class _Drive(transformers.TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.distiller.set_total(state.max_steps)
+        self.trainer._start_sums()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         set_epoch = getattr(self.trainer.train_dataset, "set_epoch", None)
@@ -192,8 +193,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         self.preparation: Preparation | None = None
         self._adapter_options = {"lr": adapter_learning_rate, "weight_decay": adapter_weight_decay}
         self._sums: dict[str, Tensor] = {}
-        self._summed = 0
-        self._skipped = 0
+        self._counts: dict[str, int] = {}
+        self._kept: tuple[Tensor, dict[str, Tensor], dict[str, int]] | None = None
+        self._skipped = self._left_out = self._last_log = 0
         super().__init__(model=self.distiller, args=args, **engine)
         self.add_callback(_Drive(self))
         # The engine looks at `Distiller.forward(**batch)` and finds no names; the student has them.
@@ -352,28 +354,58 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             if name != "loss":
                 total = self._sums.get(name)
                 self._sums[name] = value.clone() if total is None else total.add_(value)
-        self._summed += 1
+                self._counts[name] = self._counts.get(name, 0) + 1
         return (losses["loss"], losses) if return_outputs else losses["loss"]
 
     def _stop_or_skip(self) -> None:
         if self.distiller.check_finite():
             self._skipped = 0
+            self._keep_sums()
             return
         self._skipped += 1
         if self._skipped >= SKIPS_IN_A_ROW:
             raise NonFiniteError(f"{self._skipped} steps in a row had a non-finite term; the run stops.")
         logger.warning("step %d is left out: a term is not finite.", self.state.global_step)
+        self._left_out += 1
         for parameter in self.distiller.parameters():
             parameter.grad = None
+        # What is logged is the mean of the other steps; a NaN in the engine's running sum would stay there for ever.
+        if self._kept is None:
+            self._tr_loss.zero_()
+            self._sums, self._counts = {}, {}
+        else:
+            loss, sums, counts = self._kept
+            self._tr_loss.copy_(loss)
+            self._sums, self._counts = {n: s.clone() for n, s in sums.items()}, dict(counts)
+
+    def _start_sums(self) -> None:
+        self._sums, self._counts, self._kept = {}, {}, None
+        self._skipped = self._left_out = 0
+        self._last_log = self.state.global_step
+
+    def _keep_sums(self) -> None:
+        if self.distiller.on_nonfinite == "skip":
+            sums = {n: s.clone() for n, s in self._sums.items()}
+            self._kept = (self._tr_loss.clone(), sums, dict(self._counts))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log; every term's mean since the last log is added to the training's entries, read from the device here only."""
-        if "loss" in logs and self._summed:
-            means = torch.stack(list(self._sums.values())).float() / self._summed
-            if self.args.world_size > 1:
-                means = self.accelerator.reduce(means, "mean")
-            logs |= {f"loss_{n}": v for n, v in zip(self._sums, means.tolist(), strict=True)}
-            self._sums, self._summed = {}, 0
+        """Log; every term's mean since the last log is added to the training's entries, read from the device here only.
+
+        The mean of a term is over the batches in which it was computed; steps that were skipped count in no mean.
+        """
+        if "loss" in logs:
+            steps = self.state.global_step - self._last_log
+            if self._left_out:
+                done = steps - self._left_out
+                logs["loss"] = logs["loss"] * steps / done if done else float("nan")
+            if self._sums:
+                counts = [self._counts[n] for n in self._sums]
+                means = torch.stack([s.float() / c for s, c in zip(self._sums.values(), counts, strict=True)])
+                if self.args.world_size > 1:
+                    means = self.accelerator.reduce(means, "mean")
+                logs |= {f"loss_{n}": v for n, v in zip(self._sums, means.tolist(), strict=True)}
+            self._sums, self._counts, self._kept = {}, {}, None
+            self._left_out, self._last_log = 0, self.state.global_step
         super().log(logs, *args, **kwargs)
 
     # ---- evaluation
