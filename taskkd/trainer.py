@@ -244,9 +244,13 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             raise CacheError("a cached teacher cannot follow random augmentation: use `Frozen`, or train without `Augmented`.")
         if not hasattr(dataset, "__len__"):
             raise CacheError("a cached teacher needs a dataset with a length and sample ids, not a stream.")
-        if len(cached) >= len(dataset):
+        complete = len(cached) >= len(dataset)
+        if complete and self.args.world_size == 1:
             return
+        # All ranks meet here: one that started late may find complete what another has just built.
         with self.accelerator.main_process_first():
+            if complete:
+                return
             if self.accelerator.is_main_process:
                 from taskkd.progress import track
 
