@@ -102,6 +102,9 @@ class Distiller(nn.Module):
         self.task_weight, self.task_loss, self.on_nonfinite = float(task_weight), task_loss, on_nonfinite
         #: whether `forward` itself looks for NaN; the trainer watches from outside and looks once per optimiser step
         self.check_in_forward = True
+        #: a wish of this process to stop (a signal), and whether some rank has it: they agree in `check_finite`, whose one
+        #: message and one synchronisation serve for both
+        self.stop_wish = self.stop_agreed = False
         self.progress = Progress()
         self.prepared = False
         self._term_list: list[Term] = [self.terms[n] for n in self.terms]  # type: ignore[misc]
@@ -299,12 +302,15 @@ class Distiller(nn.Module):
             return True
         # A NaN or infinite term makes the weighted sum non-finite, so one number stands for all of them.
         totals = [losses["loss"].detach() for losses, _ in pending]
-        finite = (totals[0] if len(totals) == 1 else torch.stack(totals)).isfinite().all()
+        flag = (totals[0] if len(totals) == 1 else torch.stack(totals)).isfinite().all()
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            flag = finite.float()
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
-            finite = flag > 0
-        if bool(finite):
+            flags = torch.stack([flag, torch.tensor(not self.stop_wish, device=flag.device)]).float()
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MIN)
+            finite, going_on = (flags > 0).tolist()
+            self.stop_agreed = not going_on
+        else:
+            finite, self.stop_agreed = bool(flag), self.stop_wish
+        if finite:
             return True
         if self.on_nonfinite == "skip":
             return False

@@ -68,7 +68,10 @@ class Interrupted(SystemExit):
 
 
 class SignalStop(transformers.TrainerCallback):  # type: ignore[misc]
-    """On SIGINT or SIGTERM: finish the optimiser step, save a checkpoint, stop. A second signal stops at once."""
+    """On SIGINT or SIGTERM: finish the optimiser step, save a checkpoint, stop. A second signal stops at once.
+
+    With several processes a signal to one of them stops all after the same step.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -80,12 +83,18 @@ class SignalStop(transformers.TrainerCallback):  # type: ignore[misc]
             raise Interrupted(128 + number)
         self.received = number
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.received = None
+        model.stop_wish = model.stop_agreed = False
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._handle)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.received is not None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        model.stop_wish = self.received is not None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if model.stop_agreed or (self.received is not None and args.world_size == 1):
+            self.received = self.received or signal.SIGTERM  # another process got it
             control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:
