@@ -59,7 +59,9 @@ def verify(folder: Path) -> None:
         CheckpointError: the manifest or a file is missing, or a file is not what was written; the message names it.
     """
     try:
-        digests = json.loads((folder / MANIFEST).read_text())["sha256"]
+        digests = dict(json.loads((folder / MANIFEST).read_text())["sha256"])
+        if not digests:
+            raise ValueError("nothing is listed")
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"checkpoint {folder} is incomplete: it has no readable {MANIFEST}, which is written last.") from None
     for name, digest in digests.items():
@@ -151,8 +153,9 @@ def load_student(student: nn.Module, folder: Path) -> None:
         else:
             load_model(student, str(folder / "model.safetensors"))
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"checkpoint {folder} does not load into this student: {first}") from error
+        # torch names the class in its first line and what does not fit in the next.
+        lines = [line.strip() for line in str(error).splitlines()[:2]] or [type(error).__name__]
+        raise CheckpointError(f"checkpoint {folder} does not load into this student: {' '.join(lines)[:400]}") from error
 
 
 def save_state(distiller: nn.Module, path: Path) -> None:

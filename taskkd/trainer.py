@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import shutil
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -508,9 +509,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         final = run / f"checkpoint-{self.state.global_step}"
         staging = final.with_name(final.name + ".tmp")
         if self.args.should_save:
-            import shutil
-
-            shutil.rmtree(staging, ignore_errors=True)
+            # What a killed save left behind would count as a checkpoint when the oldest are deleted.
+            for left in (*run.glob("checkpoint-*.tmp"), *run.glob("checkpoint-*.old")):
+                shutil.rmtree(left, ignore_errors=True)
             staging.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         self._save(str(staging / STUDENT))
