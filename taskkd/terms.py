@@ -178,7 +178,7 @@ class Match(Term):
         )
         for tap, (s, t) in zip(self.student_pairs, pairs, strict=True):
             try:
-                self.adapters.append(build_adapter(self.adapter_spec, s, t).to(s.device))
+                self.adapters.append(build_adapter(self.adapter_spec, s, t).to(s.device, s.dtype))
             except ShapeError as error:
                 raise ShapeError(f"term {self.name!r}, tap {tap!r}: {error}") from None
 
