@@ -216,8 +216,8 @@ def changed(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set
     return {k for k in one if distance({k: one[k]}, {k: other[k]}) > 0}
 
 
-def run_job(*words: str, ranks: int = 1, timeout: float = 150, check: bool = True) -> subprocess.CompletedProcess:
-    """Run `engine_job.py` in a process of its own, under torchrun where there are several ranks."""
+def run_job(*words: str, ranks: int = 1, script: str = str(JOB), timeout: float = 150, check: bool = True) -> subprocess.CompletedProcess:
+    """Run a script of this folder in a process of its own, under torchrun where there are several ranks."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
@@ -225,7 +225,7 @@ def run_job(*words: str, ranks: int = 1, timeout: float = 150, check: bool = Tru
     root = str(JOB.parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join([root, str(JOB.parent), environment.get("PYTHONPATH", "")])
     process = subprocess.Popen(
-        [*launcher, str(JOB), *words],
+        [*launcher, script, *words],
         env=environment,
         text=True,
         stdout=subprocess.PIPE,

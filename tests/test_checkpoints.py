@@ -415,7 +415,8 @@ def signalled(tmp_path_factory):
     return folder, everything(whole)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_stops(signalled, number, code):
     folder, expected = signalled
     run = folder / number.name
