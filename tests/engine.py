@@ -216,7 +216,9 @@ def changed(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set
     return {k for k in one if distance({k: one[k]}, {k: other[k]}) > 0}
 
 
-def run_job(*words: str, ranks: int = 1, script: str = str(JOB), timeout: float = 150, check: bool = True) -> subprocess.CompletedProcess:
+def run_job(
+    *words: str, ranks: int = 1, script: str = str(JOB), timeout: float = 150, check: bool = True
+) -> subprocess.CompletedProcess:
     """Run a script of this folder in a process of its own, under torchrun where there are several ranks."""
     launcher = [sys.executable]
     if ranks > 1:

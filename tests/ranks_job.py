@@ -71,7 +71,12 @@ def train(folder: Path, terms=None, callbacks=(), **options) -> dict[str, Any]:
     )
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    return {"weights": weights(trainer.distiller), "gradients": gradients.steps, "logs": logs, "step": trainer.state.global_step}
+    return {
+        "weights": weights(trainer.distiller),
+        "gradients": gradients.steps,
+        "logs": logs,
+        "step": trainer.state.global_step,
+    }
 
 
 def plain(folder: Path) -> dict[str, Any]:
@@ -105,10 +110,17 @@ def evaluation(folder: Path) -> dict[str, Any]:
     streaming = Classification(CLASSES)
     streamed = text_trainer(folder / "streamed", metric=streaming, **options).evaluate()
     engine = text_trainer(folder / "engine", compute_metrics=count, **options).evaluate()
-    few = text_trainer(folder / "few", metric=Classification(CLASSES), **{**options, "eval_dataset": Sentences(1)}).evaluate()
+    few = text_trainer(
+        folder / "few", metric=Classification(CLASSES), **{**options, "eval_dataset": Sentences(1)}
+    ).evaluate()
     keep = ("eval_accuracy", "eval_count", "eval_loss")
     pick = lambda found: {k: v for k, v in found.items() if k in keep}  # noqa: E731
-    return {"streamed": pick(streamed), "engine": pick(engine), "few": pick(few), "counted": int(streaming.matrix.sum())}
+    return {
+        "streamed": pick(streamed),
+        "engine": pick(engine),
+        "few": pick(few),
+        "counted": int(streaming.matrix.sum()),
+    }
 
 
 def resumed(folder: Path) -> dict[str, Any]:
@@ -149,9 +161,14 @@ def by_hand(folder: Path, **options) -> dict[str, Any]:
     """A plain loop of a DDP-wrapped distiller, without the trainer."""
     from torch.nn.parallel import DistributedDataParallel
 
-    distiller = kd.Distiller(Mlp(8), Mlp(12, 1), [logits_term(tap="out"), hidden_term(tap="body")], task_loss=cross_entropy)
+    distiller = kd.Distiller(
+        Mlp(8), Mlp(12, 1), [logits_term(tap="out"), hidden_term(tap="body")], task_loss=cross_entropy
+    )
     data = Points(24)
-    batches = [{"id": torch.arange(i, i + BATCH), "x": data.x[i : i + BATCH], "labels": data.labels[i : i + BATCH]} for i in (0, 8, 16)]
+    batches = [
+        {"id": torch.arange(i, i + BATCH), "x": data.x[i : i + BATCH], "labels": data.labels[i : i + BATCH]}
+        for i in (0, 8, 16)
+    ]
     with torch.random.fork_rng():
         torch.manual_seed(7)  # one process and two must draw the same adapter
         distiller.prepare(batches[0])
@@ -171,7 +188,9 @@ def with_accelerate(folder: Path) -> dict[str, Any]:
     from torch.utils.data import DataLoader
 
     accelerator = Accelerator(cpu=True)
-    distiller = kd.Distiller(Mlp(8), Mlp(12, 1), [logits_term(tap="out"), hidden_term(tap="body")], task_loss=cross_entropy)
+    distiller = kd.Distiller(
+        Mlp(8), Mlp(12, 1), [logits_term(tap="out"), hidden_term(tap="body")], task_loss=cross_entropy
+    )
     loader = DataLoader(Points(24), batch_size=BATCH // WORLD)
     first = next(iter(DataLoader(Points(24), batch_size=BATCH)))
     with torch.random.fork_rng():

@@ -34,7 +34,16 @@ from safetensors.torch import load_file
 
 import taskkd as kd
 from taskkd import losses
-from taskkd.checkpoints import load_state, load_student, newest_checkpoint, save_state, save_student, seal, staged, verify
+from taskkd.checkpoints import (
+    load_state,
+    load_student,
+    newest_checkpoint,
+    save_state,
+    save_student,
+    seal,
+    staged,
+    verify,
+)
 from taskkd.errors import CheckpointError
 from taskkd.nlp.metrics import Classification
 
@@ -64,7 +73,9 @@ def resumable(folder, *, workers=0, cached=False, augmented=False, accumulate=1,
     terms = [
         logits_term(kd.schedules.warmup(1.0, fraction=0.9)),
         kd.Match("cls", losses.mse, "bert.encoder.layer.1[:, 0]", adapter="linear"),
-        kd.Match("embedding", losses.cosine, "bert.embeddings", adapter="linear", weight="auto", mask="batch.attention_mask"),
+        kd.Match(
+            "embedding", losses.cosine, "bert.embeddings", adapter="linear", weight="auto", mask="batch.attention_mask"
+        ),
     ]
     return text_trainer(
         folder,
@@ -143,7 +154,14 @@ def test_a_checkpoint_holds_what_the_design_says(tmp_path):
     point_trainer(tmp_path, callbacks=[StopAfter(3)]).train()
     folder = tmp_path / "checkpoint-3"
     names = {p.name for p in folder.iterdir()}
-    assert names >= {"student", "taskkd_state.safetensors", "manifest.json", "optimizer.pt", "scheduler.pt", "trainer_state.json"}
+    assert names >= {
+        "student",
+        "taskkd_state.safetensors",
+        "manifest.json",
+        "optimizer.pt",
+        "scheduler.pt",
+        "trainer_state.json",
+    }
     assert load_file(folder / "student" / "model.safetensors").keys() == Mlp().state_dict().keys()
     state = load_file(folder / "taskkd_state.safetensors")
     assert state.keys() == {"_extra_state", "terms.hidden.adapters.0.map.weight", "terms.hidden.adapters.0.map.bias"}
@@ -159,7 +177,14 @@ def two_checkpoints(folder):
     return folder / "checkpoint-2", folder / "checkpoint-4"
 
 
-FILES = ("student/model.safetensors", "taskkd_state.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "scheduler.pt")
+FILES = (
+    "student/model.safetensors",
+    "taskkd_state.safetensors",
+    "optimizer.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+    "scheduler.pt",
+)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
@@ -421,7 +446,9 @@ def test_a_signal_saves_and_stops(signalled, number, code):
     folder, expected = signalled
     run = folder / number.name
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(JOB.parent.parent), str(JOB.parent)])}
-    process = subprocess.Popen([sys.executable, str(JOB), "signal", str(run)], env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(JOB), "signal", str(run)], env=environment, stdout=subprocess.PIPE, text=True
+    )
     try:
         for line in process.stdout:
             if line.startswith("in step 3"):

@@ -48,17 +48,25 @@ def accuracy(prediction) -> dict[str, float]:
     logits, labels = prediction
     assert isinstance(logits, np.ndarray), "a tuple: hidden states or the loss came along"
     assert isinstance(labels, np.ndarray)
-    return {"accuracy": float((logits.argmax(-1) == labels).mean()), "count": float(len(labels)), "width": logits.shape[1]}
+    return {
+        "accuracy": float((logits.argmax(-1) == labels).mean()),
+        "count": float(len(labels)),
+        "width": logits.shape[1],
+    }
 
 
-@pytest.mark.parametrize("config", [{}, {"output_hidden_states": True, "output_attentions": True, "attn_implementation": "eager"}])
+@pytest.mark.parametrize(
+    "config", [{}, {"output_hidden_states": True, "output_attentions": True, "attn_implementation": "eager"}]
+)
 def test_compute_metrics_gets_logits_and_labels(tmp_path, config):
     student, data = bert(0, **config), Sentences(10)
     trainer = text_trainer(tmp_path, student=student, eval_dataset=data, compute_metrics=accuracy)
     found = trainer.evaluate()
     batch = default_data_collator([data[i] for i in range(10)])
     with torch.no_grad():
-        output = student.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"])
+        output = student.eval()(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
+        )
     assert found["eval_accuracy"] == pytest.approx((output.logits.argmax(-1) == batch["labels"]).float().mean().item())
     assert (found["eval_count"], found["eval_width"]) == (10, CLASSES)
     assert found["eval_loss"] == pytest.approx(output.loss.item(), abs=1e-5)
@@ -91,7 +99,9 @@ def test_predict_gives_predictions_with_a_metric_too(tmp_path):
 
 def test_a_plain_module_is_evaluated_with_its_task_loss(tmp_path):
     student, data = Mlp(8, 0), Points(10)
-    trainer = point_trainer(tmp_path, student=student, eval_dataset=data, compute_metrics=accuracy, label_names=["labels"])
+    trainer = point_trainer(
+        tmp_path, student=student, eval_dataset=data, compute_metrics=accuracy, label_names=["labels"]
+    )
     found = trainer.evaluate()
     assert (found["eval_count"], found["eval_width"]) == (10, CLASSES)
     assert found["eval_loss"] == pytest.approx(cross_entropy(student(data.x), {"labels": data.labels}).item(), abs=1e-6)
@@ -106,11 +116,15 @@ def test_columns_that_somebody_reads_are_kept(tmp_path, as_datasets):
         seen.append(set(features[0]))
         return default_data_collator(features)
 
-    data = [{**s, "teacher_input_ids": s["input_ids"], "text": "words"} for s in map(Sentences(8).__getitem__, range(8))]
+    data = [
+        {**s, "teacher_input_ids": s["input_ids"], "text": "words"} for s in map(Sentences(8).__getitem__, range(8))
+    ]
     if as_datasets:
         import datasets
 
-        data = datasets.Dataset.from_list([{k: v.tolist() if hasattr(v, "tolist") else v for k, v in s.items()} for s in data])
+        data = datasets.Dataset.from_list(
+            [{k: v.tolist() if hasattr(v, "tolist") else v for k, v in s.items()} for s in data]
+        )
     trainer = text_trainer(tmp_path, train=data, data_collator=collator, max_steps=1)
     trainer.train()
     assert seen
@@ -272,7 +286,9 @@ def test_every_term_is_logged_as_the_mean_of_its_steps(tmp_path):
         bert(0, dropout=0.1),
         teacher=bert(1, width=32),
         terms=[logits_term(0.5), hidden_term(late)],
-        args=arguments(tmp_path, num_train_epochs=2, gradient_accumulation_steps=2, logging_strategy="steps", logging_steps=3),
+        args=arguments(
+            tmp_path, num_train_epochs=2, gradient_accumulation_steps=2, logging_strategy="steps", logging_steps=3
+        ),
         train_dataset=Sentences(),
         callbacks=[recorder],
     ).train()
@@ -280,7 +296,12 @@ def test_every_term_is_logged_as_the_mean_of_its_steps(tmp_path):
     assert len(given) == 12
     assert len(logs) == 2
     for log, steps in zip(logs, (given[:6], given[6:]), strict=True):
-        for name, key in (("loss", "loss"), ("task", "loss_task"), ("logits", "loss_logits"), ("hidden", "loss_hidden")):
+        for name, key in (
+            ("loss", "loss"),
+            ("task", "loss_task"),
+            ("logits", "loss_logits"),
+            ("hidden", "loss_hidden"),
+        ):
             values = [step[name] for step in steps if name in step]
             assert log[key] == pytest.approx(sum(values) / len(values), rel=1e-5), key
     assert sum("hidden" in step for step in given[:6]) == 2
@@ -457,7 +478,10 @@ def test_a_full_cache_never_runs_the_teacher(tmp_path, workers):
         trainer = text_trainer(
             tmp_path / "run",
             teacher=cached,
-            terms=[logits_term(), kd.Match("hidden", losses.mse, *term.student_taps, *term.teacher_taps, adapter="linear")],
+            terms=[
+                logits_term(),
+                kd.Match("hidden", losses.mse, *term.student_taps, *term.teacher_taps, adapter="linear"),
+            ],
             dataloader_num_workers=workers,
             num_train_epochs=1,
         )
@@ -570,7 +594,11 @@ def test_torch_compile_trains_to_the_same_weights(tmp_path):
         torch._dynamo.reset()
         options = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if on else {}
         trainer = text_trainer(
-            tmp_path, optim="sgd", max_steps=3, terms=[logits_term(kd.schedules.warmup(1.0, steps=3)), hidden_term()], **options
+            tmp_path,
+            optim="sgd",
+            max_steps=3,
+            terms=[logits_term(kd.schedules.warmup(1.0, steps=3)), hidden_term()],
+            **options,
         )
         trainer.train()
         after.append(weights(trainer.distiller))
