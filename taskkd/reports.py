@@ -16,7 +16,9 @@ from torch import nn
 __all__ = ["curves", "measure", "rows", "table", "write"]
 
 
-def measure(teacher: nn.Module, student: nn.Module, batches: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+def measure(
+    teacher: nn.Module, student: nn.Module, batches: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, float]]:
     """Parameters, bytes of the weights, and CPU latency (median and 95th percentile, batch 1, milliseconds) of both.
 
     Teacher and student take turns on the same real samples, so that a busy machine slows both alike.
@@ -110,7 +112,7 @@ def table(report: Mapping[str, Any]) -> Any:
 
 
 def curves(report: Mapping[str, Any], path: Path) -> None:
-    """Draw loss and validation metric over training, of the student alone and of every distilled variant (first seed)."""
+    """Draw training loss and validation metric of the student alone and of every distilled variant (first seed)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -133,7 +135,8 @@ def curves(report: Mapping[str, Any], path: Path) -> None:
     right.set(title=f"{name} on validation", xlabel="share of the training")
     for axis in (left, right):
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -146,5 +149,7 @@ def write(report: Mapping[str, Any], folder: Path) -> None:
             return {k: short(v) for k, v in value.items() if k != "history"}
         return value
 
-    (folder / "report.json").write_text(json.dumps({**short(report), "table": rows(report)}, indent=1), encoding="utf-8")
+    (folder / "report.json").write_text(
+        json.dumps({**short(report), "table": rows(report)}, indent=1), encoding="utf-8"
+    )
     curves(report, folder / "curves.png")

@@ -6,7 +6,18 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Baseline", "CacheConfig", "Finetune", "MethodConfig", "Model", "Recipe", "TeacherConfig", "Training"]
+__all__ = [
+    "Baseline",
+    "CacheConfig",
+    "Finetune",
+    "MethodConfig",
+    "Model",
+    "Recipe",
+    "TeacherConfig",
+    "TermConfig",
+    "Training",
+    "Warmup",
+]
 
 
 class Model(BaseModel):
@@ -69,6 +80,29 @@ class MethodConfig(BaseModel):
     name: str
 
 
+class Warmup(Model):
+    """A weight that grows linearly over a share of the training."""
+
+    value: float = Field(ge=0)
+    fraction: float = Field(ge=0, le=1)
+
+
+class TermConfig(BaseModel):
+    """A term by hand, beside or instead of a method's: a loss of `taskkd.losses` on tapped tensors.
+
+    Keys that are none of these are options of the loss.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    name: str
+    loss: str
+    student: str | list[str]
+    teacher: str | list[str] | None = None
+    adapter: str | None = None
+    mask: str | None = None
+    weight: float | Literal["auto"] | Warmup = 1.0
+
+
 class Recipe(Model):
     """The frame of every task's recipe."""
 
@@ -76,6 +110,7 @@ class Recipe(Model):
     name: str = "run"
     task: str
     method: MethodConfig | None = None
+    terms: list[TermConfig] = Field([])
     training: Training = Training()
     baseline: Baseline | None = Baseline()
     seeds: list[int] = Field([0], min_length=1)

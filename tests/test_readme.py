@@ -1,0 +1,89 @@
+"""Every snippet of the README runs: its YAML, its commands, its Python."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from taskkd import recipes
+from taskkd.__main__ import main
+from tests import tiny
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+PYTHON = [text for kind, text in BLOCKS if kind == "python"]
+YAML = [text for kind, text in BLOCKS if kind == "yaml"]
+COMMANDS = [line.partition("#")[0].strip() for kind, text in BLOCKS if not kind for line in text.splitlines()]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that the README speaks of, and a tiny teacher in place of a large one."""
+    monkeypatch.chdir(tmp_path)
+    tiny.save_teacher(tmp_path / "path" / "to" / "teacher")
+    for name, seed in (("reviews", 1), ("more", 2), ("other", 3), ("train", 4), ("validation", 5)):
+        tiny.write_csv(tmp_path / f"{name}.csv", tiny.sentences(60, seed), ("review", "stars"))
+    for text in YAML:
+        small = text.replace("bert-base-uncased", "path/to/teacher").replace("[0, 4, 8]", "[0, 2]")
+        (tmp_path / "my.yaml").write_text(small)
+    return tmp_path
+
+
+def test_the_yaml_is_ten_lines_and_valid() -> None:
+    (text,) = YAML
+    assert len([line for line in text.splitlines() if line.strip()]) <= 10
+    loaded = recipes.validate(recipes._parse(text, "README")[0], "README")
+    assert loaded.data.text == "review"
+
+
+def test_the_commands_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = [shlex.split(c) for c in COMMANDS if c.startswith("taskkd ")]
+    assert {c[1] for c in commands} == {"check", "distill", "evaluate", "predict"}
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert not stop.value.code, command
+
+
+def test_the_make_targets_exist() -> None:
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    for command in COMMANDS:
+        if command.startswith("make "):
+            assert re.search(rf"^{command.split()[1]}:", makefile, re.M), command
+
+
+class Net(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer1, self.layer2 = nn.Conv2d(3, width, 3), nn.Conv2d(width, width, 3)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer2(self.layer1(x).relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_the_python_runs(folder: Path, number: int) -> None:
+    code = PYTHON[number]
+    names: dict[str, Any] = {"torch": torch}
+    if "train_dataset=" in code:
+        from taskkd.nlp.data import read_rows, tokenized
+
+        rows = read_rows("train.csv", "review", "stars")
+        table = tokenized(rows, tiny.tokenizer(), ["negative", "positive"], max_length=32)
+        names |= {"train_dataset": table, "eval_dataset": table}
+    if "loader" in code:
+        batches = [{"x": torch.randn(4, 3, 9, 9), "y": torch.randint(0, 4, (4,))} for _ in range(3)]
+        names |= {"student": Net(4), "teacher": Net(8), "loader": batches, "epochs": 2}
+    exec(compile(code, f"README python block {number}", "exec"), names)
+    if "loader" in code:
+        assert set(names["out"]) == {"loss", "task", "logits", "layer2"}
+        assert not any(m._forward_hooks for m in names["student"].modules())
+    if "train_dataset=" in code:
+        assert (folder / "runs" / "trainer" / "student" / "model.safetensors").is_file()

@@ -1,0 +1,244 @@
+"""Whole runs on a tiny teacher and synthetic text: what a user does with a recipe or `kd.distill`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+import taskkd as kd
+from taskkd import recipes, reports, runs
+from taskkd.errors import CacheError, RecipeError, TapError, TaskkdError
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_teacher(tmp_path_factory.mktemp("teacher") / "model")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, teacher: Path) -> Path:
+    tiny.write_csv(tmp_path / "train.csv", tiny.sentences(120))
+    tiny.write_csv(tmp_path / "free.csv", tiny.sentences(60, seed=5))
+    path = tmp_path / "my.yaml"
+    path.write_text(f"""schema: 1
+task: nlp
+data:
+  files: {{train: {tmp_path}/train.csv, unlabelled: {tmp_path}/free.csv}}
+teacher: {{model: {teacher}}}
+student: {{layers: [0, 2]}}
+method: {{name: soft_targets, temperature: 2}}
+training: {{epochs: 2, learning_rate: 3e-3, batch_size: 16}}
+baseline: {{learning_rates: [3e-3], epochs: 2}}
+""")
+    return path
+
+
+def run(recipe: Path, folder: Path, *overrides: str, **options: Any) -> runs.Result:
+    return runs.run_recipe(recipes.load_recipe(recipe, overrides), folder, say=lambda _: None, **options)
+
+
+def test_a_recipe_from_start_to_report(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    result = run(recipe, folder)
+    report = json.loads((folder / "report.json").read_text())
+    assert [row["model"] for row in report["table"]] == ["teacher", "student alone", "distilled"]
+    assert report["table"][0]["accuracy"] > 0.9
+    assert report["table"][2]["parameters"] < report["table"][0]["parameters"]
+    assert (folder / "curves.png").stat().st_size > 10_000
+    assert recipes.load_recipe(folder / "recipe.yaml").training.epochs == 2
+
+    student = AutoModelForSequenceClassification.from_pretrained(folder / "student")
+    assert student.config.num_hidden_layers == 2
+    assert student.config.id2label == {0: "negative", 1: "positive"}
+    batch = tiny.tokenizer()(["the film was great"], return_tensors="pt")
+    assert torch.equal(student.eval()(**batch).logits, result.student.eval()(**batch).logits)
+
+    # Started again, nothing is trained again.
+    monkeypatch.setattr(runs.Trainer, "train", None)
+    again = run(recipe, folder)
+    assert again.report["distilled"] == result.report["distilled"]
+
+    assert runs.evaluate(folder)["accuracy"] == pytest.approx(report["table"][2]["accuracy"])
+    tiny.write_csv(tmp_path / "other.csv", tiny.sentences(50, seed=9))
+    assert 0 <= runs.evaluate(folder, str(tmp_path / "other.csv"))["accuracy"] <= 1
+    labels = [label for label, _, _ in runs.predict(folder, ["the film was great", "a very dull plot"])]
+    assert set(labels) <= {"negative", "positive"}
+    shown = reports.table(report)
+    assert shown.row_count == 3
+
+
+def test_seeds_and_a_sweep(recipe: Path, tmp_path: Path) -> None:
+    result = run(
+        recipe,
+        tmp_path / "run",
+        "seeds=[0, 1]",
+        "baseline=null",
+        "training.epochs=1",
+        sweep={"method.temperature": [1, 4]},
+    )
+    assert set(result.report["distilled"]) == {"temperature=1", "temperature=4"}
+    assert set(result.report["distilled"]["temperature=1"]) == {"0", "1"}
+    assert result.report["selected"] in result.report["distilled"]
+    rows = reports.rows(result.report)
+    assert rows[1]["standard_error"] >= 0
+    assert len(list((tmp_path / "run" / "cache").iterdir())) == 1  # the same taps: one cache for all
+    with pytest.raises(RecipeError, match="keys under method, terms and training can be swept"):
+        run(recipe, tmp_path / "other", sweep={"data.max_length": [8]})
+    with pytest.raises(RecipeError, match=r"unknown key 'method\.temprature'"):
+        run(recipe, tmp_path / "other", sweep={"method.temprature": [8]})
+
+
+def test_patient_kd_and_a_frozen_teacher(recipe: Path, tmp_path: Path) -> None:
+    patient = ["method={name: patient_kd}", "baseline=null"]
+    cached = run(recipe, tmp_path / "a", *patient)
+    live = run(recipe, tmp_path / "b", *patient, "teacher.cache=null")
+    a, b = (r.report["distilled"]["distilled"]["0"]["history"] for r in (cached, live))
+    assert {"loss_task", "loss_logits", "loss_patience"} <= set(a[0])
+    # Cached equals live to the rounding of another batch, which the optimiser then lets grow: the first ten steps.
+    assert {k: a[0][k] for k in a[0] if k.startswith("loss")} == pytest.approx(
+        {k: b[0][k] for k in b[0] if k.startswith("loss")}, rel=1e-4
+    )
+
+
+def test_terms_by_hand_and_a_sweep_of_a_weight(recipe: Path, tmp_path: Path) -> None:
+    path = tmp_path / "terms.yaml"
+    text = recipe.read_text().replace(
+        "method: {name: soft_targets, temperature: 2}",
+        """terms:
+  - {name: hidden, loss: mse, student: "bert.encoder.layer.1", teacher: "bert.encoder.layer.3", adapter: linear,
+     mask: batch.attention_mask, weight: {value: 2, fraction: 0.5}, normalise: true}
+  - {name: logits, loss: kl_divergence, student: out.logits, temperature: 2}""",
+    )
+    path.write_text(text)
+    result = run(
+        path, tmp_path / "run", "baseline=null", "training.epochs=1", sweep={"terms.logits.weight": [0.5, 1.0]}
+    )
+    assert set(result.report["distilled"]) == {"weight=0.5", "weight=1.0"}
+    history = result.report["distilled"]["weight=1.0"]["0"]["history"]
+    assert {"loss_task", "loss_hidden", "loss_logits"} <= set(history[0])
+    for override, error, sentence in (
+        (
+            "terms.hidden.student=bert.encoder.layers.1",
+            TapError,
+            r"no module 'bert.encoder.layers.1' \(did you mean 'bert.enc",
+        ),
+        ("terms.logits.temprature=1", TaskkdError, r"no option 'temprature' \(did you mean 'temperature'"),
+        ("terms.logits.loss=kl_divergenc", RecipeError, r"no loss 'kl_divergenc' \(did you mean 'kl_divergence'"),
+        ("terms.hidden.adapter=linea", RecipeError, r"no adapter 'linea' \(did you mean 'linear'"),
+        ("terms.hiden.weight=1", RecipeError, r"no item 'hiden' in a list of 2 \(did you mean 'hidden'"),
+        ("terms.hidden.teacher=out.pooled", TapError, r"no item 'pooled'"),
+    ):
+        with pytest.raises(error, match=sentence):
+            run(path, tmp_path / "bad", override, "baseline=null", restart=True)
+
+
+def test_a_run_of_another_recipe_is_not_overwritten(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(recipe, folder, "baseline=null", "training.epochs=1")
+    with pytest.raises(RecipeError, match=r"holds a run of another recipe \('epochs: 1.0' there, 'epochs: 2.0' now\)"):
+        run(recipe, folder, "baseline=null", "training.epochs=2")
+    run(recipe, folder, "baseline=null", "training.epochs=2", restart=True)
+
+
+def test_a_stale_cache_is_refused(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(recipe, folder, "baseline=null", "training.epochs=1")
+    record = json.loads((folder / "run.json").read_text())
+    record["finished"] = {"teacher": record["finished"]["teacher"]}
+    (folder / "run.json").write_text(json.dumps(record))
+    index = next((folder / "cache").iterdir()) / "index.json"
+    content = json.loads(index.read_text())
+    content["key"]["weights"] = "0" * 64
+    index.write_text(json.dumps(content))
+    with pytest.raises(CacheError, match="is stale: it was built with another weights"):
+        run(recipe, folder, "baseline=null", "training.epochs=1")
+
+
+def test_a_teacher_at_chance_is_refused(recipe: Path, tmp_path: Path) -> None:
+    untrained = tmp_path / "untrained"
+    tiny.classifier(seed=4).save_pretrained(untrained)
+    tiny.tokenizer().save_pretrained(untrained)
+    with pytest.raises(RecipeError, match="no better than chance"):
+        run(recipe, tmp_path / "run", f"teacher.model={untrained}")
+
+
+def test_a_teacher_is_fine_tuned_first(recipe: Path, tmp_path: Path) -> None:
+    finetune = "teacher.finetune={epochs: 1, learning_rate: 1e-3, batch_size: 16}"
+    result = run(recipe, tmp_path / "run", finetune, "baseline=null", "data.validation_size=30")
+    assert result.report["teacher"]["steps"] == 5
+    tuned = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "teacher" / "model")
+    assert not torch.equal(tuned.classifier.weight, tiny.teacher().classifier.weight)
+
+
+def test_check_looks_without_training(recipe: Path) -> None:
+    plan = runs.check(recipes.load_recipe(recipe, ["method={name: patient_kd}"]))
+    terms = {t.name: t for t in plan.stages["distil"].terms}
+    assert set(terms) == {"task", "logits", "patience"}
+    assert terms["logits"].student == {"out.logits": "a tensor of shape (16, 2)"}
+    assert any("accuracy" in name for name, _ in plan.summary)
+
+
+def test_distil_in_one_call_with_models_and_data_in_memory(tmp_path: Path) -> None:
+    rows = [{"text": t, "label": label} for t, label in tiny.sentences(100)]
+    numbered = [{"text": r["text"], "label": int(r["label"] == "positive")} for r in rows]
+    teacher, student = tiny.teacher(), tiny.classifier(layers=1, seed=2)
+    before = [p.clone() for p in student.parameters()]
+    options = {"task": "nlp", "processing_class": tiny.tokenizer(), "training": {"epochs": 1, "batch_size": 16}}
+    result = kd.distill(student, teacher, rows, numbered[:40], output_dir=tmp_path / "run", **options)
+    assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(before, result.student.parameters(), strict=True))
+    again = kd.distill(student, teacher, rows, numbered[:40], output_dir=tmp_path / "run", **options)
+    assert again.report["distilled"] == result.report["distilled"]
+    with pytest.raises(RecipeError, match="holds a run of another recipe"):
+        kd.distill(
+            tiny.classifier(layers=1, seed=3), teacher, rows, numbered[:40], output_dir=tmp_path / "run", **options
+        )
+    with pytest.raises(RecipeError, match="give the tokenizer"):
+        kd.distill(student, teacher, rows, task="nlp")
+
+
+def test_distil_in_one_call_with_paths(tmp_path: Path, teacher: Path) -> None:
+    path = tiny.write_csv(tmp_path / "a.csv", tiny.sentences(80), ("review", "stars"))
+    result = kd.distill(
+        [0, 3], str(teacher), path, task="nlp", output_dir=tmp_path / "run", text="review", label="stars",
+        method="patient_kd", options={"beta": 10.0}, training={"epochs": 1, "batch_size": 16},
+    )  # fmt: skip
+    assert result.student.config.num_hidden_layers == 2
+    assert set(result.report["distilled"]["distilled"]["0"]["test"]) >= {"accuracy", "f1", "mcc"}
+
+
+def test_a_second_run_in_one_folder_is_kept_out(tmp_path: Path) -> None:
+    with runs.locked(tmp_path), pytest.raises(RecipeError, match="another run is at work"), runs.locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_killed_in_training_and_started_again_gives_the_same_student(
+    recipe: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    overrides = ["baseline=null", "training.epochs=30", "training.batch_size=4"]
+    command = [sys.executable, "-m", "taskkd", "distill", str(recipe), *overrides, "--output-dir"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stderr=subprocess.PIPE, text=True)
+    stage = tmp_path / "killed" / "seed-0" / "distilled" / "stages" / "0-distil"
+    deadline = time.monotonic() + 120
+    while not list(stage.glob("checkpoint-*/manifest.json")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(60) == code, process.stderr.read()
+    assert "distilled" not in (tmp_path / "killed" / "run.json").read_text()
+    killed = run(recipe, tmp_path / "killed", *overrides)
+    whole = run(recipe, tmp_path / "whole", *overrides)
+    for a, b in zip(killed.student.parameters(), whole.student.parameters(), strict=True):
+        assert torch.equal(a, b)
