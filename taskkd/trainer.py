@@ -35,7 +35,7 @@ from taskkd.checkpoints import (
 )
 from taskkd.distiller import Distiller, Preparation, TaskLoss
 from taskkd.errors import CacheError, CheckpointError, NonFiniteError, TaskkdError
-from taskkd.stages import Method, Stage, train_only
+from taskkd.stages import Method, Stage, training_only
 from taskkd.teachers import Teacher
 from taskkd.terms import Term
 
@@ -192,9 +192,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if args.n_gpu > 1:
             logger.warning("%d GPUs are visible, one is used; for all: accelerate launch --num_processes %d ...", args.n_gpu, args.n_gpu)
             args._n_gpu = 1
-        # What the user froze stays frozen, unless the method itself freezes parts (and must free them in a later stage).
-        if method is not None and any(s.trains is not None for s in method.stages):
-            train_only(student, current.trains)
+        self._trains = current.trains
+        with training_only(student, self._trains):
+            pass  # its parts exist: a wrong name is told now
         self.distiller = Distiller(
             student, teacher, current.terms, task_weight=current.task_weight, task_loss=task_loss, on_nonfinite=on_nonfinite
         )
@@ -280,7 +280,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             if count == 0:
                 raise TaskkdError("the training set is empty.")
             batch = self._prepare_inputs(self._collated(range(count)))
-            self.preparation = self.distiller.prepare(batch)
+            with training_only(self.distiller.student, self._trains):
+                self.preparation = self.distiller.prepare(batch)
             for sentence in self.preparation.advice:
                 logger.warning("%s", sentence)
         return self.preparation
@@ -303,7 +304,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         self.prepare()
         stops = [c for c in self.callback_handler.callbacks if isinstance(c, SignalStop)]
         try:
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            with training_only(self.distiller.student, self._trains):
+                result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         finally:
             for stop in stops:
                 stop.restore()

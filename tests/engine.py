@@ -224,8 +224,7 @@ def run_job(
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-    root = str(JOB.parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join([root, str(JOB.parent), environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(JOB.parent.parent), environment.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [*launcher, script, *words],
         env=environment,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from engine import Mlp, point_trainer
+from tests.engine import Mlp, point_trainer
 from transformers import TrainerCallback
 
 import taskkd as kd

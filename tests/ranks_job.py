@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import (
+from tests.engine import (
     CLASSES,
     Faulty,
     Mlp,
@@ -37,7 +37,7 @@ from taskkd import losses
 from taskkd.errors import NonFiniteError
 from taskkd.nlp.metrics import Classification
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 #: of all ranks together
 BATCH = 8
 COMMON = {"per_device_train_batch_size": BATCH // WORLD, "optim": "sgd", "learning_rate": 0.1, "ddp_timeout": 60}

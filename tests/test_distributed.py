@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import ranks_job
+from tests import ranks_job
 import torch
-from engine import distance, run_job
+from tests.engine import distance, run_job
 
 RANKS = ranks_job.__file__
 

@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from engine import (
+from tests.engine import (
     CLASSES,
     Faulty,
     Mlp,
@@ -247,13 +247,24 @@ def test_what_the_user_froze_stays_frozen(tmp_path):
     assert changed(before, weights(student.bert.embeddings)) == set()
 
 
-def test_a_later_stage_trains_what_an_earlier_one_froze(tmp_path):
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_later_stage_trains_what_an_earlier_one_froze(tmp_path, alone):
+    """Also where each stage comes as a method of its own, as `kd.distill` gives them, and what the user froze stays so."""
     student = bert(0)
+    student.bert.embeddings.LayerNorm.requires_grad_(False)
     stages = [kd.Stage("one", [hidden_term()], trains=("bert.encoder.layer.1",)), kd.Stage("two", [hidden_term()])]
     for number in (0, 1):
         before = weights(student)
-        text_trainer(tmp_path, student=student, method=kd.Method("m", stages), stage=number, max_steps=1).train()
-    assert "bert.embeddings.word_embeddings.weight" in changed(before, weights(student))
+        method = kd.Method("m", stages[number : number + 1] if alone else stages)
+        text_trainer(tmp_path, student=student, method=method, stage=0 if alone else number, max_steps=1).train()
+    moved = changed(before, weights(student))
+    assert "bert.embeddings.word_embeddings.weight" in moved
+    assert "bert.embeddings.LayerNorm.weight" not in moved
+
+
+def test_a_part_that_is_not_there_is_told_at_once(tmp_path):
+    with pytest.raises(kd.errors.TapError, match=r"no module 'bert.encodr'.*bert.encoder"):
+        text_trainer(tmp_path, method=kd.Method("m", [kd.Stage("one", [hidden_term()], trains=("bert.encodr",))]))
 
 
 def test_the_teacher_is_untouched(tmp_path):
