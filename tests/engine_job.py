@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tests.engine import Mlp, point_trainer
 from transformers import TrainerCallback
 
 import taskkd as kd
 from taskkd import trainer as module
+from tests.engine import Mlp, point_trainer
 
 DEAD = 9
 

@@ -13,6 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import TrainerCallback
+
+import taskkd as kd
+from taskkd import losses
+from taskkd.errors import NonFiniteError
+from taskkd.nlp.metrics import Classification
 from tests.engine import (
     CLASSES,
     Faulty,
@@ -29,13 +36,6 @@ from tests.engine import (
     text_trainer,
     weights,
 )
-from torch import nn
-from transformers import TrainerCallback
-
-import taskkd as kd
-from taskkd import losses
-from taskkd.errors import NonFiniteError
-from taskkd.nlp.metrics import Classification
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 #: of all ranks together

@@ -11,6 +11,22 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+import taskkd as kd
+from taskkd import losses
+from taskkd.checkpoints import (
+    load_state,
+    load_student,
+    newest_checkpoint,
+    save_state,
+    save_student,
+    seal,
+    staged,
+    verify,
+)
+from taskkd.errors import CheckpointError
+from taskkd.nlp.metrics import Classification
 from tests.engine import (
     JOB,
     Mlp,
@@ -30,22 +46,6 @@ from tests.engine import (
     weights,
 )
 from tests.engine_job import KILLS, killed_trainer
-from safetensors.torch import load_file
-
-import taskkd as kd
-from taskkd import losses
-from taskkd.checkpoints import (
-    load_state,
-    load_student,
-    newest_checkpoint,
-    save_state,
-    save_student,
-    seal,
-    staged,
-    verify,
-)
-from taskkd.errors import CheckpointError
-from taskkd.nlp.metrics import Classification
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from tests import ranks_job
 import torch
+
+from tests import ranks_job
 from tests.engine import distance, run_job
 
 RANKS = ranks_job.__file__

@@ -7,6 +7,14 @@ import logging
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForSequenceClassification, TrainerCallback, default_data_collator
+
+import taskkd as kd
+from taskkd import losses
+from taskkd.errors import CacheError, NonFiniteError, TaskkdError
+from taskkd.nlp.metrics import Classification
 from tests.engine import (
     CLASSES,
     Faulty,
@@ -26,14 +34,6 @@ from tests.engine import (
     text_trainer,
     weights,
 )
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForSequenceClassification, TrainerCallback, default_data_collator
-
-import taskkd as kd
-from taskkd import losses
-from taskkd.errors import CacheError, NonFiniteError, TaskkdError
-from taskkd.nlp.metrics import Classification
 
 
 @pytest.fixture(autouse=True)
@@ -249,7 +249,7 @@ def test_what_the_user_froze_stays_frozen(tmp_path):
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_later_stage_trains_what_an_earlier_one_froze(tmp_path, alone):
-    """Also where each stage comes as a method of its own, as `kd.distill` gives them, and what the user froze stays so."""
+    """Also where each stage comes as a method of its own, as in `kd.distill`; what the user froze stays so."""
     student = bert(0)
     student.bert.embeddings.LayerNorm.requires_grad_(False)
     stages = [kd.Stage("one", [hidden_term()], trains=("bert.encoder.layer.1",)), kd.Stage("two", [hidden_term()])]
