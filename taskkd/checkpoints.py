@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
@@ -59,7 +59,9 @@ def verify(folder: Path) -> None:
         CheckpointError: the manifest or a file is missing, or a file is not what was written; the message names it.
     """
     try:
-        digests = json.loads((folder / MANIFEST).read_text())["sha256"]
+        digests = dict(json.loads((folder / MANIFEST).read_text())["sha256"])
+        if not digests:
+            raise ValueError("nothing is listed")
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"checkpoint {folder} is incomplete: it has no readable {MANIFEST}, which is written last.") from None
     for name, digest in digests.items():
@@ -151,14 +153,20 @@ def load_student(student: nn.Module, folder: Path) -> None:
         else:
             load_model(student, str(folder / "model.safetensors"))
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"checkpoint {folder} does not load into this student: {first}") from error
+        # torch names the class in its first line and what does not fit in the next.
+        lines = [line.strip() for line in str(error).splitlines()[:2]] or [type(error).__name__]
+        raise CheckpointError(f"checkpoint {folder} does not load into this student: {' '.join(lines)[:400]}") from error
 
 
 def save_state(distiller: nn.Module, path: Path) -> None:
     """Save all that a distiller holds beside its student (adapters, learned losses, progress, automatic weights)."""
-    state = {k: v.detach().contiguous() for k, v in distiller.state_dict().items() if not k.startswith("student.")}
-    save_file(state, str(path))
+    state = {k: v.detach().clone().contiguous() for k, v in distiller.state_dict().items() if not k.startswith("student.")}
+    save_file(state, str(path), {"terms": json.dumps(_terms(distiller))})
+
+
+def _terms(distiller: nn.Module) -> list[str]:
+    terms = distiller.get_submodule("terms")
+    return [name for name, _ in terms.named_children()]
 
 
 def load_state(distiller: nn.Module, path: Path) -> None:
@@ -168,12 +176,22 @@ def load_state(distiller: nn.Module, path: Path) -> None:
         CheckpointError: the file cannot be read, or its keys are not those of this distiller (another method).
     """
     try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
         state = load_file(str(path))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    own = {k for k in distiller.state_dict() if not k.startswith("student.")}
-    if own != set(state):
-        missing, extra = sorted(own - set(state)), sorted(set(state) - own)
+    terms = json.loads(metadata.get("terms", "null"))
+    if terms is not None and terms != _terms(distiller):
+        raise CheckpointError(f"{path} belongs to other terms: it has {terms}, this training {_terms(distiller)}.")
+    present = {k: v for k, v in distiller.state_dict().items() if not k.startswith("student.")}
+    if set(present) != set(state):
+        missing, extra = sorted(set(present) - set(state)), sorted(set(state) - set(present))
         raise CheckpointError(f"{path} belongs to other terms: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}.")
+    for key, value in state.items():
+        if value.shape != present[key].shape:
+            raise CheckpointError(
+                f"{path} belongs to another architecture: {key} is {tuple(value.shape)} there, {tuple(present[key].shape)} here."
+            )
     with torch.no_grad():
         distiller.load_state_dict({**state, **{f"student.{k}": v for k, v in distiller.student.state_dict().items()}})

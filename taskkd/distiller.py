@@ -103,6 +103,9 @@ class Distiller(nn.Module):
         self.task_weight, self.task_loss, self.on_nonfinite = float(task_weight), task_loss, on_nonfinite
         #: whether `forward` itself looks for NaN; the trainer watches from outside and looks once per optimiser step
         self.check_in_forward = True
+        #: a wish of this process to stop (a signal), and whether some rank has it: they agree in `check_finite`, whose one
+        #: message and one synchronisation serve for both
+        self.stop_wish = self.stop_agreed = False
         self.progress = Progress()
         self.prepared = False
         self._term_list: list[Term] = [self.terms[n] for n in self.terms]  # type: ignore[misc]
@@ -309,13 +312,17 @@ class Distiller(nn.Module):
         # A NaN or infinite term makes the weighted sum non-finite, so one number stands for all of them.
         totals = [losses["loss"].detach() for losses, _ in pending]
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            flag = torch.stack(totals).isfinite().all().float()
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
-            finite = bool(flag > 0)
-        elif len(totals) == 1:  # the usual case, without a kernel
-            finite = math.isfinite(totals[0].item())
+            flag = torch.stack(totals).isfinite().all()
+            flags = torch.stack([flag, torch.tensor(not self.stop_wish, device=flag.device)]).float()
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MIN)
+            finite, going_on = (flags > 0).tolist()
+            self.stop_agreed = not going_on
         else:
-            finite = bool(torch.stack(totals).isfinite().all())
+            self.stop_agreed = self.stop_wish
+            if len(totals) == 1:  # the usual case, without a kernel
+                finite = math.isfinite(totals[0].item())
+            else:
+                finite = bool(torch.stack(totals).isfinite().all())
         if finite:
             return True
         if self.on_nonfinite == "skip":
