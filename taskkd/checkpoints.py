@@ -63,13 +63,17 @@ def verify(folder: Path) -> None:
         if not digests:
             raise ValueError("nothing is listed")
     except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"checkpoint {folder} is incomplete: it has no readable {MANIFEST}, which is written last.") from None
+        raise CheckpointError(
+            f"checkpoint {folder} is incomplete: it has no readable {MANIFEST}, which is written last."
+        ) from None
     for name, digest in digests.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing.")
         if file_sha256(path) != digest:
-            raise CheckpointError(f"checkpoint {folder} is damaged: {name} is not what was saved (truncated or changed).")
+            raise CheckpointError(
+                f"checkpoint {folder} is damaged: {name} is not what was saved (truncated or changed)."
+            )
 
 
 @contextmanager
@@ -118,7 +122,9 @@ def newest_checkpoint(run: Path) -> Path | None:
         else:
             return path
     if damaged:
-        raise CheckpointError(f"no checkpoint in {run} can be used: {' '.join(damaged)} Delete them to start from the beginning.")
+        raise CheckpointError(
+            f"no checkpoint in {run} can be used: {' '.join(damaged)} Delete them to start from the beginning."
+        )
     return None
 
 
@@ -146,7 +152,9 @@ def load_student(student: nn.Module, folder: Path) -> None:
         if hasattr(student, "save_pretrained"):
             dtype = next(student.parameters()).dtype
             loaded, report = type(student).from_pretrained(folder, dtype=dtype, output_loading_info=True)  # type: ignore[attr-defined]
-            wrong = {k: sorted(report[k]) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(k)}
+            wrong = {
+                k: sorted(report[k]) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(k)
+            }
             if wrong:
                 raise CheckpointError(f"checkpoint {folder} is not of this student: {wrong}.")
             student.load_state_dict(loaded.state_dict())
@@ -155,12 +163,16 @@ def load_student(student: nn.Module, folder: Path) -> None:
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         # torch names the class in its first line and what does not fit in the next.
         lines = [line.strip() for line in str(error).splitlines()[:2]] or [type(error).__name__]
-        raise CheckpointError(f"checkpoint {folder} does not load into this student: {' '.join(lines)[:400]}") from error
+        raise CheckpointError(
+            f"checkpoint {folder} does not load into this student: {' '.join(lines)[:400]}"
+        ) from error
 
 
 def save_state(distiller: nn.Module, path: Path) -> None:
     """Save all that a distiller holds beside its student (adapters, learned losses, progress, automatic weights)."""
-    state = {k: v.detach().clone().contiguous() for k, v in distiller.state_dict().items() if not k.startswith("student.")}
+    own = {k: v for k, v in distiller.state_dict().items() if not k.startswith("student.")}
+    # Copies: safetensors refuses tensors that share memory (an adapter that two terms have in common).
+    state = {k: v.detach().clone().contiguous() for k, v in own.items()}
     save_file(state, str(path), {"terms": json.dumps(_terms(distiller))})
 
 
@@ -187,11 +199,14 @@ def load_state(distiller: nn.Module, path: Path) -> None:
     present = {k: v for k, v in distiller.state_dict().items() if not k.startswith("student.")}
     if set(present) != set(state):
         missing, extra = sorted(set(present) - set(state)), sorted(set(state) - set(present))
-        raise CheckpointError(f"{path} belongs to other terms: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}.")
+        raise CheckpointError(
+            f"{path} belongs to other terms: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}."
+        )
     for key, value in state.items():
         if value.shape != present[key].shape:
             raise CheckpointError(
-                f"{path} belongs to another architecture: {key} is {tuple(value.shape)} there, {tuple(present[key].shape)} here."
+                f"{path} belongs to another architecture: {key} is {tuple(value.shape)} there, "
+                f"{tuple(present[key].shape)} here."
             )
     with torch.no_grad():
         distiller.load_state_dict({**state, **{f"student.{k}": v for k, v in distiller.student.state_dict().items()}})

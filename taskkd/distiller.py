@@ -103,8 +103,8 @@ class Distiller(nn.Module):
         self.task_weight, self.task_loss, self.on_nonfinite = float(task_weight), task_loss, on_nonfinite
         #: whether `forward` itself looks for NaN; the trainer watches from outside and looks once per optimiser step
         self.check_in_forward = True
-        #: a wish of this process to stop (a signal), and whether some rank has it: they agree in `check_finite`, whose one
-        #: message and one synchronisation serve for both
+        #: a wish of this process to stop (a signal), and whether some rank has it: they agree in `check_finite`,
+        #: whose one message and one synchronisation serve for both
         self.stop_wish = self.stop_agreed = False
         self.progress = Progress()
         self.prepared = False

@@ -186,17 +186,28 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if current.overrides:
             args = dataclasses.replace(args, **current.overrides)
         if args.label_smoothing_factor:
-            raise TaskkdError("`label_smoothing_factor` is not applied to a distiller's losses: give a `task_loss` that smooths.")
+            raise TaskkdError(
+                "`label_smoothing_factor` is not applied to a distiller's losses: give a `task_loss` that smooths."
+            )
         # A NaN that is logged as 0 trains on, and is checkpointed.
         args.logging_nan_inf_filter = False
         if args.n_gpu > 1:
-            logger.warning("%d GPUs are visible, one is used; for all: accelerate launch --num_processes %d ...", args.n_gpu, args.n_gpu)
+            logger.warning(
+                "%d GPUs are visible, one is used; for all: accelerate launch --num_processes %d ...",
+                args.n_gpu,
+                args.n_gpu,
+            )
             args._n_gpu = 1
         self._trains = current.trains
         with training_only(student, self._trains):
             pass  # its parts exist: a wrong name is told now
         self.distiller = Distiller(
-            student, teacher, current.terms, task_weight=current.task_weight, task_loss=task_loss, on_nonfinite=on_nonfinite
+            student,
+            teacher,
+            current.terms,
+            task_weight=current.task_weight,
+            task_loss=task_loss,
+            on_nonfinite=on_nonfinite,
         )
         self.distiller.check_in_forward = False
         self.metric = metric
@@ -251,7 +262,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if not isinstance(cached, Cached) or not self.distiller._uses_teacher:
             return
         if isinstance(dataset, Augmented):
-            raise CacheError("a cached teacher cannot follow random augmentation: use `Frozen`, or train without `Augmented`.")
+            raise CacheError(
+                "a cached teacher cannot follow random augmentation: use `Frozen`, or train without `Augmented`."
+            )
         if not hasattr(dataset, "__len__"):
             raise CacheError("a cached teacher needs a dataset with a length and sample ids, not a stream.")
         complete = len(cached) >= len(dataset)
@@ -268,7 +281,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
                 size = self.args.eval_batch_size
                 batches = (self._collated(order[i : i + size]) for i in range(0, len(order), size))
                 with track("teacher cache", len(order)) as advance:
-                    cached.build(batches, total=len(order), device=self.args.device, announce=logger.info, progress=advance)
+                    cached.build(
+                        batches, total=len(order), device=self.args.device, announce=logger.info, progress=advance
+                    )
             else:
                 cached._open()
 
@@ -327,10 +342,11 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if missing:  # an optimiser of the user's own, made before there were adapters
             if self.lr_scheduler is not None:
                 raise TaskkdError(
-                    "the optimiser that was given does not hold the adapters, and its scheduler knows no group for them: "
-                    "give the optimiser alone, or none (`optimizers=(optimizer, None)`)."
+                    "the optimiser that was given does not hold the adapters, and its scheduler knows no group for "
+                    "them: give the optimiser alone, or none (`optimizers=(optimizer, None)`)."
                 )
-            optimizer.add_param_group({"params": missing, **{k: v for k, v in self._adapter_options.items() if v is not None}})
+            options = {k: v for k, v in self._adapter_options.items() if v is not None}
+            optimizer.add_param_group({"params": missing, **options})
         return optimizer
 
     def _split_groups(self, optimizer: torch.optim.Optimizer, own: set[int]) -> None:
@@ -443,12 +459,14 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """With a `metric`: stream over this process's own share of the data, then merge small states. Else the engine's.
+        """With a `metric`: stream over this process's own share of the data, merge small states. Else the engine's.
 
         `predict` is the engine's always: its caller wants the predictions.
         """
         if self.metric is None or description == "Prediction":
-            return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         self.callback_handler.eval_dataloader = dataloader
         was_training = self.distiller.training
         self.distiller.eval()
@@ -566,7 +584,9 @@ def _stage(method: Method | None, stage: int | None, terms: tuple[Term, ...], ta
         raise TaskkdError("give `method` or `terms`, not both.")
     if stage is None and len(method.stages) > 1:
         names = ", ".join(s.name for s in method.stages)
-        raise TaskkdError(f"method {method.name!r} has {len(method.stages)} stages ({names}): use `kd.distill`, or say stage=0.")
+        raise TaskkdError(
+            f"method {method.name!r} has {len(method.stages)} stages ({names}): use `kd.distill`, or say stage=0."
+        )
     return method.stages[stage or 0]
 
 
