@@ -1,8 +1,8 @@
 """What a run saves: whole folders that are complete or are not there, and a student in its own format.
 
-`checkpoint-N/` holds `student/` (its own format), `taskkd_state.safetensors` (adapters, banks, progress: all else of ours),
-the engine's optimiser, scheduler and random states, and `manifest.json` with the sha256 of every file, written last. The folder
-is written beside and renamed.
+`checkpoint-N/` holds `student/` (its own format), `taskkd_state.safetensors` (adapters, banks, progress: all else of
+ours), the engine's optimiser, scheduler and random states, and `manifest.json` with the sha256 of every file, written
+last. The folder is written beside and renamed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from taskkd.caches import file_sha256
+from taskkd.distiller import Distiller
 from taskkd.errors import CheckpointError
 
 __all__ = ["load_state", "load_student", "newest_checkpoint", "save_state", "save_student", "seal", "staged", "verify"]
@@ -94,11 +95,11 @@ def commit(staging: Path, final: Path) -> None:
     if final.exists():
         old = final.with_name(final.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
-        os.replace(final, old)
-        os.replace(staging, final)
+        final.replace(old)
+        staging.replace(final)
         shutil.rmtree(old, ignore_errors=True)
     else:
-        os.replace(staging, final)
+        staging.replace(final)
     _fsync(final.parent)
 
 
@@ -135,7 +136,7 @@ def save_student(student: nn.Module, folder: Path, processing_class: Any = None)
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(student, "save_pretrained"):
-        student.save_pretrained(folder)
+        student.save_pretrained(folder)  # type: ignore[operator]
     else:
         save_model(student, str(folder / "model.safetensors"))
     if processing_class is not None and hasattr(processing_class, "save_pretrained"):
@@ -168,7 +169,7 @@ def load_student(student: nn.Module, folder: Path) -> None:
         ) from error
 
 
-def save_state(distiller: nn.Module, path: Path) -> None:
+def save_state(distiller: Distiller, path: Path) -> None:
     """Save all that a distiller holds beside its student (adapters, learned losses, progress, automatic weights)."""
     own = {k: v for k, v in distiller.state_dict().items() if not k.startswith("student.")}
     # Copies: safetensors refuses tensors that share memory (an adapter that two terms have in common).
@@ -181,7 +182,7 @@ def _terms(distiller: nn.Module) -> list[str]:
     return [name for name, _ in terms.named_children()]
 
 
-def load_state(distiller: nn.Module, path: Path) -> None:
+def load_state(distiller: Distiller, path: Path) -> None:
     """Load what `save_state` wrote.
 
     Raises:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -140,7 +141,7 @@ class _CachedCollator:
 
 
 class Trainer(transformers.Trainer):  # type: ignore[misc]
-    """`transformers.Trainer` that distils: same arguments, callbacks, `compute_metrics`, mixed precision, accumulation, DDP.
+    """`transformers.Trainer` that distils: the same arguments, callbacks, metrics, precision, accumulation, DDP.
 
     Args:
         student: the model to train.
@@ -161,8 +162,14 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         TapError: a tap is in neither model.
 
     A checkpoint holds the student alone in `student/`; `save_model(folder)` writes it there.
-    `train(resume_from_checkpoint=True)` uses the newest complete checkpoint, and starts from the beginning if there is none.
+    `train(resume_from_checkpoint=True)` uses the newest complete checkpoint, and starts from the beginning if there is
+    none.
     """
+
+    # The engine is untyped; these are its attributes that are read here.
+    _signature_columns: list[str] | None
+    data_collator: Any
+    control: Any
 
     def __init__(
         self,
@@ -267,7 +274,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             )
         if not hasattr(dataset, "__len__"):
             raise CacheError("a cached teacher needs a dataset with a length and sample ids, not a stream.")
-        complete = len(cached) >= len(dataset)
+        complete = _complete(cached, dataset)
         if complete and self.args.world_size == 1:
             return
         # All ranks meet here: one that started late may find complete what another has just built.
@@ -597,3 +604,10 @@ def _by_length(dataset: Any) -> list[int]:
         lengths = [len(ids) for ids in dataset["input_ids"]]
         return sorted(range(len(dataset)), key=lengths.__getitem__)
     return list(range(len(dataset)))
+
+
+def _complete(cached: Cached, dataset: Any) -> bool:
+    """Whether every sample is in the cache; by the ids where the data set has a column of them, else by the number."""
+    if "id" in (getattr(dataset, "column_names", None) or ()):
+        return cached.has(np.array(dataset["id"], np.int64))
+    return len(cached) >= len(dataset)
