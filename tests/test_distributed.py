@@ -68,7 +68,7 @@ def test_a_checkpoint_of_two_ranks_resumes(ranks):
     found = load(ranks, "resumed")
     # step, total, the weight of the automatic term, none for the other
     assert found["whole"]["_extra_state"].tolist()[:2] == [6.0, 6.0]
-    assert found["whole"]["_extra_state"].isnan().tolist() == [False, False, False, True]
+    assert (found["whole"]["_extra_state"] < 0).tolist() == [False, False, False, True]
     assert distance(found["whole"], load(ranks, "resumed", 1)["whole"]) == 0.0
     assert {"rng_state_0.pth", "rng_state_1.pth", "manifest.json"} <= set(found["files"])
     assert distance(found["whole"], found["again"]) == 0.0
