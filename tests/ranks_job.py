@@ -251,7 +251,7 @@ def nan_on_one_rank(folder: Path) -> None:
 
 def signal_to_one_rank(folder: Path) -> None:
     """Rank 1 alone gets SIGTERM in the third step."""
-    from taskkd.trainer import SignalStop
+    from taskkd.signals import SignalStop
 
     class Send(TrainerCallback):
         def on_step_begin(self, args, state, control, **_) -> None:

@@ -472,7 +472,7 @@ def test_a_signal_saves_and_stops(signalled, number, code):
 
 
 def test_handlers_are_put_back(tmp_path):
-    from taskkd.trainer import SignalStop
+    from taskkd.signals import SignalStop
 
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     point_trainer(tmp_path, max_steps=1, callbacks=[SignalStop()]).train()
@@ -480,7 +480,7 @@ def test_handlers_are_put_back(tmp_path):
 
 
 def test_interrupted_in_this_process_and_a_second_signal(tmp_path):
-    from taskkd.trainer import Interrupted, SignalStop
+    from taskkd.signals import Interrupted, SignalStop
 
     class Send(Recorder):
         def __init__(self, times):
