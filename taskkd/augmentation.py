@@ -39,7 +39,7 @@ class Augmented(Dataset[Any]):
     def __init__(self, dataset: Any, transform: Callable[[Any, torch.Generator], Any], *, seed: int = 0) -> None:
         self.dataset, self.transform, self.seed = dataset, transform, seed
         # In shared memory, so that workers that live through several epochs see the change.
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
     def set_epoch(self, epoch: int) -> None:
         """Start an epoch."""

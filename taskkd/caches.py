@@ -1,8 +1,8 @@
 """`Cached`: a frozen teacher's outputs on disk, memory-mapped, so that later epochs cost no teacher.
 
 Layout of a cache folder: `index.json` (what the cache was built for, shapes, sha256 of every file) and shards
-`shard-00000/` with `ids.npy`, `hashes.npy` and for each tap `tap-0.npy` (and `tap-0.offsets.npy` where rows have their own
-length). A shard is written beside and renamed; an interrupted build goes on where it stopped.
+`shard-00000/` with `ids.npy`, `hashes.npy` and for each tap `tap-0.npy` (and `tap-0.offsets.npy` where rows have a
+length of their own). A shard is written beside and renamed; an interrupted build goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -46,7 +45,7 @@ def weights_sha256(model: nn.Module) -> str:
         if isinstance(value, Tensor):
             data = value.detach().cpu().contiguous()
             digest.update(f"{name} {data.dtype} {tuple(data.shape)};".encode())
-            digest.update(data.reshape(-1).view(torch.uint8).numpy() if data.numel() else b"")
+            digest.update(data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b"")
     return digest.hexdigest()
 
 
@@ -64,7 +63,8 @@ class Cached:
     """A frozen teacher whose outputs for known samples are read from disk.
 
     Batches must carry `id` (int64, unique for each sample). Every read compares a 64-bit hash of the unpadded teacher
-    input with the one seen when the cache was built: changed data, another tokenizer or random augmentation is an error.
+    input with the one seen when the cache was built: changed data, another tokenizer or random augmentation is an
+    error.
 
     Args:
         teacher: the model, or a `Frozen`.
@@ -172,7 +172,9 @@ class Cached:
             index = json.loads(file.read_text())
             stored, shards, _ = dict(index["key"]), list(index["shards"]), index["taps"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CacheError(f"cache {self.path}: {file.name} cannot be read ({error}); delete the folder to build it anew.") from None
+            raise CacheError(
+                f"cache {self.path}: {file.name} cannot be read ({error}); delete the folder to build it anew."
+            ) from None
         for part, wanted in self.key().items():
             if stored.get(part) != wanted:
                 raise CacheError(
@@ -182,14 +184,17 @@ class Cached:
         missing = [t for t in self.taps if t not in index["taps"]]
         if missing:
             raise CacheError(
-                f"cache {self.path} holds the taps {', '.join(map(repr, index['taps']))} but not {', '.join(map(repr, missing))}; "
-                "delete the folder or give another path."
+                f"cache {self.path} holds the taps {', '.join(map(repr, index['taps']))} but not "
+                f"{', '.join(map(repr, missing))}; delete the folder or give another path."
             )
         for shard in shards:
             for name, digest in shard["files"].items():
                 path = self.path / shard["name"] / name
                 if not path.exists() or file_sha256(path) != digest:
-                    raise CacheError(f"cache {self.path}: file {shard['name']}/{name} is missing or damaged; delete the folder to build it anew.")
+                    raise CacheError(
+                        f"cache {self.path}: file {shard['name']}/{name} is missing or damaged; delete the folder to "
+                        "build it anew."
+                    )
         self._index = index
         self._map()
 
@@ -236,8 +241,8 @@ class Cached:
         positions, known = self._positions(ids)
         if not known.all():
             raise CacheError(
-                f"cache {self.path}: sample id {ids[~known][0]} is not in it ({len(self)} samples); build it with all of "
-                "the training data."
+                f"cache {self.path}: sample id {ids[~known][0]} is not in it ({len(self)} samples); build it "
+                "with all of the training data."
             )
         assert self._index is not None and self._shards is not None
         where = self._where[positions]
@@ -245,8 +250,8 @@ class Cached:
         for sample, digest, (shard, row) in zip(ids, _hashes(inputs, len(ids)), where, strict=True):
             if self._shards[shard]["hashes.npy"][row] != digest:
                 raise CacheError(
-                    f"cache {self.path}: the teacher input of sample id {sample} is not the one the cache was built with "
-                    "(changed data, another tokenizer, or random augmentation, which a cache does not allow)."
+                    f"cache {self.path}: the teacher input of sample id {sample} is not the one the cache was built "
+                    "with (changed data, another tokenizer, or random augmentation, which a cache does not allow)."
                 )
         return {tap: self._rows(tap, where, _padded_length(inputs)) for tap in self.taps}
 
@@ -314,11 +319,19 @@ class Cached:
         self._map()
 
     def _start(
-        self, batch: Mapping[str, Any], values: Mapping[str, Any], inputs: Mapping[str, Any], total: int, announce: Callable[[str], None]
+        self,
+        batch: Mapping[str, Any],
+        values: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+        total: int,
+        announce: Callable[[str], None],
     ) -> _Writer:
         ragged = self._ragged(batch, values, inputs)
         if self._index is None:
-            taps = {t: {"shape": list(v.shape[2:] if ragged[t] else v.shape[1:]), "ragged": ragged[t]} for t, v in values.items()}
+            taps = {
+                t: {"shape": list(v.shape[2:] if ragged[t] else v.shape[1:]), "ragged": ragged[t]}
+                for t, v in values.items()
+            }
             self._index = {"key": self.key(), "taps": taps, "shards": []}
         elif unasked := [t for t in self._index["taps"] if t not in values]:
             raise CacheError(
@@ -331,21 +344,29 @@ class Cached:
         limit = min(free, self.budget) if self.budget is not None else free
         announce(f"teacher cache: {total} samples, about {_human(size)} as {self.dtype} in {self.path}")
         if size > limit:
-            raise CacheError(f"cache {self.path}: about {_human(size)} are needed, {_human(limit)} are allowed or free.")
+            raise CacheError(
+                f"cache {self.path}: about {_human(size)} are needed, {_human(limit)} are allowed or free."
+            )
         return writer
 
-    def _ragged(self, batch: Mapping[str, Any], values: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, bool]:
-        """Which taps have a row of their own length for each sample: those whose second dimension grows with padding."""
+    def _ragged(
+        self, batch: Mapping[str, Any], values: Mapping[str, Any], inputs: Mapping[str, Any]
+    ) -> dict[str, bool]:
+        """Which taps have rows of different lengths: those whose second dimension grows with padding."""
         length = _padded_length(inputs)
         for tap, value in values.items():
             if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 1:
-                raise CacheError(f"cache {self.path}: tap {tap!r} is not a floating point tensor with a batch dimension.")
+                raise CacheError(
+                    f"cache {self.path}: tap {tap!r} is not a floating point tensor with a batch dimension."
+                )
         if length is None or not any(v.ndim > 1 and length in v.shape[1:] for v in values.values()):
             return dict.fromkeys(values, False)
         # One column less shows it too, and unlike one more it is never beyond the model's position embeddings.
         change = (0, -1) if length > 1 else (0, 1)
         other = {
-            k: torch.nn.functional.pad(v, change) if isinstance(v, Tensor) and v.ndim == 2 and v.shape[1] == length else v
+            k: torch.nn.functional.pad(v, change)
+            if isinstance(v, Tensor) and v.ndim == 2 and v.shape[1] == length
+            else v
             for k, v in batch.items()
         }
         grown = self.live(other)
@@ -354,8 +375,8 @@ class Cached:
             changed = [d for d, (a, b) in enumerate(zip(value.shape, grown[tap].shape, strict=True)) if a != b]
             if changed not in ([], [1]):
                 raise CacheError(
-                    f"cache {self.path}: tap {tap!r} of shape {tuple(value.shape)} grows with padding in the dimensions {changed}; "
-                    "only the second may. Tap a slice of it, as in '[:, 0]'."
+                    f"cache {self.path}: tap {tap!r} of shape {tuple(value.shape)} grows with padding in the "
+                    f"dimensions {changed}; only the second may. Tap a slice of it, as in '[:, 0]'."
                 )
             ragged[tap] = bool(changed)
         return ragged
@@ -385,13 +406,17 @@ class _Writer:
             total += float(np.prod(shape)) * self.dtype.itemsize * (mean if about["ragged"] else 1)
         return total
 
-    def add(self, ids: NDArray[np.int64], fresh: NDArray[np.bool_], values: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> None:
+    def add(
+        self, ids: NDArray[np.int64], fresh: NDArray[np.bool_], values: Mapping[str, Tensor], inputs: Mapping[str, Any]
+    ) -> None:
         digests = _hashes(inputs, len(ids))
         mask = _mask(inputs)
         arrays = {t: values[t].detach().float().cpu().numpy().astype(self.dtype) for t in self.index["taps"]}
         for tap, array in arrays.items():
             if not np.isfinite(array).all():
-                raise CacheError(f"tap {tap!r} of the teacher is not finite as {self.dtype} for some of the samples {ids.tolist()}.")
+                raise CacheError(
+                    f"tap {tap!r} of the teacher is not finite as {self.dtype} for some of the samples {ids.tolist()}."
+                )
         for i in np.flatnonzero(fresh):
             if int(ids[i]) in self._seen:
                 raise CacheError(f"sample id {ids[i]} occurs twice in the data; ids must be unique.")
@@ -420,18 +445,20 @@ class _Writer:
                 np.save(staging / f"tap-{number}.npy", np.stack(rows))
         files = {f.name: file_sha256(f) for f in sorted(staging.iterdir())}
         shutil.rmtree(self.path / name, ignore_errors=True)
-        os.replace(staging, self.path / name)
+        staging.replace(self.path / name)
         self.index["shards"].append({"name": name, "rows": self.rows, "files": files})
         temporary = self.path / "index.json.tmp"
         temporary.write_text(json.dumps(self.index, indent=1))
-        os.replace(temporary, self.path / "index.json")
+        temporary.replace(self.path / "index.json")
         self._reset()
 
 
 def _ids(batch: Mapping[str, Any]) -> NDArray[np.int64]:
     ids = batch.get("id")
     if ids is None:
-        raise CacheError("a cached teacher needs `id` in every batch (int64, unique for each sample); add such a column to the data.")
+        raise CacheError(
+            "a cached teacher needs `id` in every batch (int64, unique for each sample); add such a column to the data."
+        )
     array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
     return array.astype(np.int64).reshape(-1)
 
@@ -458,7 +485,9 @@ def _hashes(inputs: Mapping[str, Any], count: int) -> list[int]:
         if isinstance(value, Tensor):
             array = value.detach().cpu()
             array = array.float() if array.dtype == torch.bfloat16 else array
-            columns.append((name, array.numpy(), mask is not None and array.ndim > 1 and array.shape[1] == mask.shape[1]))
+            columns.append(
+                (name, array.numpy(), mask is not None and array.ndim > 1 and array.shape[1] == mask.shape[1])
+            )
         elif isinstance(value, list | tuple) and len(value) == count:
             columns.append((name, [v.detach().cpu().numpy() if isinstance(v, Tensor) else v for v in value], False))
     digests = []
@@ -469,7 +498,9 @@ def _hashes(inputs: Mapping[str, Any], count: int) -> list[int]:
             if padded and mask is not None:
                 row = row[mask[i]]
             digest.update(name.encode())
-            digest.update(np.ascontiguousarray(row).tobytes() if isinstance(row, np.ndarray | np.generic) else repr(row).encode())
+            digest.update(
+                np.ascontiguousarray(row).tobytes() if isinstance(row, np.ndarray | np.generic) else repr(row).encode()
+            )
         digests.append(digest.intdigest())
     return digests
 

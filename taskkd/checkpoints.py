@@ -1,8 +1,8 @@
 """What a run saves: whole folders that are complete or are not there, and a student in its own format.
 
-`checkpoint-N/` holds `student/` (its own format), `taskkd_state.safetensors` (adapters, banks, progress: all else of ours),
-the engine's optimiser, scheduler and random states, and `manifest.json` with the sha256 of every file, written last. The folder
-is written beside and renamed.
+`checkpoint-N/` holds `student/` (its own format), `taskkd_state.safetensors` (adapters, banks, progress: all else of
+ours), the engine's optimiser, scheduler and random states, and `manifest.json` with the sha256 of every file, written
+last. The folder is written beside and renamed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from taskkd.caches import file_sha256
+from taskkd.distiller import Distiller
 from taskkd.errors import CheckpointError
 
 __all__ = ["load_state", "load_student", "newest_checkpoint", "save_state", "save_student", "seal", "staged", "verify"]
@@ -59,15 +60,21 @@ def verify(folder: Path) -> None:
         CheckpointError: the manifest or a file is missing, or a file is not what was written; the message names it.
     """
     try:
-        digests = json.loads((folder / MANIFEST).read_text())["sha256"]
+        digests = dict(json.loads((folder / MANIFEST).read_text())["sha256"])
+        if not digests:
+            raise ValueError("nothing is listed")
     except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"checkpoint {folder} is incomplete: it has no readable {MANIFEST}, which is written last.") from None
+        raise CheckpointError(
+            f"checkpoint {folder} is incomplete: it has no readable {MANIFEST}, which is written last."
+        ) from None
     for name, digest in digests.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing.")
         if file_sha256(path) != digest:
-            raise CheckpointError(f"checkpoint {folder} is damaged: {name} is not what was saved (truncated or changed).")
+            raise CheckpointError(
+                f"checkpoint {folder} is damaged: {name} is not what was saved (truncated or changed)."
+            )
 
 
 @contextmanager
@@ -88,11 +95,11 @@ def commit(staging: Path, final: Path) -> None:
     if final.exists():
         old = final.with_name(final.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
-        os.replace(final, old)
-        os.replace(staging, final)
+        final.replace(old)
+        staging.replace(final)
         shutil.rmtree(old, ignore_errors=True)
     else:
-        os.replace(staging, final)
+        staging.replace(final)
     _fsync(final.parent)
 
 
@@ -116,7 +123,9 @@ def newest_checkpoint(run: Path) -> Path | None:
         else:
             return path
     if damaged:
-        raise CheckpointError(f"no checkpoint in {run} can be used: {' '.join(damaged)} Delete them to start from the beginning.")
+        raise CheckpointError(
+            f"no checkpoint in {run} can be used: {' '.join(damaged)} Delete them to start from the beginning."
+        )
     return None
 
 
@@ -127,7 +136,7 @@ def save_student(student: nn.Module, folder: Path, processing_class: Any = None)
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(student, "save_pretrained"):
-        student.save_pretrained(folder)
+        student.save_pretrained(folder)  # type: ignore[operator]
     else:
         save_model(student, str(folder / "model.safetensors"))
     if processing_class is not None and hasattr(processing_class, "save_pretrained"):
@@ -144,36 +153,61 @@ def load_student(student: nn.Module, folder: Path) -> None:
         if hasattr(student, "save_pretrained"):
             dtype = next(student.parameters()).dtype
             loaded, report = type(student).from_pretrained(folder, dtype=dtype, output_loading_info=True)  # type: ignore[attr-defined]
-            wrong = {k: sorted(report[k]) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(k)}
+            wrong = {
+                k: sorted(report[k]) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(k)
+            }
             if wrong:
                 raise CheckpointError(f"checkpoint {folder} is not of this student: {wrong}.")
             student.load_state_dict(loaded.state_dict())
         else:
             load_model(student, str(folder / "model.safetensors"))
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"checkpoint {folder} does not load into this student: {first}") from error
+        # torch names the class in its first line and what does not fit in the next.
+        lines = [line.strip() for line in str(error).splitlines()[:2]] or [type(error).__name__]
+        raise CheckpointError(
+            f"checkpoint {folder} does not load into this student: {' '.join(lines)[:400]}"
+        ) from error
 
 
-def save_state(distiller: nn.Module, path: Path) -> None:
+def save_state(distiller: Distiller, path: Path) -> None:
     """Save all that a distiller holds beside its student (adapters, learned losses, progress, automatic weights)."""
-    state = {k: v.detach().contiguous() for k, v in distiller.state_dict().items() if not k.startswith("student.")}
-    save_file(state, str(path))
+    own = {k: v for k, v in distiller.state_dict().items() if not k.startswith("student.")}
+    # Copies: safetensors refuses tensors that share memory (an adapter that two terms have in common).
+    state = {k: v.detach().clone().contiguous() for k, v in own.items()}
+    save_file(state, str(path), {"terms": json.dumps(_terms(distiller))})
 
 
-def load_state(distiller: nn.Module, path: Path) -> None:
+def _terms(distiller: nn.Module) -> list[str]:
+    terms = distiller.get_submodule("terms")
+    return [name for name, _ in terms.named_children()]
+
+
+def load_state(distiller: Distiller, path: Path) -> None:
     """Load what `save_state` wrote.
 
     Raises:
         CheckpointError: the file cannot be read, or its keys are not those of this distiller (another method).
     """
     try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
         state = load_file(str(path))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    own = {k for k in distiller.state_dict() if not k.startswith("student.")}
-    if own != set(state):
-        missing, extra = sorted(own - set(state)), sorted(set(state) - own)
-        raise CheckpointError(f"{path} belongs to other terms: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}.")
+    terms = json.loads(metadata.get("terms", "null"))
+    if terms is not None and terms != _terms(distiller):
+        raise CheckpointError(f"{path} belongs to other terms: it has {terms}, this training {_terms(distiller)}.")
+    present = {k: v for k, v in distiller.state_dict().items() if not k.startswith("student.")}
+    if set(present) != set(state):
+        missing, extra = sorted(set(present) - set(state)), sorted(set(state) - set(present))
+        raise CheckpointError(
+            f"{path} belongs to other terms: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}."
+        )
+    for key, value in state.items():
+        if value.shape != present[key].shape:
+            raise CheckpointError(
+                f"{path} belongs to another architecture: {key} is {tuple(value.shape)} there, "
+                f"{tuple(present[key].shape)} here."
+            )
     with torch.no_grad():
         distiller.load_state_dict({**state, **{f"student.{k}": v for k, v in distiller.student.state_dict().items()}})

@@ -71,9 +71,9 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Show what a recipe would do, without training: models, taps with shapes, the size of every term on one batch."""
     from rich.table import Table
 
-    from taskkd import recipes, runs
+    from taskkd import plans, recipes
 
-    plan = runs.check(recipes.load_recipe(recipe, overrides or []))
+    plan = plans.check(recipes.load_recipe(recipe, overrides or []))
     for title, text in plan.summary:
         console.print(f"[bold]{title}[/bold]: {text}", highlight=False)
     for stage, preparation in plan.stages.items():

@@ -75,6 +75,10 @@ class Distiller(nn.Module):
     #: transformers.Trainer: losses are means over a batch, to be divided by the number of accumulation steps
     accepts_loss_kwargs = False
 
+    student: nn.Module
+    teacher: Teacher | None
+    _numbers: list[float]
+
     def __init__(
         self,
         student: nn.Module,
@@ -103,6 +107,9 @@ class Distiller(nn.Module):
         self.task_weight, self.task_loss, self.on_nonfinite = float(task_weight), task_loss, on_nonfinite
         #: whether `forward` itself looks for NaN; the trainer watches from outside and looks once per optimiser step
         self.check_in_forward = True
+        #: a wish of this process to stop (a signal), and whether some rank has it: they agree in `check_finite`,
+        #: whose one message and one synchronisation serve for both
+        self.stop_wish = self.stop_agreed = False
         self.progress = Progress()
         self.prepared = False
         self._term_list: list[Term] = [self.terms[n] for n in self.terms]  # type: ignore[misc]
@@ -146,7 +153,7 @@ class Distiller(nn.Module):
             return self.student(**self._accepted(batch))
         names, values = self._losses(batch)
         stacked = torch.stack(values) if len(values) > 1 else values[0].reshape(1)
-        # Not `@`: autocast would compute that in half precision.
+        # `dot`, as autocast would compute `stacked @ weights` in half precision.
         losses = {"loss": torch.dot(stacked, self._weights_like(stacked))}
         losses |= zip(names, [v.detach() for v in values], strict=True)
         if self.check_in_forward and not torch.compiler.is_compiling():  # a compiled graph cannot stop
@@ -160,12 +167,13 @@ class Distiller(nn.Module):
         if not self.built:
             missing = ", ".join(repr(t.name) for t in self._term_list if not t.built)
             raise TaskkdError(
-                f"the adapter of {missing} does not exist yet: call `distiller.prepare(batch)` before the optimiser is made."
+                f"the adapter of {missing} does not exist yet: call `distiller.prepare(batch)` before the optimiser is "
+                "made."
             )
         if self._lacks_total:
             raise TaskkdError(
-                "a schedule is a fraction of the training: call `distiller.set_total(optimiser_steps)` before the first "
-                "step (the trainer does it)."
+                "a schedule is a fraction of the training: call `distiller.set_total(optimiser_steps)` before the "
+                "first step (the trainer does it)."
             )
         run = self._run(batch)
         names, values = [], []
@@ -226,14 +234,17 @@ class Distiller(nn.Module):
         if self.task_loss is not None:
             return self.task_loss(output, batch)
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if loss is None and isinstance(output, Mapping) and output and all(
-            isinstance(v, Tensor) and v.ndim == 0 for v in output.values()
+        if (
+            loss is None
+            and isinstance(output, Mapping)
+            and output
+            and all(isinstance(v, Tensor) and v.ndim == 0 for v in output.values())
         ):
             loss = torch.stack(list(output.values())).sum()
         if not isinstance(loss, Tensor):
             raise TaskkdError(
-                f"the student's output ({describe(output)}) has no loss: give it labels, pass `task_loss=(output, batch) "
-                "-> scalar`, or set `task_weight=0`."
+                f"the student's output ({describe(output)}) has no loss: give it labels, pass `task_loss=(output, "
+                "batch) -> scalar`, or set `task_weight=0`."
             )
         return loss
 
@@ -318,13 +329,17 @@ class Distiller(nn.Module):
         # A NaN or infinite term makes the weighted sum non-finite, so one number stands for all of them.
         totals = [losses["loss"].detach() for losses, _ in pending]
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            flag = torch.stack(totals).isfinite().all().float()
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
-            finite = bool(flag > 0)
-        elif len(totals) == 1:  # the usual case, without a kernel
-            finite = math.isfinite(totals[0].item())
+            flag = torch.stack(totals).isfinite().all()
+            flags = torch.stack([flag, torch.tensor(not self.stop_wish, device=flag.device)]).float()
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MIN)
+            finite, going_on = (flags > 0).tolist()
+            self.stop_agreed = not going_on
         else:
-            finite = bool(torch.stack(totals).isfinite().all())
+            self.stop_agreed = self.stop_wish
+            if len(totals) == 1:  # the usual case, without a kernel
+                finite = math.isfinite(totals[0].item())
+            else:
+                finite = bool(torch.stack(totals).isfinite().all())
         if finite:
             return True
         if self.on_nonfinite == "skip":
@@ -440,14 +455,18 @@ class Distiller(nn.Module):
             if not fixed:
                 raise TaskkdError("weight='auto' needs a task loss or a term of given weight to be measured against.")
             reference, target = fixed[0].name, fixed[0].weight(self.progress) * norms[fixed[0].name]
-        chosen = torch.tensor([target / norms[t.name] if norms[t.name] > 0 else 1.0 for t in automatic], dtype=torch.float64)
+        chosen = torch.tensor(
+            [target / norms[t.name] if norms[t.name] > 0 else 1.0 for t in automatic], dtype=torch.float64
+        )
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             device = next(self.student.parameters()).device
             shared = chosen.to(device)
             torch.distributed.all_reduce(shared)
             chosen = (shared / torch.distributed.get_world_size()).cpu()
         if target == 0:
-            raise TaskkdError(f"weight='auto': the gradient of {reference!r} is 0 on this batch, nothing to measure against.")
+            raise TaskkdError(
+                f"weight='auto': the gradient of {reference!r} is 0 on this batch, nothing to measure against."
+            )
         for term, weight in zip(automatic, chosen.tolist(), strict=True):
             self._automatic[term.name] = weight
 
@@ -455,7 +474,7 @@ class Distiller(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Progress and automatic weights, as a tensor so that any checkpoint format can hold it."""
-        automatic = [self._automatic.get(t.name, math.nan) for t in self._term_list]
+        automatic = [self._automatic.get(t.name, -1.0) for t in self._term_list]
         total = -1 if self.progress.total is None else self.progress.total
         return torch.tensor([self.progress.step, total, *automatic], dtype=torch.float64)
 
@@ -466,7 +485,7 @@ class Distiller(nn.Module):
             raise TaskkdError(f"this state has {len(automatic)} terms, the distiller {len(self._term_list)}.")
         self.progress = Progress(int(step), None if total < 0 else int(total))
         pairs = zip(self._term_list, automatic, strict=True)
-        self._automatic = {t.name: w for t, w in pairs if not math.isnan(w)}
+        self._automatic = {t.name: w for t, w in pairs if w >= 0}
         self._set_weights()
 
     def close(self) -> None:

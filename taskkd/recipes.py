@@ -137,7 +137,7 @@ def build_terms(recipe: Any) -> list[Match]:
             raise RecipeError(
                 f"term {term.name!r}: no adapter {term.adapter!r}{nearest(term.adapter, ADAPTERS)}; known: {known}."
             )
-        weight = (
+        weight: Any = (
             term.weight
             if isinstance(term.weight, float | str)
             else warmup(term.weight.value, fraction=term.weight.fraction)

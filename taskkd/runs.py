@@ -6,37 +6,30 @@ Folder of a run: `recipe.yaml` (resolved), `run.json` (finished steps and their 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import itertools
-import json
 import logging
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from torch import nn
 
 from taskkd import recipes
 from taskkd.caches import Cached
-from taskkd.distiller import Distiller, Preparation
 from taskkd.errors import RecipeError
-from taskkd.progress import ProgressBar
-from taskkd.schema import Training
-from taskkd.stages import Method, Stage
+from taskkd.plans import build_method, look
+from taskkd.session import Record, Say, Session, locked, strip, training_arguments
+from taskkd.stages import Stage
 from taskkd.teachers import Frozen
-from taskkd.trainer import SignalStop, Trainer
+from taskkd.trainer import Trainer
 
-__all__ = ["Plan", "Record", "Result", "check", "distill", "run_recipe"]
+__all__ = ["Result", "distill", "evaluate", "predict", "run_recipe"]
 
 logger = logging.getLogger(__name__)
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -46,192 +39,6 @@ class Result:
     student: nn.Module
     report: dict[str, Any]
     output_dir: Path
-
-
-class Record:
-    """`run.json`: the finished steps of a run and what they gave."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "run.json"
-        self.finished: dict[str, Any] = {}
-        if self.path.is_file():
-            try:
-                self.finished = json.loads(self.path.read_text())["finished"]
-            except (ValueError, KeyError, TypeError):
-                raise RecipeError(
-                    f"{self.path} is not readable; delete the folder or give another --output-dir."
-                ) from None
-
-    def step(self, name: str, work: Callable[[], Any]) -> Any:
-        """The result of a step: from the record, or worked out now and put on record."""
-        if name not in self.finished:
-            result = work()
-            self.finished[name] = json.loads(json.dumps(result))
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"finished": self.finished}, indent=1))
-            temporary.replace(self.path)
-        return self.finished[name]
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep a second run out of a folder.
-
-    Raises:
-        RecipeError: another process is at work in it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "run.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RecipeError(
-                f"another run is at work in {folder}; wait for it or give another --output-dir."
-            ) from None
-        yield
-
-
-# ---- one training
-
-
-def training_arguments(
-    folder: Path, training: Training, seed: int, metric: str | None
-) -> transformers.TrainingArguments:
-    """The engine's arguments for a part of a recipe."""
-    schedule = "constant_with_warmup" if training.schedule == "constant" else training.schedule
-    selected = (
-        {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": True} if metric else {}
-    )
-    return transformers.TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=training.epochs,
-        learning_rate=training.learning_rate,
-        per_device_train_batch_size=training.batch_size,
-        per_device_eval_batch_size=training.eval_batch_size,
-        gradient_accumulation_steps=training.accumulation,
-        weight_decay=training.weight_decay,
-        warmup_steps=training.warmup,
-        lr_scheduler_type=schedule,
-        max_grad_norm=training.max_grad_norm,
-        bf16=training.precision == "bf16",
-        fp16=training.precision == "fp16",
-        dataloader_num_workers=training.workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        eval_strategy="epoch" if metric else "no",
-        save_strategy="epoch",
-        save_total_limit=1,
-        logging_steps=10,
-        train_sampling_strategy="group_by_length",
-        seed=seed,
-        report_to=[],
-        disable_tqdm=True,
-        **selected,
-    )
-
-
-def set_dropout(model: nn.Module, rate: float) -> None:
-    """Give every dropout of a model this rate. The config that is saved keeps its own."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = rate
-
-
-def _strip(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Metrics without the engine's prefixes and timings."""
-    plain = {k.partition("_")[2]: v for k, v in metrics.items() if k.startswith(("eval_", "test_"))}
-    return {k: v for k, v in plain.items() if not k.endswith(("runtime", "per_second", "preparation_time"))}
-
-
-@dataclass
-class Session:
-    """What the steps of a run share."""
-
-    recipe: Any
-    task: Any
-    data: Any
-    folder: Path
-    record: Record
-    say: Say
-
-    @property
-    def metric(self) -> str:
-        """The metric that models are selected by."""
-        name: str = self.task.main_metric(self.data)
-        return name
-
-    def fit(
-        self,
-        step: str,
-        student: Any,
-        stage: Stage,
-        training: Training,
-        *,
-        title: str,
-        seed: int,
-        teacher: Frozen | Cached | None = None,
-        train: Any = None,
-    ) -> dict[str, Any]:
-        """One training, unless it is on record: the best epoch on validation is kept in `<step>/model`.
-
-        Returns:
-            `validation` metrics, `seconds`, `steps`, and the log `history`.
-        """
-
-        def work() -> dict[str, Any]:
-            folder, metric = self.folder / step, f"eval_{self.metric}"
-            if training.dropout is not None:
-                set_dropout(student, training.dropout)
-            trainer = Trainer(
-                student,
-                teacher=teacher,
-                method=Method(stage.name, [stage]),
-                task_loss=self.task.task_loss,
-                metric=self.task.metric(self.data),
-                args=training_arguments(folder, training, seed, metric),
-                train_dataset=self.data.train if train is None else train,
-                eval_dataset=self.data.validation,
-                processing_class=self.data.tokenizer,
-                data_collator=self.data.collator,
-                callbacks=[SignalStop(), ProgressBar(f"{title}, seed {seed}", self.metric)],
-            )
-            trainer.remove_callback(transformers.PrinterCallback)
-            start = time.perf_counter()
-            trainer.train(resume_from_checkpoint=True)
-            seconds = time.perf_counter() - start
-            trainer.distiller.close()
-            trainer.save_model(str(folder / "model"))
-            for checkpoint in folder.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint, ignore_errors=True)
-            # The engine keeps the first best epoch; its validation metrics are in the log already.
-            history = trainer.state.log_history
-            best = max((h for h in history if metric in h), key=lambda h: h[metric])
-            steps = trainer.state.global_step
-            return {"validation": _strip(best), "seconds": seconds, "steps": steps, "history": history}
-
-        result: dict[str, Any] = self.record.step(step, work)
-        return result
-
-    def evaluated(self, model: nn.Module, table: Any) -> dict[str, float]:
-        """The metrics of a model on a table."""
-        trainer = Trainer(
-            model,
-            metric=self.task.metric(self.data),
-            args=training_arguments(self.folder, self.recipe.training, 0, None),
-            processing_class=self.data.tokenizer,
-            data_collator=self.data.collator,
-        )
-        trainer.remove_callback(transformers.PrinterCallback)
-        return _strip(trainer.evaluate(table))
-
-    def tested(self, step: str, model: Callable[[], nn.Module]) -> dict[str, float]:
-        """The metrics of a finished model on the test set, worked out once."""
-        result: dict[str, float] = self.record.step(step, lambda: self.evaluated(model(), self.data.test))
-        return result
-
-    def student(self, teacher: nn.Module, seed: int, source: str | None = None) -> nn.Module:
-        """The student at its start, or as it was saved in `source` of this run."""
-        student: nn.Module = self.task.student(self.recipe, self.data, teacher, seed)
-        return student if source is None else self.task.reload(student, self.folder / source)
 
 
 # ---- a recipe
@@ -424,18 +231,6 @@ def _distilled(session: Session, teacher: nn.Module, seed: int, name: str) -> di
     return {**outcome, "test": test, "model": model}
 
 
-def build_method(recipe: Any, student: nn.Module, teacher: nn.Module) -> Method:
-    """The recipe's method for this pair, with the recipe's own terms in every stage of it."""
-    own = recipes.build_terms(recipe)
-    if recipe.method is None:
-        return Method("terms", [Stage("distil", own)] if own else [])
-    make = recipes.task_named(recipe.task).methods[recipe.method.name]
-    method: Method = make(student, teacher, **recipes.method_options(recipe))
-    if own and len(method.stages) > 1:
-        raise RecipeError(f"`terms` go with a method of one stage; {recipe.method.name!r} has {len(method.stages)}.")
-    return replace(method, stages=[replace(s, terms=[*s.terms, *own]) for s in method.stages])
-
-
 def _supplier(session: Session, teacher: nn.Module, stage: Stage) -> Frozen | Cached | None:
     """The teacher of a stage: from disk as the recipe says; one cache for each set of taps, shared by a sweep."""
     taps = sorted({t for term in stage.terms for t in term.teacher_taps})
@@ -464,81 +259,6 @@ def _select(session: Session, teacher: nn.Module, report: dict[str, Any]) -> tup
     report["selected"], report["selected_seed"] = best, int(seed)
     source = runs[seed]["model"]
     return session.student(teacher, int(seed), source), session.folder / source
-
-
-# ---- looking before training
-
-
-@dataclass
-class Plan:
-    """What `check` found out: lines of text, and the sizes of terms on one batch of each stage."""
-
-    summary: list[tuple[str, str]] = field(default_factory=list)
-    stages: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-
-
-def check(recipe: Any, *, evaluate: int = 200) -> Plan:
-    """Build everything that a recipe names and look at one real batch, without training.
-
-    Args:
-        recipe: from `load_recipe`.
-        evaluate: number of validation samples that a teacher which is not to be fine-tuned is tried on.
-    """
-    transformers.utils.logging.disable_progress_bar()
-    task = recipes.task_named(recipe.task)
-    data = task.load(recipe)
-    teacher = task.teacher(recipe, data)
-    student = task.student(recipe, data, teacher, recipe.seeds[0])
-    plan = Plan([("data", data.summary())])
-    for title, model in (("teacher", teacher), ("student", student)):
-        plan.summary.append((title, f"{type(model).__name__}, {parameters(model):,} parameters"))
-    if recipe.teacher.finetune is None:
-        few = data.validation.select(range(min(evaluate, len(data.validation))))
-        metrics = Session(recipe, task, data, Path("runs") / "check", Record(Path()), print).evaluated(teacher, few)
-        name = task.main_metric(data)
-        plan.summary.append(("teacher's own " + name, f"{metrics[name]:.4f} on {len(few)} validation samples"))
-        if metrics[name] <= task.chance(data) + 0.01:
-            plan.warnings.append(f"the teacher is no better than chance ({task.chance(data):.3f}); fine-tune it first.")
-    else:
-        own = recipe.teacher.finetune
-        plan.summary.append(
-            ("teacher's own metric", f"it is fine-tuned first: {own.epochs:g} epochs on {len(data.train)} samples")
-        )
-        plan.warnings.append("the sizes below are those of a teacher that is not fine-tuned yet.")
-    if recipe.method is None and not recipe.terms:
-        return plan
-    training = recipe.training
-    plan.stages = look(recipe, task, data, student, teacher)
-    plan.warnings += [sentence for preparation in plan.stages.values() for sentence in preparation.advice]
-    steps = -(-len(data.everything) // (training.batch_size * training.accumulation))
-    plan.summary.append(("distillation", f"{training.epochs:g} epochs of {steps} steps, batch {training.batch_size}"))
-    return plan
-
-
-def look(recipe: Any, task: Any, data: Any, student: nn.Module, teacher: nn.Module) -> dict[str, Preparation]:
-    """What `prepare` says of every stage on one real batch; both models are left as they were.
-
-    Raises:
-        TaskkdError: a tap, shape or option does not work out.
-    """
-    found = {}
-    rows = [data.everything[i] for i in range(min(recipe.training.batch_size, len(data.everything)))]
-    batch = dict(data.collator(rows))
-    for stage in build_method(recipe, student, teacher).stages:
-        distiller = Distiller(
-            student, Frozen(teacher), stage.terms, task_weight=stage.task_weight, task_loss=task.task_loss
-        )
-        try:
-            found[stage.name] = distiller.prepare(batch)
-        finally:
-            distiller.close()
-    return found
-
-
-def parameters(model: nn.Module) -> int:
-    """The number of parameters."""
-    return sum(p.numel() for p in model.parameters())
 
 
 # ---- after training
@@ -576,7 +296,7 @@ def evaluate(run: Path, data: str | None = None) -> dict[str, float]:
         data_collator=task.collator(tokenizer),
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    return _strip(trainer.evaluate(table, metric_key_prefix="test"))
+    return strip(trainer.evaluate(table, metric_key_prefix="test"))
 
 
 def predict(run: Path, inputs: Sequence[str]) -> Iterator[tuple[str, float, str]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from taskkd.errors import TapError, nearest
 from taskkd.terms import Term
 
-__all__ = ["Method", "Stage", "train_only"]
+__all__ = ["Method", "Stage", "train_only", "training_only"]
 
 
 @dataclass(frozen=True)
@@ -64,3 +65,29 @@ def train_only(student: nn.Module, parts: Sequence[str] | None) -> None:
     student.requires_grad_(False)
     for part in parts:
         modules[part].requires_grad_(True)
+
+
+@contextmanager
+def training_only(student: nn.Module, parts: Sequence[str] | None) -> Iterator[None]:
+    """During this block, let only these parts of the student train; None: all that trains already.
+
+    What was frozen before stays frozen, and what the block froze is freed at its end.
+
+    Raises:
+        TapError: a part is not in the student.
+    """
+    frozen: list[nn.Parameter] = []
+    if parts is not None:
+        modules = dict(student.named_modules())
+        for part in parts:
+            if part not in modules:
+                raise TapError(f"stage: the student has no module {part!r}{nearest(part, modules)}.")
+        inside = {id(p) for part in parts for p in modules[part].parameters()}
+        frozen = [p for p in student.parameters() if p.requires_grad and id(p) not in inside]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)

@@ -81,7 +81,9 @@ def parse_tap(text: str) -> Tap:
         call = int(match["call"]) if match["call"] else None
         return Tap(text, "module", head, "in" if match["port"] else "out", call, tuple(selectors))
     if match["port"] or match["call"]:
-        raise TapError(f"tap {text!r}: ':in' and '@call' are for modules, {root!r} is not one (a module so named is './{root}').")
+        raise TapError(
+            f"tap {text!r}: ':in' and '@call' are for modules, {root!r} is not one (a module so named is './{root}')."
+        )
     if root == "attention":
         raise TapError(f"tap {text!r}: attention taps need the NLP recorder, which this version does not have.")
     return Tap(text, root, "", "out", None, (*(p for p in tail.split(".") if p), *selectors))
@@ -223,7 +225,7 @@ class _Hook:
 
 
 class _Recording:
-    """The block of `Taps.record`: a plain class, as a generator costs several times more, twice in every step."""
+    """The block of `Taps.record`: entered twice in every step, where a generator costs several times a plain class."""
 
     def __init__(self, taps: Taps) -> None:
         self.taps = taps

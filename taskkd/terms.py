@@ -139,7 +139,9 @@ class Match(Term):
         self.adapter_spec: AdapterSpec | None = None
         if isinstance(adapter, nn.Module):
             if len(self.student_pairs) > 1:
-                raise TaskkdError(f"term {name!r}: one adapter module for several taps; name a kind or give a function.")
+                raise TaskkdError(
+                    f"term {name!r}: one adapter module for several taps; name a kind or give a function."
+                )
             self.adapters.append(adapter)
         else:
             self.adapter_spec = adapter
@@ -170,11 +172,18 @@ class Match(Term):
         tensors = []
         select = self.select
         for tap in taps:
+            if tap not in values:
+                raise TapError(
+                    f"term {self.name!r}: nothing supplies tap {tap!r} any more; was the teacher given to a second "
+                    "distiller? Each needs a `Frozen` of its own (they may share the model)."
+                )
             value = values[tap]
             if select is not None:
                 value = select(value) if callable(select) else value[select]
             if not isinstance(value, Tensor):
-                raise TapError(f"term {self.name!r}: tap {tap!r} is a {type(value).__name__}, not a tensor; select an item.")
+                raise TapError(
+                    f"term {self.name!r}: tap {tap!r} is a {type(value).__name__}, not a tensor; select an item."
+                )
             tensors.append(value)
         return tensors
 

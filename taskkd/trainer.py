@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import signal
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -34,11 +35,12 @@ from taskkd.checkpoints import (
 )
 from taskkd.distiller import Distiller, Preparation, TaskLoss
 from taskkd.errors import CacheError, CheckpointError, NonFiniteError, TaskkdError
-from taskkd.stages import Method, Stage, train_only
+from taskkd.signals import Interrupted, SignalStop
+from taskkd.stages import Method, Stage, training_only
 from taskkd.teachers import Teacher
 from taskkd.terms import Term
 
-__all__ = ["Interrupted", "Metric", "SignalStop", "Trainer"]
+__all__ = ["Metric", "Trainer"]
 
 logger = logging.getLogger(__name__)
 SKIPS_IN_A_ROW = 10
@@ -63,38 +65,6 @@ class Metric(Protocol):
         """The results by name."""
 
 
-class Interrupted(SystemExit):
-    """Training was asked to stop by a signal, and has saved a checkpoint; the exit code is 128 + signal."""
-
-
-class SignalStop(transformers.TrainerCallback):  # type: ignore[misc]
-    """On SIGINT or SIGTERM: finish the optimiser step, save a checkpoint, stop. A second signal stops at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.received is not None:
-            signal.signal(number, signal.SIG_DFL)
-            raise Interrupted(128 + number)
-        self.received = number
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.received is not None:
-            control.should_save = control.should_training_stop = True
-
-    def restore(self) -> None:
-        """Put the former handlers back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-
-
 class _Drive(transformers.TrainerCallback):  # type: ignore[misc]
     """What the distiller needs at the turns of the engine's loop."""
 
@@ -103,6 +73,7 @@ class _Drive(transformers.TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.distiller.set_total(state.max_steps)
+        self.trainer._start_sums()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         set_epoch = getattr(self.trainer.train_dataset, "set_epoch", None)
@@ -129,7 +100,7 @@ class _CachedCollator:
 
 
 class Trainer(transformers.Trainer):  # type: ignore[misc]
-    """`transformers.Trainer` that distils: same arguments, callbacks, `compute_metrics`, mixed precision, accumulation, DDP.
+    """`transformers.Trainer` that distils: the same arguments, callbacks, metrics, precision, accumulation, DDP.
 
     Args:
         student: the model to train.
@@ -150,8 +121,14 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         TapError: a tap is in neither model.
 
     A checkpoint holds the student alone in `student/`; `save_model(folder)` writes it there.
-    `train(resume_from_checkpoint=True)` uses the newest complete checkpoint, and starts from the beginning if there is none.
+    `train(resume_from_checkpoint=True)` uses the newest complete checkpoint, and starts from the beginning if there is
+    none.
     """
+
+    # The engine is untyped; these are its attributes that are read here.
+    _signature_columns: list[str] | None
+    data_collator: Any
+    control: Any
 
     def __init__(
         self,
@@ -175,23 +152,37 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if current.overrides:
             args = dataclasses.replace(args, **current.overrides)
         if args.label_smoothing_factor:
-            raise TaskkdError("`label_smoothing_factor` is not applied to a distiller's losses: give a `task_loss` that smooths.")
+            raise TaskkdError(
+                "`label_smoothing_factor` is not applied to a distiller's losses: give a `task_loss` that smooths."
+            )
         # A NaN that is logged as 0 trains on, and is checkpointed.
         args.logging_nan_inf_filter = False
         if args.n_gpu > 1:
-            logger.warning("%d GPUs are visible, one is used; for all: accelerate launch --num_processes %d ...", args.n_gpu, args.n_gpu)
+            logger.warning(
+                "%d GPUs are visible, one is used; for all: accelerate launch --num_processes %d ...",
+                args.n_gpu,
+                args.n_gpu,
+            )
             args._n_gpu = 1
-        train_only(student, current.trains)
+        self._trains = current.trains
+        with training_only(student, self._trains):
+            pass  # its parts exist: a wrong name is told now
         self.distiller = Distiller(
-            student, teacher, current.terms, task_weight=current.task_weight, task_loss=task_loss, on_nonfinite=on_nonfinite
+            student,
+            teacher,
+            current.terms,
+            task_weight=current.task_weight,
+            task_loss=task_loss,
+            on_nonfinite=on_nonfinite,
         )
         self.distiller.check_in_forward = False
         self.metric = metric
         self.preparation: Preparation | None = None
         self._adapter_options = {"lr": adapter_learning_rate, "weight_decay": adapter_weight_decay}
         self._sums: dict[str, Tensor] = {}
-        self._summed = 0
-        self._skipped = 0
+        self._counts: dict[str, int] = {}
+        self._kept: tuple[Tensor, dict[str, Tensor], dict[str, int]] | None = None
+        self._skipped = self._left_out = self._last_log = 0
         super().__init__(model=self.distiller, args=args, **engine)
         self.add_callback(_Drive(self))
         # The engine looks at `Distiller.forward(**batch)` and finds no names; the student has them.
@@ -203,7 +194,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            names = self.distiller.columns() | {"label", "label_ids", *self.label_names}
+            # Also where no model reads labels: a task loss or a term may.
+            names = self.distiller.columns() | {"label", "labels", "label_ids", *self.label_names}
             self._signature_columns = sorted(names)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -236,12 +228,18 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if not isinstance(cached, Cached) or not self.distiller._uses_teacher:
             return
         if isinstance(dataset, Augmented):
-            raise CacheError("a cached teacher cannot follow random augmentation: use `Frozen`, or train without `Augmented`.")
+            raise CacheError(
+                "a cached teacher cannot follow random augmentation: use `Frozen`, or train without `Augmented`."
+            )
         if not hasattr(dataset, "__len__"):
             raise CacheError("a cached teacher needs a dataset with a length and sample ids, not a stream.")
-        if len(cached) >= len(dataset):
+        complete = _complete(cached, dataset)
+        if complete and self.args.world_size == 1:
             return
+        # All ranks meet here: one that started late may find complete what another has just built.
         with self.accelerator.main_process_first():
+            if complete:
+                return
             if self.accelerator.is_main_process:
                 from taskkd.progress import track
 
@@ -249,7 +247,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
                 size = self.args.eval_batch_size
                 batches = (self._collated(order[i : i + size]) for i in range(0, len(order), size))
                 with track("teacher cache", len(order)) as advance:
-                    cached.build(batches, total=len(order), device=self.args.device, announce=logger.info, progress=advance)
+                    cached.build(
+                        batches, total=len(order), device=self.args.device, announce=logger.info, progress=advance
+                    )
             else:
                 cached._open()
 
@@ -261,7 +261,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             if count == 0:
                 raise TaskkdError("the training set is empty.")
             batch = self._prepare_inputs(self._collated(range(count)))
-            self.preparation = self.distiller.prepare(batch)
+            with training_only(self.distiller.student, self._trains):
+                self.preparation = self.distiller.prepare(batch)
             for sentence in self.preparation.advice:
                 logger.warning("%s", sentence)
         return self.preparation
@@ -284,7 +285,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         self.prepare()
         stops = [c for c in self.callback_handler.callbacks if isinstance(c, SignalStop)]
         try:
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            with training_only(self.distiller.student, self._trains):
+                result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         finally:
             for stop in stops:
                 stop.restore()
@@ -298,53 +300,122 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         self.prepare()
         fresh = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        options = {k: v for k, v in self._adapter_options.items() if v is not None}
-        own = {id(p) for p in self.distiller.terms.parameters()}
-        if fresh and options and own:
-            moved = []
-            for group in optimizer.param_groups:
-                moved += [p for p in group["params"] if id(p) in own]
-                group["params"] = [p for p in group["params"] if id(p) not in own]
-            optimizer.add_param_group({"params": moved, **options})
+        own = {id(p): p for p in self.distiller.terms.parameters() if p.requires_grad}
+        if fresh:
+            self._split_groups(optimizer, set(own))
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [p for key, p in own.items() if key not in held]
+        if missing:  # an optimiser of the user's own, made before there were adapters
+            if self.lr_scheduler is not None:
+                raise TaskkdError(
+                    "the optimiser that was given does not hold the adapters, and its scheduler knows no group for "
+                    "them: give the optimiser alone, or none (`optimizers=(optimizer, None)`)."
+                )
+            options = {k: v for k, v in self._adapter_options.items() if v is not None}
+            optimizer.add_param_group({"params": missing, **options})
         return optimizer
+
+    def _split_groups(self, optimizer: torch.optim.Optimizer, own: set[int]) -> None:
+        """Move these parameters to groups of their own that differ from the engine's in what was asked for only."""
+        rate, decay = self._adapter_options["lr"], self._adapter_options["weight_decay"]
+        if rate is None and decay is None:
+            return
+        decayed = set(self.get_decay_parameter_names(self.distiller))
+        decayed_ids = {id(p) for n, p in self.distiller.named_parameters() if n in decayed}
+        for group in list(optimizer.param_groups):
+            moved = [p for p in group["params"] if id(p) in own]
+            if not moved:
+                continue
+            group["params"] = [p for p in group["params"] if id(p) not in own]
+            fresh = {**group, "params": moved}
+            if rate is not None:
+                fresh["lr"] = rate
+            if decay is not None and all(id(p) in decayed_ids for p in moved):
+                fresh["weight_decay"] = decay
+            optimizer.add_param_group(fresh)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The weighted sum in training, the student's own loss in evaluation."""
+        """The weighted sum in training, the task loss (the student's own by default) in evaluation."""
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs)
+            if self.distiller.task_loss is None:
+                return super().compute_loss(model, inputs, return_outputs=return_outputs)
+            output = model(**inputs)
+            # The engine takes a bare tensor apart as if it were (loss, logits).
+            outputs = dict(output) if isinstance(output, Mapping) else {"logits": output}
+            loss = self.distiller.task_loss(output, inputs)
+            return (loss, outputs) if return_outputs else loss
         losses = model(**inputs)
         self.distiller.watch(losses, inputs)
         for name, value in losses.items():
             if name != "loss":
                 total = self._sums.get(name)
                 self._sums[name] = value.clone() if total is None else total.add_(value)
-        self._summed += 1
+                self._counts[name] = self._counts.get(name, 0) + 1
         return (losses["loss"], losses) if return_outputs else losses["loss"]
 
     def _stop_or_skip(self) -> None:
         if self.distiller.check_finite():
             self._skipped = 0
+            self._keep_sums()
             return
         self._skipped += 1
         if self._skipped >= SKIPS_IN_A_ROW:
             raise NonFiniteError(f"{self._skipped} steps in a row had a non-finite term; the run stops.")
         logger.warning("step %d is left out: a term is not finite.", self.state.global_step)
+        self._left_out += 1
         for parameter in self.distiller.parameters():
             parameter.grad = None
+        # What is logged is the mean of the other steps; a NaN in the engine's running sum would stay there for ever.
+        if self._kept is None:
+            self._tr_loss.zero_()
+            self._sums, self._counts = {}, {}
+        else:
+            loss, sums, counts = self._kept
+            self._tr_loss.copy_(loss)
+            self._sums, self._counts = {n: s.clone() for n, s in sums.items()}, dict(counts)
+
+    def _start_sums(self) -> None:
+        self._sums, self._counts, self._kept = {}, {}, None
+        self._skipped = self._left_out = 0
+        self._last_log = self.state.global_step
+
+    def _keep_sums(self) -> None:
+        if self.distiller.on_nonfinite == "skip":
+            sums = {n: s.clone() for n, s in self._sums.items()}
+            self._kept = (self._tr_loss.clone(), sums, dict(self._counts))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log; every term's mean since the last log is added to the training's entries, read from the device here only."""
-        if "loss" in logs and self._summed:
-            means = torch.stack(list(self._sums.values())).float() / self._summed
-            if self.args.world_size > 1:
-                means = self.accelerator.reduce(means, "mean")
-            logs |= {f"loss_{n}": v for n, v in zip(self._sums, means.tolist(), strict=True)}
-            self._sums, self._summed = {}, 0
+        """Log; every term's mean since the last log is added to the training's entries, read from the device here only.
+
+        The mean of a term is over the batches in which it was computed; steps that were skipped count in no mean.
+        """
+        if "loss" in logs:
+            steps = self.state.global_step - self._last_log
+            if self._left_out:
+                done = steps - self._left_out
+                logs["loss"] = logs["loss"] * steps / done if done else float("nan")
+            if self._sums:
+                counts = [self._counts[n] for n in self._sums]
+                means = torch.stack([s.float() / c for s, c in zip(self._sums.values(), counts, strict=True)])
+                if self.args.world_size > 1:
+                    means = self.accelerator.reduce(means, "mean")
+                logs |= {f"loss_{n}": v for n, v in zip(self._sums, means.tolist(), strict=True)}
+            self._sums, self._counts, self._kept = {}, {}, None
+            self._left_out, self._last_log = 0, self.state.global_step
         super().log(logs, *args, **kwargs)
 
     # ---- evaluation
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """As the engine's, but hidden states and attentions, which terms made the student give, are not gathered."""
+        if ignore_keys is None:
+            ignore_keys = [*getattr(getattr(self.distiller.student, "config", None), "keys_to_ignore_at_inference", [])]
+            ignore_keys += [k for k in ("past_key_values", "hidden_states", "attentions") if k not in ignore_keys]
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def evaluation_loop(
         self,
@@ -354,9 +425,15 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """With a `metric`: stream over this process's own share of the data, then merge small states. Else the engine's."""
-        if self.metric is None:
-            return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        """With a `metric`: stream over this process's own share of the data, merge small states. Else the engine's.
+
+        `predict` is the engine's always: its caller wants the predictions.
+        """
+        if self.metric is None or description == "Prediction":
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        self.callback_handler.eval_dataloader = dataloader
         was_training = self.distiller.training
         self.distiller.eval()
         self.metric.reset()
@@ -366,7 +443,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             with torch.no_grad(), self.autocast_smart_context_manager(), self.accelerator.autocast():
                 output = self.distiller(**batch)
             self.metric.update(output, batch)
-            value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+            value = self._eval_loss(output, batch)
             size = len(next(v for v in batch.values() if isinstance(v, Tensor)))
             if isinstance(value, Tensor):
                 loss += float(value) * size
@@ -384,6 +461,12 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if total and any(value for _, value, _ in states):
             metrics[f"{metric_key_prefix}_loss"] = sum(value for _, value, _ in states) / total
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=total)
+
+    def _eval_loss(self, output: Any, batch: Mapping[str, Any]) -> Any:
+        """The task loss of an output in eval mode, or None where it has none (a detector's list of boxes)."""
+        if self.distiller.task_loss is not None and isinstance(output, Tensor | Mapping):
+            return self.distiller.task_loss(output, batch)
+        return output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
 
     def _own_share(self, dataloader: DataLoader[Any]) -> DataLoader[Any]:
         """The batches of this process, without the samples that the engine repeats to make shares equal."""
@@ -412,9 +495,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         final = run / f"checkpoint-{self.state.global_step}"
         staging = final.with_name(final.name + ".tmp")
         if self.args.should_save:
-            import shutil
-
-            shutil.rmtree(staging, ignore_errors=True)
+            # What a killed save left behind would count as a checkpoint when the oldest are deleted.
+            for left in (*run.glob("checkpoint-*.tmp"), *run.glob("checkpoint-*.old")):
+                shutil.rmtree(left, ignore_errors=True)
             staging.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         self._save(str(staging / STUDENT))
@@ -467,7 +550,9 @@ def _stage(method: Method | None, stage: int | None, terms: tuple[Term, ...], ta
         raise TaskkdError("give `method` or `terms`, not both.")
     if stage is None and len(method.stages) > 1:
         names = ", ".join(s.name for s in method.stages)
-        raise TaskkdError(f"method {method.name!r} has {len(method.stages)} stages ({names}): use `kd.distill`, or say stage=0.")
+        raise TaskkdError(
+            f"method {method.name!r} has {len(method.stages)} stages ({names}): use `kd.distill`, or say stage=0."
+        )
     return method.stages[stage or 0]
 
 
@@ -478,3 +563,10 @@ def _by_length(dataset: Any) -> list[int]:
         lengths = [len(ids) for ids in dataset["input_ids"]]
         return sorted(range(len(dataset)), key=lengths.__getitem__)
     return list(range(len(dataset)))
+
+
+def _complete(cached: Cached, dataset: Any) -> bool:
+    """Whether every sample is in the cache; by the ids where the data set has a column of them, else by the number."""
+    if "id" in (getattr(dataset, "column_names", None) or ()):
+        return cached.has(np.array(dataset["id"], np.int64))
+    return len(cached) >= len(dataset)

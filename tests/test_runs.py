@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import taskkd as kd
-from taskkd import recipes, reports, runs
+from taskkd import plans, recipes, reports, runs, session
 from taskkd.errors import CacheError, RecipeError, TapError, TaskkdError
 from tests import tiny
 
@@ -180,7 +180,7 @@ def test_a_teacher_is_fine_tuned_first(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_check_looks_without_training(recipe: Path) -> None:
-    plan = runs.check(recipes.load_recipe(recipe, ["method={name: patient_kd}"]))
+    plan = plans.check(recipes.load_recipe(recipe, ["method={name: patient_kd}"]))
     terms = {t.name: t for t in plan.stages["distil"].terms}
     assert set(terms) == {"task", "logits", "patience"}
     assert terms["logits"].student == {"out.logits": "a tensor of shape (16, 2)"}
@@ -217,7 +217,7 @@ def test_distil_in_one_call_with_paths(tmp_path: Path, teacher: Path) -> None:
 
 
 def test_a_second_run_in_one_folder_is_kept_out(tmp_path: Path) -> None:
-    with runs.locked(tmp_path), pytest.raises(RecipeError, match="another run is at work"), runs.locked(tmp_path):
+    with session.locked(tmp_path), pytest.raises(RecipeError, match="another run is at work"), session.locked(tmp_path):
         pass
 
 

@@ -1,0 +1,103 @@
+"""Plans: what a recipe would do, found out without training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+
+from taskkd import recipes
+from taskkd.distiller import Distiller, Preparation
+from taskkd.errors import RecipeError
+from taskkd.session import Record, Session
+from taskkd.stages import Method, Stage
+from taskkd.teachers import Frozen
+
+__all__ = ["Plan", "build_method", "check", "look"]
+
+
+@dataclass
+class Plan:
+    """What `check` found out: lines of text, and the sizes of terms on one batch of each stage."""
+
+    summary: list[tuple[str, str]] = field(default_factory=list)
+    stages: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def check(recipe: Any, *, evaluate: int = 200) -> Plan:
+    """Build everything that a recipe names and look at one real batch, without training.
+
+    Args:
+        recipe: from `load_recipe`.
+        evaluate: number of validation samples that a teacher which is not to be fine-tuned is tried on.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    task = recipes.task_named(recipe.task)
+    data = task.load(recipe)
+    teacher = task.teacher(recipe, data)
+    student = task.student(recipe, data, teacher, recipe.seeds[0])
+    plan = Plan([("data", data.summary())])
+    for title, model in (("teacher", teacher), ("student", student)):
+        plan.summary.append((title, f"{type(model).__name__}, {parameters(model):,} parameters"))
+    if recipe.teacher.finetune is None:
+        few = data.validation.select(range(min(evaluate, len(data.validation))))
+        metrics = Session(recipe, task, data, Path("runs") / "check", Record(Path()), print).evaluated(teacher, few)
+        name = task.main_metric(data)
+        plan.summary.append(("teacher's own " + name, f"{metrics[name]:.4f} on {len(few)} validation samples"))
+        if metrics[name] <= task.chance(data) + 0.01:
+            plan.warnings.append(f"the teacher is no better than chance ({task.chance(data):.3f}); fine-tune it first.")
+    else:
+        own = recipe.teacher.finetune
+        plan.summary.append(
+            ("teacher's own metric", f"it is fine-tuned first: {own.epochs:g} epochs on {len(data.train)} samples")
+        )
+        plan.warnings.append("the sizes below are those of a teacher that is not fine-tuned yet.")
+    if recipe.method is None and not recipe.terms:
+        return plan
+    training = recipe.training
+    plan.stages = look(recipe, task, data, student, teacher)
+    plan.warnings += [sentence for preparation in plan.stages.values() for sentence in preparation.advice]
+    steps = -(-len(data.everything) // (training.batch_size * training.accumulation))
+    plan.summary.append(("distillation", f"{training.epochs:g} epochs of {steps} steps, batch {training.batch_size}"))
+    return plan
+
+
+def build_method(recipe: Any, student: nn.Module, teacher: nn.Module) -> Method:
+    """The recipe's method for this pair, with the recipe's own terms in every stage of it."""
+    own = recipes.build_terms(recipe)
+    if recipe.method is None:
+        return Method("terms", [Stage("distil", own)] if own else [])
+    make = recipes.task_named(recipe.task).methods[recipe.method.name]
+    method: Method = make(student, teacher, **recipes.method_options(recipe))
+    if own and len(method.stages) > 1:
+        raise RecipeError(f"`terms` go with a method of one stage; {recipe.method.name!r} has {len(method.stages)}.")
+    return replace(method, stages=[replace(s, terms=[*s.terms, *own]) for s in method.stages])
+
+
+def look(recipe: Any, task: Any, data: Any, student: nn.Module, teacher: nn.Module) -> dict[str, Preparation]:
+    """What `prepare` says of every stage on one real batch; both models are left as they were.
+
+    Raises:
+        TaskkdError: a tap, shape or option does not work out.
+    """
+    found = {}
+    rows = [data.everything[i] for i in range(min(recipe.training.batch_size, len(data.everything)))]
+    batch = dict(data.collator(rows))
+    for stage in build_method(recipe, student, teacher).stages:
+        distiller = Distiller(
+            student, Frozen(teacher), stage.terms, task_weight=stage.task_weight, task_loss=task.task_loss
+        )
+        try:
+            found[stage.name] = distiller.prepare(batch)
+        finally:
+            distiller.close()
+    return found
+
+
+def parameters(model: nn.Module) -> int:
+    """The number of parameters."""
+    return sum(p.numel() for p in model.parameters())

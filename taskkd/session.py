@@ -1,0 +1,213 @@
+"""What the steps of a run share: the record of what is finished, the lock, one training, one evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from taskkd.caches import Cached
+from taskkd.errors import RecipeError
+from taskkd.progress import ProgressBar
+from taskkd.schema import Training
+from taskkd.signals import SignalStop
+from taskkd.stages import Method, Stage
+from taskkd.teachers import Frozen
+from taskkd.trainer import Trainer
+
+__all__ = ["Record", "Say", "Session", "locked", "strip", "training_arguments"]
+
+Say = Callable[[str], None]
+
+
+class Record:
+    """`run.json`: the finished steps of a run and what they gave."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "run.json"
+        self.finished: dict[str, Any] = {}
+        if self.path.is_file():
+            try:
+                self.finished = json.loads(self.path.read_text())["finished"]
+            except (ValueError, KeyError, TypeError):
+                raise RecipeError(
+                    f"{self.path} is not readable; delete the folder or give another --output-dir."
+                ) from None
+
+    def step(self, name: str, work: Callable[[], Any]) -> Any:
+        """The result of a step: from the record, or worked out now and put on record."""
+        if name not in self.finished:
+            result = work()
+            self.finished[name] = json.loads(json.dumps(result))
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"finished": self.finished}, indent=1))
+            temporary.replace(self.path)
+        return self.finished[name]
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second run out of a folder.
+
+    Raises:
+        RecipeError: another process is at work in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "run.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError(
+                f"another run is at work in {folder}; wait for it or give another --output-dir."
+            ) from None
+        yield
+
+
+def training_arguments(
+    folder: Path, training: Training, seed: int, metric: str | None
+) -> transformers.TrainingArguments:
+    """The engine's arguments for a part of a recipe."""
+    schedule = "constant_with_warmup" if training.schedule == "constant" else training.schedule
+    selected = (
+        {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": True} if metric else {}
+    )
+    return transformers.TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=training.epochs,
+        learning_rate=training.learning_rate,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.eval_batch_size,
+        gradient_accumulation_steps=training.accumulation,
+        weight_decay=training.weight_decay,
+        warmup_steps=training.warmup,
+        lr_scheduler_type=schedule,
+        max_grad_norm=training.max_grad_norm,
+        bf16=training.precision == "bf16",
+        fp16=training.precision == "fp16",
+        dataloader_num_workers=training.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        eval_strategy="epoch" if metric else "no",
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_steps=10,
+        train_sampling_strategy="group_by_length",
+        seed=seed,
+        report_to=[],
+        disable_tqdm=True,
+        **selected,
+    )
+
+
+def set_dropout(model: nn.Module, rate: float) -> None:
+    """Give every dropout of a model this rate. The config that is saved keeps its own."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+
+
+def strip(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics without the engine's prefixes and timings."""
+    plain = {k.partition("_")[2]: v for k, v in metrics.items() if k.startswith(("eval_", "test_"))}
+    return {k: v for k, v in plain.items() if not k.endswith(("runtime", "per_second", "preparation_time"))}
+
+
+@dataclass
+class Session:
+    """What the steps of a run share."""
+
+    recipe: Any
+    task: Any
+    data: Any
+    folder: Path
+    record: Record
+    say: Say
+
+    @property
+    def metric(self) -> str:
+        """The metric that models are selected by."""
+        name: str = self.task.main_metric(self.data)
+        return name
+
+    def fit(
+        self,
+        step: str,
+        student: Any,
+        stage: Stage,
+        training: Training,
+        *,
+        title: str,
+        seed: int,
+        teacher: Frozen | Cached | None = None,
+        train: Any = None,
+    ) -> dict[str, Any]:
+        """One training, unless it is on record: the best epoch on validation is kept in `<step>/model`.
+
+        Returns:
+            `validation` metrics, `seconds`, `steps`, and the log `history`.
+        """
+
+        def work() -> dict[str, Any]:
+            folder, metric = self.folder / step, f"eval_{self.metric}"
+            if training.dropout is not None:
+                set_dropout(student, training.dropout)
+            trainer = Trainer(
+                student,
+                teacher=teacher,
+                method=Method(stage.name, [stage]),
+                task_loss=self.task.task_loss,
+                metric=self.task.metric(self.data),
+                args=training_arguments(folder, training, seed, metric),
+                train_dataset=self.data.train if train is None else train,
+                eval_dataset=self.data.validation,
+                processing_class=self.data.tokenizer,
+                data_collator=self.data.collator,
+                callbacks=[SignalStop(), ProgressBar(f"{title}, seed {seed}", self.metric)],
+            )
+            trainer.remove_callback(transformers.PrinterCallback)
+            start = time.perf_counter()
+            trainer.train(resume_from_checkpoint=True)
+            seconds = time.perf_counter() - start
+            trainer.distiller.close()
+            trainer.save_model(str(folder / "model"))
+            for checkpoint in folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint, ignore_errors=True)
+            # The engine keeps the first best epoch; its validation metrics are in the log already.
+            history = trainer.state.log_history
+            best = max((h for h in history if metric in h), key=lambda h: h[metric])
+            steps = trainer.state.global_step
+            return {"validation": strip(best), "seconds": seconds, "steps": steps, "history": history}
+
+        result: dict[str, Any] = self.record.step(step, work)
+        return result
+
+    def evaluated(self, model: nn.Module, table: Any) -> dict[str, float]:
+        """The metrics of a model on a table."""
+        trainer = Trainer(
+            model,
+            metric=self.task.metric(self.data),
+            args=training_arguments(self.folder, self.recipe.training, 0, None),
+            processing_class=self.data.tokenizer,
+            data_collator=self.data.collator,
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        return strip(trainer.evaluate(table))
+
+    def tested(self, step: str, model: Callable[[], nn.Module]) -> dict[str, float]:
+        """The metrics of a finished model on the test set, worked out once."""
+        result: dict[str, float] = self.record.step(step, lambda: self.evaluated(model(), self.data.test))
+        return result
+
+    def student(self, teacher: nn.Module, seed: int, source: str | None = None) -> nn.Module:
+        """The student at its start, or as it was saved in `source` of this run."""
+        student: nn.Module = self.task.student(self.recipe, self.data, teacher, seed)
+        return student if source is None else self.task.reload(student, self.folder / source)

@@ -1,0 +1,272 @@
+"""What two ranks do, and one process in their place: `torchrun --nproc-per-node 2 ranks_job.py all|nan|signal FOLDER`.
+
+Every check writes what it found to `FOLDER/<check>-<rank>.pt`; `test_distributed.py` reads and compares.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+import taskkd as kd
+from taskkd import losses
+from taskkd.errors import NonFiniteError
+from taskkd.nlp.metrics import Classification
+from tests.engine import (
+    CLASSES,
+    Faulty,
+    Mlp,
+    Points,
+    Sentences,
+    StopAfter,
+    arguments,
+    bert,
+    cross_entropy,
+    hidden_term,
+    logits_term,
+    point_trainer,
+    text_trainer,
+    weights,
+)
+
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+#: of all ranks together
+BATCH = 8
+COMMON = {"per_device_train_batch_size": BATCH // WORLD, "optim": "sgd", "learning_rate": 0.1, "ddp_timeout": 60}
+
+
+class Gradients(TrainerCallback):
+    """The adapters' gradients at every step, as this rank has them."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_) -> None:
+        self.steps.append({n: p.grad.clone() for n, p in model.terms.named_parameters() if p.grad is not None})
+
+
+def train(folder: Path, terms=None, callbacks=(), **options) -> dict[str, Any]:
+    """Three steps of BERT in double precision, with two adapters."""
+    if terms is None:
+        terms = [logits_term(), hidden_term(), kd.Match("cls", losses.mse, "bert.embeddings[:, 0]", adapter="linear")]
+    gradients = Gradients()
+    trainer = text_trainer(
+        folder,
+        student=bert(0).double(),
+        teacher=bert(1, width=32).double(),
+        train=Sentences(24),
+        terms=terms,
+        callbacks=[gradients, *callbacks],
+        logging_strategy="steps",
+        logging_steps=3,
+        **{**COMMON, **options},
+    )
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    return {
+        "weights": weights(trainer.distiller),
+        "gradients": gradients.steps,
+        "logs": logs,
+        "step": trainer.state.global_step,
+    }
+
+
+def plain(folder: Path) -> dict[str, Any]:
+    return train(folder / "plain")
+
+
+def accumulated(folder: Path) -> dict[str, Any]:
+    return train(folder / "accumulated", gradient_accumulation_steps=3, num_train_epochs=3)
+
+
+def without_search(folder: Path) -> dict[str, Any]:
+    return train(folder / "without", ddp_find_unused_parameters=False)
+
+
+def idle(folder: Path) -> dict[str, Any]:
+    """A term of weight 0 with an adapter, and one that begins at the second step."""
+    late = kd.schedules.Schedule(1.0, lambda p: float(p.step >= 1))
+    terms = [logits_term(), hidden_term(0.0), hidden_term(late, name="late", tap="bert.encoder.layer.0")]
+    return train(folder / "idle", terms=terms, ddp_find_unused_parameters=False)
+
+
+def evaluation(folder: Path) -> dict[str, Any]:
+    """Eleven samples in batches of two for each rank: the last are not as many on both."""
+
+    def count(prediction) -> dict[str, float]:
+        logits, labels = prediction
+        return {"count": float(len(labels)), "accuracy": float((logits.argmax(-1) == labels).mean())}
+
+    data = Sentences(11)
+    options = {"per_device_eval_batch_size": 2, "eval_dataset": data, "ddp_timeout": 60}
+    streaming = Classification(CLASSES)
+    streamed = text_trainer(folder / "streamed", metric=streaming, **options).evaluate()
+    engine = text_trainer(folder / "engine", compute_metrics=count, **options).evaluate()
+    few = text_trainer(
+        folder / "few", metric=Classification(CLASSES), **{**options, "eval_dataset": Sentences(1)}
+    ).evaluate()
+    keep = ("eval_accuracy", "eval_count", "eval_loss")
+    pick = lambda found: {k: v for k, v in found.items() if k in keep}  # noqa: E731
+    return {
+        "streamed": pick(streamed),
+        "engine": pick(engine),
+        "few": pick(few),
+        "counted": int(streaming.matrix.sum()),
+    }
+
+
+def resumed(folder: Path) -> dict[str, Any]:
+    """Stopped in the middle of an epoch by two ranks, gone on with by two new trainers; with dropout."""
+
+    def build(name: str, *callbacks):
+        return text_trainer(
+            folder / name,
+            student=bert(0, dropout=0.2),
+            train=Sentences(24),
+            terms=[logits_term("auto"), hidden_term(kd.schedules.warmup(1.0, fraction=0.9))],
+            callbacks=list(callbacks),
+            num_train_epochs=2,
+            **COMMON,
+        )
+
+    whole = build("whole")
+    whole.train()
+    build("again", StopAfter(2)).train()
+    again = build("again")
+    again.train(resume_from_checkpoint=True)
+    files = sorted(p.name for p in (folder / "again" / "checkpoint-2").iterdir())
+    return {"whole": weights(whole.distiller), "again": weights(again.distiller), "files": files}
+
+
+def cached(folder: Path) -> dict[str, Any]:
+    """Built by rank 0 while rank 1 waits; then found complete."""
+    found = {}
+    for turn in ("built", "found"):
+        teacher = kd.Cached(bert(1, width=32), folder / f"cache-{WORLD}")
+        trainer = text_trainer(folder / turn, teacher=teacher, terms=[logits_term()], **COMMON)
+        trainer.train()
+        found[turn] = weights(trainer.distiller)
+    return found
+
+
+def by_hand(folder: Path, **options) -> dict[str, Any]:
+    """A plain loop of a DDP-wrapped distiller, without the trainer."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    distiller = kd.Distiller(
+        Mlp(8), Mlp(12, 1), [logits_term(tap="out"), hidden_term(tap="body")], task_loss=cross_entropy
+    )
+    data = Points(24)
+    batches = [
+        {"id": torch.arange(i, i + BATCH), "x": data.x[i : i + BATCH], "labels": data.labels[i : i + BATCH]}
+        for i in (0, 8, 16)
+    ]
+    with torch.random.fork_rng():
+        torch.manual_seed(7)  # one process and two must draw the same adapter
+        distiller.prepare(batches[0])
+    model: nn.Module = DistributedDataParallel(distiller, **options) if WORLD > 1 else distiller
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    share = slice(RANK * BATCH // WORLD, (RANK + 1) * BATCH // WORLD)
+    for batch in batches:
+        model(**{k: v[share] for k, v in batch.items()})["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        distiller.step()
+    return {"weights": weights(distiller)}
+
+
+def with_accelerate(folder: Path) -> dict[str, Any]:
+    from accelerate import Accelerator
+    from torch.utils.data import DataLoader
+
+    accelerator = Accelerator(cpu=True)
+    distiller = kd.Distiller(
+        Mlp(8), Mlp(12, 1), [logits_term(tap="out"), hidden_term(tap="body")], task_loss=cross_entropy
+    )
+    loader = DataLoader(Points(24), batch_size=BATCH // WORLD)
+    first = next(iter(DataLoader(Points(24), batch_size=BATCH)))
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        distiller.prepare(first)
+    distiller.set_total(3)
+    model, optimizer, loader = accelerator.prepare(distiller, torch.optim.SGD(distiller.parameters(), lr=0.1), loader)
+    for batch in loader:
+        accelerator.backward(model(**batch)["loss"])
+        optimizer.step()
+        optimizer.zero_grad()
+        distiller.step()
+    return {"weights": weights(distiller)}
+
+
+CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "plain": plain,
+    "accumulated": accumulated,
+    "without_search": without_search,
+    "idle": idle,
+    "evaluation": evaluation,
+    "resumed": resumed,
+    "cached": cached,
+    "by_hand": by_hand,
+    "by_hand_with_search": lambda folder: by_hand(folder, find_unused_parameters=True),
+    "with_accelerate": with_accelerate,
+}
+
+
+def record(folder: Path, name: str, found: dict[str, Any]) -> None:
+    torch.save(found, folder / f"{name}-{RANK}.pt")
+
+
+def everything(folder: Path) -> None:
+    arguments(folder, ddp_timeout=60)._setup_devices  # noqa: B018  (joins the process group)
+    for name, check in CHECKS.items():
+        print(f"rank {RANK}: {name}", flush=True)
+        record(folder, name, check(folder))
+
+
+def nan_on_one_rank(folder: Path) -> None:
+    """Rank 1 alone sees the broken sample, in the third step."""
+    options = {**COMMON, "train_sampling_strategy": "sequential"}
+    trainer = text_trainer(folder / "run", terms=[logits_term(), Faulty(bad=[21])], **options)
+    kept = {}
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, **_) -> None:
+            kept.update(weights(trainer.distiller.student))
+
+    trainer.add_callback(Keep())
+    try:
+        trainer.train()
+    except NonFiniteError as error:
+        record(folder, "nan", {"sentence": str(error), "before": kept, "after": weights(trainer.distiller.student)})
+        raise
+
+
+def signal_to_one_rank(folder: Path) -> None:
+    """Rank 1 alone gets SIGTERM in the third step."""
+    from taskkd.signals import SignalStop
+
+    class Send(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_) -> None:
+            if RANK == 1 and state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = point_trainer(folder / "run", callbacks=[SignalStop(), Send()], num_train_epochs=4, **COMMON)
+    try:
+        trainer.train()
+    except SystemExit as exit_:
+        record(folder, "signal", {"code": exit_.code, "step": trainer.state.global_step})
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {"all": everything, "nan": nan_on_one_rank, "signal": signal_to_one_rank}[sys.argv[1]](Path(sys.argv[2]))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

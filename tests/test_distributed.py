@@ -1,0 +1,106 @@
+"""Two ranks (torchrun, gloo) train to what one process trains to; what goes wrong on one rank stops both."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import ranks_job
+from tests.engine import distance, run_job
+
+RANKS = ranks_job.__file__
+
+
+def load(folder, name, rank=0):
+    return torch.load(folder / f"{name}-{rank}.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """One launch does all checks of `ranks_job.CHECKS`."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_job("all", str(folder), ranks=2, script=RANKS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The same in this process."""
+    folder = tmp_path_factory.mktemp("alone")
+    return lambda name: ranks_job.CHECKS[name](folder)
+
+
+@pytest.mark.parametrize("name", ["plain", "accumulated", "without_search", "idle"])
+def test_two_ranks_train_to_the_weights_of_one_process(ranks, alone, name):
+    one, first, second = alone(name), load(ranks, name, 0), load(ranks, name, 1)
+    assert one["step"] == first["step"] == 3
+    assert distance(first["weights"], second["weights"]) == 0.0
+    assert distance(first["weights"], one["weights"]) <= 1e-9
+    assert one["weights"]["student.classifier.weight"].dtype == torch.float64
+    assert one["logs"][0].keys() == first["logs"][0].keys()
+    for key, value in one["logs"][0].items():
+        if key.startswith("loss"):
+            assert first["logs"][0][key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_gradients_of_adapters_are_equal_on_both_ranks(ranks):
+    first, second = load(ranks, "plain", 0)["gradients"], load(ranks, "plain", 1)["gradients"]
+    assert len(first) == 3
+    for one, other in zip(first, second, strict=True):
+        assert len(one) == 4
+        assert distance(one, other) == 0.0
+        assert all(g.abs().max() > 0 for g in one.values())
+
+
+def test_every_sample_is_evaluated_once(ranks, alone):
+    one = alone("evaluation")
+    for rank in (0, 1):
+        found = load(ranks, "evaluation", rank)
+        assert found["counted"] == one["counted"] == 11
+        assert found["engine"]["eval_count"] == 11
+        for which in ("streamed", "engine", "few"):
+            assert found[which]["eval_accuracy"] == pytest.approx(one[which]["eval_accuracy"])
+        assert found["streamed"]["eval_loss"] == pytest.approx(one["streamed"]["eval_loss"], abs=1e-6)
+        assert found["few"]["eval_loss"] == pytest.approx(one["few"]["eval_loss"], abs=1e-6)
+
+
+def test_a_checkpoint_of_two_ranks_resumes(ranks):
+    found = load(ranks, "resumed")
+    # step, total, the weight of the automatic term, none for the other
+    assert found["whole"]["_extra_state"].tolist()[:2] == [6.0, 6.0]
+    assert (found["whole"]["_extra_state"] < 0).tolist() == [False, False, False, True]
+    assert distance(found["whole"], load(ranks, "resumed", 1)["whole"]) == 0.0
+    assert {"rng_state_0.pth", "rng_state_1.pth", "manifest.json"} <= set(found["files"])
+    assert distance(found["whole"], found["again"]) == 0.0
+
+
+def test_a_cache_is_built_once_and_read_by_both(ranks, alone):
+    one, found = alone("cached"), load(ranks, "cached")
+    assert distance(found["built"], found["found"]) == 0.0
+    assert distance(found["built"], one["built"]) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["by_hand", "by_hand_with_search", "with_accelerate"])
+def test_loops_without_the_trainer(ranks, alone, name):
+    one, first, second = alone(name)["weights"], load(ranks, name, 0)["weights"], load(ranks, name, 1)["weights"]
+    assert distance(first, second) == 0.0
+    assert distance(first, one) <= 1e-6
+
+
+@pytest.mark.slow
+def test_nan_on_one_rank_stops_both(tmp_path):
+    done = run_job("nan", str(tmp_path), ranks=2, script=RANKS, check=False, timeout=120)
+    assert done.returncode != 0
+    found = [load(tmp_path, "nan", rank) for rank in (0, 1)]
+    assert "another rank at step 2" in found[0]["sentence"]
+    assert "'faulty' (weight 0.5) is nan at step 2, sample ids [20, 21, 22, 23]" in found[1]["sentence"]
+    for rank in found:
+        assert distance(rank["before"], rank["after"]) == 0.0
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path):
+    run_job("signal", str(tmp_path), ranks=2, script=RANKS, timeout=120)
+    for rank in (0, 1):
+        assert load(tmp_path, "signal", rank) == {"code": 143, "step": 3}
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["checkpoint-3"]
