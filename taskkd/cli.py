@@ -69,28 +69,29 @@ def distill(
 @app.command()
 def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Show what a recipe would do, without training: models, taps with shapes, the size of every term on one batch."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from taskkd import plans, recipes
 
     plan = plans.check(recipes.load_recipe(recipe, overrides or []))
     for title, text in plan.summary:
-        console.print(f"[bold]{title}[/bold]: {text}", highlight=False)
+        _say(f"{title}: {text}")
     for stage, preparation in plan.stages.items():
-        shown = Table(title=f"stage {stage!r}: one batch")
-        for column in ("term", "weight", "value", "weighted", "gradient on the student", "taps", "adapter"):
-            shown.add_column(column, justify="left" if column in ("term", "taps") else "right")
+        _say(f"\nstage {stage!r}, on one batch (gradient: norm on the student, times the weight)")
+        shown = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for column in ("term", "weight", "value", "weighted", "gradient", "adapter"):
+            shown.add_column(column, justify="left" if column == "term" else "right")
         for term in preparation.terms:
-            pairs = zip(term.student.items(), term.teacher.items(), strict=False)
-            taps = "\n".join(f"{s} {_shape(a)} <- {t} {_shape(b)}" for (s, a), (t, b) in pairs)
             adapter = f"{term.adapter_parameters:,}" if term.adapter_parameters else ""
-            shown.add_row(
-                term.name, f"{term.weight:.4g}", f"{term.value:.4g}", f"{term.weighted:.4g}", f"{term.pull:.4g}",
-                taps.replace("[", r"\["), adapter,
-            )  # fmt: skip
+            numbers = (term.weight, term.value, term.weighted, term.pull)
+            shown.add_row(term.name, *(f"{n:.4g}" for n in numbers), adapter)
         console.print(shown)
+        for term in preparation.terms:
+            for (own, a), (other, b) in zip(term.student.items(), term.teacher.items(), strict=False):
+                _say(f"{term.name}: {own} {_shape(a)} <- {other} {_shape(b)}")
     for warning in plan.warnings:
-        console.print(f"[yellow]note[/yellow]: {warning}", highlight=False)
+        _say(f"note: {warning}")
 
 
 def _shape(description: str) -> str:

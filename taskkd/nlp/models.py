@@ -62,7 +62,8 @@ def resolve(source: str, sha256: str | None = None) -> str:
 
 def _from_pretrained(auto: Any, source: str, **options: Any) -> Any:
     try:
-        return auto.from_pretrained(source, **options)
+        # False, not None: with None the library asks on the terminal whether to run the repository's code.
+        return auto.from_pretrained(source, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise DataError(f"model {source!r} cannot be loaded: {first}") from error

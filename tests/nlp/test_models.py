@@ -152,3 +152,24 @@ def test_patient_kd_refuses_what_does_not_fit() -> None:
         patient_kd(student, teacher, teacher_layers=[0, 1])
     with pytest.raises(RecipeError, match="of one size; the student has 8"):
         patient_kd(tiny.classifier(2, hidden=8), teacher)
+
+
+def test_code_in_a_model_folder_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+    import json
+
+    folder = tiny.save_teacher(tmp_path / "remote")
+    (folder / "evil.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+        "from transformers import BertConfig as C, BertForSequenceClassification as M\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "evil",
+        "auto_map": {"AutoConfig": "evil.C", "AutoModelForSequenceClassification": "evil.M"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\n"))  # what somebody in a hurry would answer
+    with pytest.raises(DataError, match="cannot be loaded"):
+        models.load_model(str(folder), ["negative", "positive"])
+    assert not (tmp_path / "ran").exists()
