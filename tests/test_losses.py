@@ -76,6 +76,7 @@ CASES = [
     Case(losses.factor, (4, 5, 3, 2), {}, (4,)),
     Case(losses.overhaul, (4, 5, 3, 2), {"margin": -0.5}, (4,)),
     Case(losses.overhaul, (4, 7, 5), {}, (4, 7)),
+    Case(losses.partial_mse, (4, 5, 3, 2), {}, (4,)),
     Case(losses.activation_boundaries, (4, 5, 3, 2), {}, (4,), zero_when_equal=False),
     Case(losses.activation_boundaries, (4, 7, 5), {"margin": 0.5}, (4, 7), zero_when_equal=False),
     Case(losses.neuron_selectivity, (4, 3, 3, 2), {}, (4,)),
@@ -422,6 +423,7 @@ def test_margins_by_hand() -> None:
     assert losses.overhaul(s, t, margin=-0.5).item() == pytest.approx((1.5**2 + 0.3**2 + 0 + 3.5**2) / 4)
     each = torch.tensor([-0.5, -0.1, -0.5, -0.5])
     assert losses.overhaul(s, t, margin=each).item() == pytest.approx((1.5**2 + 0 + 0 + 3.5**2) / 4)
+    assert losses.partial_mse(s, t).item() == pytest.approx((1.5**2 + 0 + 0 + 4**2) / 4)
     assert losses.activation_boundaries(s, t).item() == pytest.approx((0.5**2 + 0.8**2 + 0 + 4**2) / 4)
 
 

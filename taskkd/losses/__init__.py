@@ -12,6 +12,7 @@ from taskkd.losses.features import (
     mse,
     neuron_selectivity,
     overhaul,
+    partial_mse,
     prediction_aware,
     variational_information,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "mse",
     "neuron_selectivity",
     "overhaul",
+    "partial_mse",
     "patience",
     "prediction_aware",
     "pyramid",

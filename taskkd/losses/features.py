@@ -21,6 +21,7 @@ __all__ = [
     "neuron_selectivity",
     "overhaul",
     "overhaul_margin",
+    "partial_mse",
     "prediction_aware",
     "variational_information",
 ]
@@ -190,6 +191,28 @@ def overhaul_margin(weight: Tensor, bias: Tensor) -> Tensor:
     density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
     expected = mean - deviation * density / negative.clamp(min=1e-3)
     return torch.where(negative > 1e-3, expected, -3 * deviation).to(weight.dtype)
+
+
+@full_precision
+def partial_mse(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Squared difference where either feature is positive, 0 where a ReLU makes both 0; mean over every dimension.
+
+    Source: the feature term of Zhang L. et al. 2019, "Be Your Own Teacher", as a third party implements it (no code of
+    the authors is public).
+
+    Scaling: mean over every dimension, the inactive ones counted. That code sums over everything, the batch too:
+    `numel` times this (its weight of 1e-6 belongs to it).
+
+    Args:
+        student, teacher: features of one shape.
+        mask: weights or booleans over the leading dimensions.
+
+    Raises:
+        ShapeError: the shapes differ.
+    """
+    check_same_shape(student, teacher, "partial_mse")
+    difference = torch.where((student > 0) | (teacher > 0), student - teacher, torch.zeros_like(student))
+    return masked_mean(difference.square(), mask)
 
 
 @full_precision

@@ -50,6 +50,11 @@ def attention_transfer(arrays: Arrays, params: Params) -> dict[str, Tensor]:
     return {"loss": losses.attention_transfer(s, t, power=params["p"], distance=distance)}
 
 
+def own_teacher(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    s, t = arrays["in_student"], arrays["in_teacher"]
+    return {"loss": losses.partial_mse(s, t) * s.numel()}  # they sum
+
+
 def factor_transfer(arrays: Arrays, params: Params) -> dict[str, Tensor]:
     s, t = arrays["in_student"], arrays["in_teacher"]
     if "p1" in params:  # RepDistiller's loss of this name compares attention maps
@@ -121,6 +126,7 @@ def pkd_patience(arrays: Arrays, params: Params) -> dict[str, Tensor]:
 ADAPTERS: dict[str, Callable[[Arrays, Params], Mapping[str, Tensor]]] = {
     "core/ab": activation_boundaries,
     "core/at": attention_transfer,
+    "core/byot": own_teacher,
     "core/dml": dml,
     "core/fitnet": hint,
     "core/fsp": flow_of_solution,
