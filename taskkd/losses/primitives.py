@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,15 @@ from torch.nn import functional as F
 
 from taskkd.errors import ShapeError
 
-__all__ = ["check_same_shape", "full_precision", "l2_normalise", "log_softmax", "masked_mean", "softened_kl"]
+__all__ = [
+    "check_same_shape",
+    "full_precision",
+    "l2_normalise",
+    "log_softmax",
+    "masked_mean",
+    "softened_kl",
+    "to_smaller",
+]
 
 Loss = TypeVar("Loss", bound=Callable[..., Tensor])
 
@@ -117,3 +125,11 @@ def softened_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor, d
     """
     log_s, log_t = log_softmax(student, temperature, dim), log_softmax(teacher, temperature, dim)
     return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim) * temperature**2
+
+
+def to_smaller(a: Tensor, b: Tensor, pool: Literal["avg", "max"] = "avg") -> tuple[Tensor, Tensor]:
+    """Both maps at the smaller height and width of the two."""
+    size = (min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3]))
+    shrink = F.adaptive_avg_pool2d if pool == "avg" else F.adaptive_max_pool2d
+    small = [x if x.shape[2:] == size else shrink(x, size) for x in (a, b)]
+    return small[0], small[1]
