@@ -31,6 +31,8 @@ class Case:
     several: bool = False  # a sequence of tensors, one for each index of dimension 1
     beside: Tensor | None = None  # the student is a pair: its tensor and this
     cubic: bool = False  # the gradient grows with the cube of the features: at 1000 no fp16 gradient holds it
+    labels: bool = False  # takes `labels`: here the classes in turn
+    relational: bool = False  # relates the samples of a batch: one alone gives 0, and doubling the batch changes it
 
     @property
     def name(self) -> str:
@@ -43,6 +45,10 @@ class Case:
         if self.beside is not None:
             student = (student, self.beside)  # type: ignore[assignment]
         options = self.options if mask is None else {**self.options, "mask": mask}
+        if self.labels:
+            rows = student.select(self.options.get("dim", 1), 0)
+            labels = torch.arange(rows.numel()).reshape(rows.shape) % student.shape[self.options.get("dim", 1)]
+            options = {**options, "labels": labels}
         return self.loss(student, teacher, **options)
 
     def spread(self, mask: Tensor) -> Tensor:
@@ -87,6 +93,27 @@ CASES = [
     Case(losses.flow_of_solution, (4, 2, 5, 3, 2), {"squared": False}, (4,), several=True),
     Case(losses.pyramid, (4, 5, 3, 3), {}, (4,)),
     Case(losses.pyramid, (4, 2, 3, 5, 5), {}, (4,), several=True),
+    Case(losses.kl_divergence, (6, 5), {"temperature": 4.0, "direction": "reverse"}, (6,)),
+    Case(losses.kl_divergence, (4, 5, 3, 2), {"dim": 1, "direction": "jensen_shannon"}, (4, 3, 2)),
+    Case(losses.decoupled, (6, 3), {}, (6,), labels=True),
+    Case(losses.decoupled, (4, 4, 3, 2), {"dim": 1, "temperature": 1.0}, (4, 3, 2), labels=True),
+    Case(losses.dist, (6, 5), {"temperature": 2.0}, (6,), zero_when_equal=False),  # 4e-6: the authors' eps
+    Case(losses.dist, (4, 5, 3, 2), {"dim": 1}, (4,)),
+    Case(losses.similarity_preserving, (6, 5), {}, (6,), relational=True),
+    Case(losses.similarity_preserving, (6, 3, 2), {"normalise": "samples"}, (6,), relational=True),
+    Case(losses.relational_distance, (6, 5), {}, (6,), relational=True),
+    Case(losses.relational_distance, (6, 3, 2, 2), {"squared": True}, (6,), relational=True),
+    Case(losses.relational_angle, (6, 5), {}, (6,), relational=True),
+    Case(losses.correlation_congruence, (6, 5), {}, (6,), relational=True),
+    Case(losses.consecutive_correlation, (6, 5), {}, (6,), relational=True),
+    Case(losses.kernel_alignment, (6, 5), {}, (6,), relational=True),
+    Case(losses.kernel_alignment, (6, 3, 2), {"centred": False}, (6,), relational=True),
+    Case(losses.probabilistic_transfer, (6, 5), {}, (6,), relational=True),
+    Case(losses.dark_rank, (6, 5), {"normalise": True}, (6,), zero_when_equal=False, relational=True),
+    Case(losses.dark_rank, (6, 5), {"beta": 1.0}, (6,), zero_when_equal=False, relational=True),
+    Case(losses.category_structure, (6, 3), {}, (6,), labels=True, relational=True),
+    Case(losses.instance_relationship, (6, 4, 4, 2, 2), {"vertices": 0.0}, (6,), several=True, relational=True),
+    Case(losses.instance_relationship, (6, 3, 5), {}, (6,), several=True),
 ]
 every_loss = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -99,9 +126,9 @@ def pair(case: Case, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> 
 
 
 def some_mask(case: Case) -> Tensor:
-    """A mask with 1s and 0s, at least one of each."""
+    """A mask with 1s and 0s, at least one of each; four 1s where samples are related to each other."""
     mask = torch.rand(case.mask) > 0.4
-    mask.view(-1)[0], mask.view(-1)[-1] = True, False
+    mask.view(-1)[: 4 if case.relational else 1], mask.view(-1)[-1] = True, False
     return mask
 
 
@@ -217,7 +244,10 @@ def test_a_mask_that_does_not_fit_is_refused(case: Case) -> None:
 def test_batch_of_one(case: Case) -> None:
     student, teacher = pair(case)
     one = student[:1].detach().requires_grad_()
-    finite_with_gradient(case(one, teacher[:1]), one)
+    value = case(one, teacher[:1])
+    finite_with_gradient(value, one)
+    if case.relational:
+        assert abs(value.item()) <= 1e-6
 
 
 @every_loss
@@ -236,10 +266,32 @@ def test_logits_times_thousand(case: Case, dtype: torch.dtype) -> None:
 
 
 @every_loss
-def test_doubling_the_batch_changes_nothing(case: Case) -> None:
+def test_near_duplicates(case: Case) -> None:
+    for offset in (0.0, 100.0):
+        student, teacher = pair(case)
+        student = (student.detach() + offset).requires_grad_()
+        twins = student.detach().clone()
+        twins[1], twins[2] = twins[0], twins[3] + 1e-6
+        finite_with_gradient(case(twins.requires_grad_(), teacher), twins)
+        finite_with_gradient(case(student, twins.detach()), student)
+
+
+@every_loss
+def test_a_batch_without_samples_is_zero_with_a_gradient_path(case: Case) -> None:
+    student, teacher = pair(case)
+    value = case(student[:0], teacher[:0])
+    assert value.item() == 0
+    finite_with_gradient(value, student)
+
+
+@every_loss
+def test_doubling_the_batch(case: Case) -> None:
+    if case.relational or case.loss is losses.instance_relationship:
+        pytest.skip("a sample and its double are one more relation")
     student, teacher = pair(case, torch.float64)
     doubled = case(torch.cat([student, student]), torch.cat([teacher, teacher]))
-    torch.testing.assert_close(doubled, case(student, teacher), rtol=1e-12, atol=0)
+    eps = 1e-7 if case.loss is losses.dist else 1e-12  # the authors add 1e-8 to norms that grow with the batch
+    torch.testing.assert_close(doubled, case(student, teacher), rtol=eps, atol=0)
 
 
 @every_loss
@@ -265,7 +317,8 @@ def test_compiles_to_one_equal_graph(case: Case, fresh_dynamo: None) -> None:
 @every_loss
 def test_shapes_that_would_broadcast_are_refused(case: Case) -> None:
     student, teacher = pair(case)
-    with pytest.raises(ShapeError, match=rf"`{case.loss.__name__}` needs student and teacher tensors of one shape"):
+    sentence = "(needs student and teacher tensors of one shape|relates the samples of a batch and needs as many)"
+    with pytest.raises(ShapeError, match=rf"`{case.loss.__name__}` {sentence}"):
         case(student, teacher[:1])
 
 
@@ -292,6 +345,31 @@ def test_shapes_that_would_broadcast_are_refused(case: Case) -> None:
             losses.channel_wise,
             ShapeError,
             "`channel_wise` needs (batch, channels, height, width), got (4, 5).",
+        ),
+        (
+            lambda s, t: losses.kl_divergence(s, t, direction="backward"),
+            ValueError,
+            "`direction` is one of forward, reverse, jensen_shannon, got 'backward'.",
+        ),
+        (
+            lambda s, t: losses.similarity_preserving(s, t, normalise="columns"),
+            ValueError,
+            "`normalise` is one of rows, samples, got 'columns'.",
+        ),
+        (
+            lambda s, t: losses.category_structure(s, t, labels=torch.zeros(3)),
+            ShapeError,
+            "labels of shape (3,) for 4 samples: expected one per sample.",
+        ),
+        (
+            lambda s, t: losses.decoupled(s, t, labels=torch.zeros(3, dtype=torch.long)),
+            ShapeError,
+            "labels of shape (3,) do not fit logits of shape (4, 5).",
+        ),
+        (
+            lambda s, t: losses.instance_relationship([s], [t]),
+            ShapeError,
+            "`instance_relationship` needs as many student as teacher layers, at least one, then the output;",
         ),
         (
             lambda s, t: losses.kl_divergence(s[:, :, None], t[:, :, None]),
@@ -473,6 +551,78 @@ def test_pyramid_of_one_map_and_of_several_levels() -> None:
     torch.testing.assert_close(losses.pyramid([s, flat[0]], [t, flat[1]]), (expected + F.mse_loss(*flat)) / 2)
 
 
+def test_directions_of_kl_divergence() -> None:
+    s, t = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    options = {"temperature": 2.0}
+    reverse = losses.kl_divergence(s, t, direction="reverse", **options)
+    torch.testing.assert_close(reverse, losses.kl_divergence(t, s, **options))
+    p, q = F.softmax(s / 2, 1), F.softmax(t / 2, 1)
+    m = (p + q) / 2
+    expected = 4 * ((p * (p / m).log()).sum(1) + (q * (q / m).log()).sum(1)).mean() / 2
+    value = losses.kl_divergence(s, t, direction="jensen_shannon", **options)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(losses.kl_divergence(t, s, direction="jensen_shannon", **options), expected)
+    far = losses.kl_divergence(torch.tensor([[1e4, 0.0]]), torch.tensor([[0.0, 1e4]]), direction="jensen_shannon")
+    assert far.item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
+def test_decoupled_of_two_classes_and_of_confident_logits(scale: float) -> None:
+    labels = torch.tensor([0, 1, 0, 1])
+    s, t = (torch.randn(4, 2) * scale).requires_grad_(), torch.randn(4, 2) * scale
+    value = losses.decoupled(s, t, labels=labels, temperature=1.0)
+    finite_with_gradient(value, s)
+    # The others of two classes are one: what is left is the divergence itself.
+    torch.testing.assert_close(value, losses.kl_divergence(s, t))
+    s, t = (torch.randn(4, 9) * scale).requires_grad_(), torch.randn(4, 9) * scale
+    finite_with_gradient(losses.decoupled(s, t, labels=labels), s)
+
+
+def test_decoupled_ignores_the_ignore_index() -> None:
+    s, t, labels = torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.randint(0, 5, (2, 4))
+    where = torch.tensor([[True, False, True, True], [False, True, True, False]])
+    masked = losses.decoupled(s, t, labels=labels, dim=1, mask=where)
+    ignored = losses.decoupled(s, t, labels=labels.masked_fill(~where, 255), dim=1, ignore_index=255)
+    torch.testing.assert_close(masked, ignored, rtol=0, atol=0)
+
+
+def test_pairwise_distance_is_exact_for_near_duplicates() -> None:
+    x = torch.randn(4, 64) + 100
+    x[1] = x[0] + torch.linspace(-5e-4, 5e-4, 64)
+    exact = torch.linalg.vector_norm(x.double()[0] - x.double()[1])
+    assert primitives.pairwise_distance(x)[0, 1].item() == pytest.approx(exact.item(), rel=1e-6)
+
+
+def test_angles_by_hand() -> None:
+    corner = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
+    found = primitives.angles(corner)
+    assert found[0, 1, 2].item() == 0
+    assert found[0, 1, 3].item() == pytest.approx(math.sqrt(0.5))
+    assert found[0, 0, 1].item() == 0  # degenerate
+    assert found[1, 0, 0].item() == 1
+
+
+def test_kernel_alignment_forgets_scale_rotation_and_mean() -> None:
+    s = torch.randn(6, 5, dtype=torch.float64)
+    q, _ = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))
+    assert losses.kernel_alignment(s, 3 * s @ q + 7).item() == pytest.approx(0, abs=1e-12)
+    assert losses.kernel_alignment(s, 3 * s @ q + 7, centred=False).item() > 0.1
+
+
+def test_dist_forgets_a_shift_and_scale_of_probabilities() -> None:
+    p = torch.softmax(torch.randn(6, 5, dtype=torch.float64), 1)
+    q = p * 0.5 + 0.1
+    assert losses.dist(p.log(), q.log()).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_student_and_teacher_may_differ_in_features() -> None:
+    s, t = torch.randn(6, 5, 2), torch.randn(6, 3)
+    alike = (losses.consecutive_correlation, losses.category_structure)
+    for case in CASES:
+        if case.relational and not case.several and case.loss not in alike:
+            assert case(s, t).isfinite()
+
+
 def test_a_confident_teacher_gives_a_finite_divergence() -> None:
     s = torch.zeros(1, 3, requires_grad=True)
     value = losses.kl_divergence(s, torch.tensor([[1e4, 0.0, -1e4]]))
@@ -480,7 +630,7 @@ def test_a_confident_teacher_gives_a_finite_divergence() -> None:
     finite_with_gradient(value, s)
 
 
-@pytest.mark.parametrize("module", ["logits", "features", "channels", "layers", "primitives"])
+@pytest.mark.parametrize("module", ["logits", "features", "channels", "layers", "relations", "primitives"])
 def test_docstring_examples_run(module: str) -> None:
     assert doctest.testmod(importlib.import_module(f"taskkd.losses.{module}")).failed == 0
 

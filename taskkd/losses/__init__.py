@@ -17,15 +17,35 @@ from taskkd.losses.features import (
     variational_information,
 )
 from taskkd.losses.layers import flow_of_solution, patience, pyramid
-from taskkd.losses.logits import kl_divergence, logit_mse, soft_cross_entropy
+from taskkd.losses.logits import decoupled, dist, kl_divergence, logit_mse, soft_cross_entropy
+from taskkd.losses.relations import (
+    category_structure,
+    consecutive_correlation,
+    correlation_congruence,
+    dark_rank,
+    instance_relationship,
+    kernel_alignment,
+    probabilistic_transfer,
+    relational_angle,
+    relational_distance,
+    similarity_preserving,
+)
 
 __all__ = [
     "activation_boundaries",
     "attention_transfer",
+    "category_structure",
     "channel_wise",
+    "consecutive_correlation",
+    "correlation_congruence",
     "cosine",
+    "dark_rank",
+    "decoupled",
+    "dist",
     "factor",
     "flow_of_solution",
+    "instance_relationship",
+    "kernel_alignment",
     "kl_divergence",
     "logit_mse",
     "mse",
@@ -34,7 +54,11 @@ __all__ = [
     "partial_mse",
     "patience",
     "prediction_aware",
+    "probabilistic_transfer",
     "pyramid",
+    "relational_angle",
+    "relational_distance",
+    "similarity_preserving",
     "soft_cross_entropy",
     "variational_information",
 ]

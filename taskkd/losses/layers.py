@@ -90,7 +90,7 @@ def flow_of_solution(
     values = []
     for s_pair, t_pair in zip(pairwise(student), pairwise(teacher), strict=True):
         (s1, s2), (t1, t2) = to_smaller(*s_pair, pool), to_smaller(*t_pair, pool)
-        gs, gt = (a.flatten(2) @ b.flatten(2).mT / a[0, 0].numel() for a, b in ((s1, s2), (t1, t2)))
+        gs, gt = (a.flatten(2) @ b.flatten(2).mT / a.shape[2:].numel() for a, b in ((s1, s2), (t1, t2)))
         d = gs - gt
         values.append(masked_mean(d.square() if squared else torch.linalg.vector_norm(d, dim=1), mask))
     return torch.stack(values).mean()

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from taskkd.errors import ShapeError
-from taskkd.losses.primitives import check_same_shape, full_precision, log_softmax, masked_mean, softened_kl
+from taskkd.losses.primitives import (
+    check_mask,
+    check_same_shape,
+    full_precision,
+    log_softmax,
+    masked_mean,
+    pearson,
+    safe_divide,
+    softened_js,
+    softened_kl,
+)
 
-__all__ = ["kl_divergence", "logit_mse", "soft_cross_entropy"]
+__all__ = ["decoupled", "dist", "kl_divergence", "logit_mse", "soft_cross_entropy"]
+
+Direction = Literal["forward", "reverse", "jensen_shannon"]
 
 
 def _class_dim(student: Tensor, dim: int | None, loss: str) -> int:
@@ -33,12 +48,16 @@ def kl_divergence(
     teacher: Tensor,
     *,
     temperature: float | Tensor = 1.0,
+    direction: Direction = "forward",
     dim: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Soft targets: `T^2 * KL(softmax(teacher/T) || softmax(student/T))`, mean over every non-class dimension.
 
     Source: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network".
+
+    `direction="reverse"` is `T^2 * KL(student || teacher)`; `"jensen_shannon"` the mean of both divergences to the mean
+    distribution.
 
     Scaling: for (batch, classes) equal to the usual `batchmean`. For (batch, classes, H, W) the common code divides by
     the batch alone and is `H * W` times larger; TAKD, DGKD and Patient KD divide by `batch * classes` and are
@@ -48,6 +67,7 @@ def kl_divergence(
         student: logits, (batch, classes), (batch, classes, H, W) or (batch, tokens, classes).
         teacher: logits of the same shape.
         temperature: `T`, positive; a number or a tensor that broadcasts against the result.
+        direction: "forward", "reverse" or "jensen_shannon".
         dim: the class dimension; may be left out for two dimensions only.
         mask: weights or booleans over the non-class dimensions or the leading ones of them.
 
@@ -56,7 +76,7 @@ def kl_divergence(
 
     Raises:
         ShapeError: shapes differ, or `dim` is missing for more than two dimensions.
-        ValueError: `temperature` is not positive.
+        ValueError: `temperature` is not positive, or the direction is none of the three.
 
     Example:
         >>> import torch
@@ -67,6 +87,12 @@ def kl_divergence(
     check_same_shape(student, teacher, "kl_divergence")
     _check_temperature(temperature)
     dim = _class_dim(student, dim, "kl_divergence")
+    if direction not in get_args(Direction):
+        raise ValueError(f"`direction` is one of {', '.join(get_args(Direction))}, got {direction!r}.")
+    if direction == "jensen_shannon":
+        return masked_mean(softened_js(student, teacher, temperature, dim), mask)
+    if direction == "reverse":
+        student, teacher = teacher, student
     if mask is None and not isinstance(temperature, Tensor) and student.numel() > 0:  # the same in fewer kernels
         log_s, log_t = log_softmax(student, temperature, dim), log_softmax(teacher, temperature, dim)
         rows = student.numel() // student.shape[dim]
@@ -113,3 +139,116 @@ def logit_mse(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -
     """
     check_same_shape(student, teacher, "logit_mse")
     return masked_mean((student - teacher).square(), mask)
+
+
+@full_precision
+def decoupled(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    labels: Tensor,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float | Tensor = 4.0,
+    dim: int | None = None,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Decoupled KD: `T^2 * (alpha * TCKD + beta * NCKD)`, mean over every non-class dimension.
+
+    TCKD is the divergence of (target, all others) as two outcomes, NCKD that among the others alone. With two classes
+    there is one other and NCKD is 0.
+
+    Source: Zhao, Cui, Song, Qiu, Liang 2022, "Decoupled Knowledge Distillation" (beta 2 to 8 on CIFAR-100; 0.5 and
+    temperature 1 on ImageNet).
+
+    Scaling: equal to the authors' for (batch, classes). They compute the logarithm of a softmax; this stays in log
+    space and is finite for confident logits.
+
+    Args:
+        student, teacher: logits of one shape, as for `kl_divergence`.
+        labels: the true classes, the shape of the logits without the class dimension.
+        alpha, beta: weights of TCKD and NCKD.
+        temperature: `T`, positive.
+        dim: the class dimension; may be left out for two dimensions only.
+        ignore_index: the label that counts nothing.
+        mask: weights or booleans over the non-class dimensions or the leading ones of them.
+
+    Raises:
+        ShapeError: shapes differ, or `dim` is missing for more than two dimensions.
+        ValueError: `temperature` is not positive.
+    """
+    check_same_shape(student, teacher, "decoupled")
+    _check_temperature(temperature)
+    dim = _class_dim(student, dim, "decoupled")
+    counts = (labels != ignore_index).to(student.dtype)
+    if counts.shape != student.select(dim, 0).shape:
+        raise ShapeError(f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(student.shape)}.")
+    target = labels.masked_fill(labels == ignore_index, 0).unsqueeze(dim)
+    log_s, log_t = log_softmax(student, temperature, dim), log_softmax(teacher, temperature, dim)
+    target_s, others_s, among_s = _split(log_s, target, dim)
+    target_t, others_t, among_t = _split(log_t, target, dim)
+    tckd = target_t.exp() * (target_t - target_s) + others_t.exp() * (others_t - others_s)
+    nckd = (among_t.exp() * (among_t - among_s)).scatter(dim, target, 0.0).sum(dim)
+    if mask is not None:
+        check_mask(mask, counts.shape)
+        counts = counts * mask.reshape(mask.shape + (1,) * (counts.ndim - mask.ndim))
+    return masked_mean((alpha * tckd + beta * nckd) * temperature**2, counts)
+
+
+def _split(log_p: Tensor, target: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the target, of all others together, and of each among the others (0 at the target)."""
+    rest = log_p.scatter(dim, target, torch.finfo(log_p.dtype).min)
+    others = rest.logsumexp(dim, keepdim=True)
+    among = (log_p - others).scatter(dim, target, 0.0)
+    return log_p.gather(dim, target).squeeze(dim), others.squeeze(dim), among
+
+
+@full_precision
+def dist(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    inter: float = 1.0,
+    intra: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    dim: int | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """DIST: `T^2 * (inter * (1 - r over classes) + intra * (1 - r over samples))`, `r` Pearson's of the softmaxes.
+
+    The first correlation is one per sample (or pixel), the second one per class, over all samples and pixels; each is
+    averaged. One sample alone has no correlation over samples: its second part is 1.
+
+    Source: Huang, You, Wang, Qian, Xu 2022, "Knowledge Distillation from A Stronger Teacher" (beta is `inter`, gamma
+    is `intra`).
+
+    Scaling: equal; some of their code leaves out `T^2`.
+
+    Args:
+        student, teacher: logits of one shape, as for `kl_divergence`.
+        inter, intra: weights of the two parts.
+        temperature: `T`, positive.
+        dim: the class dimension; may be left out for two dimensions only.
+        mask: weights or booleans over the non-class dimensions or the leading ones of them.
+
+    Raises:
+        ShapeError: shapes differ, or `dim` is missing for more than two dimensions.
+        ValueError: `temperature` is not positive.
+    """
+    check_same_shape(student, teacher, "dist")
+    _check_temperature(temperature)
+    dim = _class_dim(student, dim, "dist")
+    p, q = (log_softmax(x, temperature, dim).exp().movedim(dim, -1) for x in (student, teacher))
+    shape, classes = p.shape[:-1], p.shape[-1]
+    p, q = p.reshape(shape.numel(), classes), q.reshape(shape.numel(), classes)
+    weight = p.new_ones(shape)
+    if mask is not None:
+        check_mask(mask, shape)
+        weight = mask.to(p.dtype).reshape(mask.shape + (1,) * (len(shape) - mask.ndim)).expand(shape)
+    weight = weight.reshape(-1, 1)
+    p, q = p.masked_fill(weight <= 0, 0), q.masked_fill(weight <= 0, 0)
+    rows = masked_mean(1 - pearson(p, q, 1), weight[:, 0])
+    share = safe_divide(weight, masked_mean(weight, weight > 0))  # so that their scale means nothing beside eps
+    columns = (1 - pearson(p, q, 0, share)).mean() * (weight > 0).any()
+    return (inter * rows + intra * columns) * temperature**2

@@ -7,6 +7,7 @@ the convention of reduction, what an empty mask gives, and in which precision al
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
 
@@ -17,11 +18,20 @@ from torch.nn import functional as F
 from taskkd.errors import ShapeError
 
 __all__ = [
+    "angles",
+    "as_samples",
+    "check_mask",
     "check_same_shape",
+    "cosines",
     "full_precision",
     "l2_normalise",
     "log_softmax",
     "masked_mean",
+    "pairs",
+    "pairwise_distance",
+    "pearson",
+    "safe_divide",
+    "softened_js",
     "softened_kl",
     "to_smaller",
 ]
@@ -76,6 +86,19 @@ def check_same_shape(student: Tensor, teacher: Tensor, loss: str) -> None:
         )
 
 
+def check_mask(mask: Tensor, shape: torch.Size) -> None:
+    """Refuse a mask that is neither of this shape nor of its leading dimensions.
+
+    Raises:
+        ShapeError: the mask fits neither way.
+    """
+    if mask.shape != shape[: mask.ndim]:
+        raise ShapeError(
+            f"a mask of shape {tuple(mask.shape)} does not fit a loss map of shape {tuple(shape)}: "
+            "expected the same shape or its leading dimensions."
+        )
+
+
 def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean of `values` where `mask` counts.
 
@@ -95,15 +118,16 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
         if values.numel() == 0:
             return values.sum()
         return values.mean()
-    if mask.shape != values.shape[: mask.ndim]:
-        raise ShapeError(
-            f"a mask of shape {tuple(mask.shape)} does not fit a loss map of shape {tuple(values.shape)}: "
-            "expected the same shape or its leading dimensions."
-        )
+    check_mask(mask, values.shape)
     weight = mask.to(values.dtype).reshape(mask.shape + (1,) * (values.ndim - mask.ndim)).expand_as(values)
     total = weight.sum()
     kept = torch.where(weight > 0, values * weight, torch.zeros((), dtype=values.dtype, device=values.device))
-    return kept.sum() / torch.where(total > 0, total, torch.ones_like(total))
+    return safe_divide(kept.sum(), total)
+
+
+def safe_divide(x: Tensor, by: Tensor) -> Tensor:
+    """`x / by` for a divisor that is not negative; `x` itself where the divisor is 0."""
+    return x / torch.where(by > 0, by, torch.ones_like(by))
 
 
 def l2_normalise(x: Tensor, dim: int = -1, eps: float = 1e-12) -> Tensor:
@@ -133,3 +157,72 @@ def to_smaller(a: Tensor, b: Tensor, pool: Literal["avg", "max"] = "avg") -> tup
     shrink = F.adaptive_avg_pool2d if pool == "avg" else F.adaptive_max_pool2d
     small = [x if x.shape[2:] == size else shrink(x, size) for x in (a, b)]
     return small[0], small[1]
+
+
+def softened_js(student: Tensor, teacher: Tensor, temperature: float | Tensor, dim: int) -> Tensor:
+    """`T^2 * (KL(t || m) + KL(s || m)) / 2` with `m` the mean of both distributions, in log space throughout."""
+    log_s, log_t = log_softmax(student, temperature, dim), log_softmax(teacher, temperature, dim)
+    log_m = torch.logaddexp(log_s, log_t) - math.log(2)
+    both = log_s.exp() * (log_s - log_m) + log_t.exp() * (log_t - log_m)
+    return both.sum(dim) * temperature**2 / 2
+
+
+def pearson(x: Tensor, y: Tensor, dim: int, weight: Tensor | None = None, eps: float = 1e-8) -> Tensor:
+    """Pearson's correlation of `x` and `y` along `dim`, `eps` added to the product of norms (constants give 0).
+
+    `weight` broadcasts against `x`; entries of weight 0 must be finite.
+    """
+    if weight is None:
+        x, y = x - x.mean(dim, keepdim=True), y - y.mean(dim, keepdim=True)
+    else:
+        total, root = weight.expand_as(x).sum(dim, keepdim=True), weight.sqrt()
+        x = (x - safe_divide((x * weight).sum(dim, keepdim=True), total)) * root
+        y = (y - safe_divide((y * weight).sum(dim, keepdim=True), total)) * root
+    norms: Tensor = torch.linalg.vector_norm(x, dim=dim) * torch.linalg.vector_norm(y, dim=dim)
+    return (x * y).sum(dim) / (norms + eps)
+
+
+def as_samples(student: Tensor, teacher: Tensor, mask: Tensor | None, loss: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Both as (batch, features), and one weight per sample; samples of weight 0 are set to 0, whatever they hold.
+
+    Raises:
+        ShapeError: the numbers of samples differ, or the mask is not (batch,).
+    """
+    if student.ndim < 2 or teacher.ndim < 2 or student.shape[0] != teacher.shape[0]:
+        raise ShapeError(
+            f"`{loss}` relates the samples of a batch and needs as many of the student as of the teacher, "
+            f"(batch, ...), got {tuple(student.shape)} and {tuple(teacher.shape)}."
+        )
+    batch = student.shape[0]
+    s = student.reshape(batch, student.shape[1:].numel())
+    t = teacher.reshape(batch, teacher.shape[1:].numel())
+    if mask is None:
+        return s, t, s.new_ones(batch)
+    check_mask(mask, s.shape[:1])
+    out = ~(mask > 0)[:, None]
+    return s.masked_fill(out, 0), t.masked_fill(out, 0), mask.to(s.dtype)
+
+
+def pairs(weight: Tensor) -> Tensor:
+    """(batch, batch): the products of two samples' weights."""
+    return weight[:, None] * weight
+
+
+def pairwise_distance(x: Tensor) -> Tensor:
+    """Euclidean distances (batch, batch), exact for near-duplicates, with gradient 0 where the distance is 0.
+
+    The usual `|a|^2 + |b|^2 - 2ab` loses near-duplicates in fp32 to cancellation.
+    """
+    return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def cosines(x: Tensor) -> Tensor:
+    """Cosines of all pairs of rows (batch, batch); a zero vector has cosine 0 to everything."""
+    unit = l2_normalise(x)
+    return unit @ unit.T
+
+
+def angles(x: Tensor) -> Tensor:
+    """(batch, batch, batch): entry [i, j, k] is the cosine of the angle at `i` between `j` and `k`."""
+    rays = l2_normalise(x - x[:, None])
+    return rays @ rays.transpose(1, 2)

@@ -123,21 +123,148 @@ def pkd_patience(arrays: Arrays, params: Params) -> dict[str, Tensor]:
     return {"loss": losses.patience(student, teacher, normalise=params["normalized_patience"])}
 
 
+def dkd(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    options = {"alpha": params["alpha"], "beta": params["beta"], "temperature": params["T"]}
+    student, teacher = arrays["in_student"], arrays["in_teacher"]
+    return {"loss": losses.decoupled(student, teacher, labels=arrays["in_labels"], **options)}
+
+
+def dist(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    options = {"inter": params["beta"], "intra": params["gamma"], "temperature": params["tau"]}
+    return {"loss": losses.dist(arrays["in_student"], arrays["in_teacher"], dim=1, **options)}
+
+
+def pair(arrays: Arrays) -> tuple[Tensor, Tensor]:
+    """Student and teacher, as the core's cases (`in_student`) or the face ones (`in_s`) name them."""
+    short = "in_s" in arrays
+    return arrays["in_s" if short else "in_student"], arrays["in_t" if short else "in_teacher"]
+
+
+def sp(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    return {"loss": losses.similarity_preserving(*pair(arrays))}
+
+
+def fr_sp(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    return {"loss": losses.similarity_preserving(*pair(arrays), normalise="samples")}
+
+
+def rkd_distance(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    return {"loss": losses.relational_distance(*pair(arrays))}
+
+
+def rkd_angle(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    return {"loss": losses.relational_angle(*pair(arrays))}
+
+
+def rkd(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    distance = losses.relational_distance(*pair(arrays), squared=params.get("squared", False))
+    angle = losses.relational_angle(*pair(arrays))
+    weights = [params.get("distance_weight", params.get("w_d")), params.get("angle_weight", params.get("w_a"))]
+    return {"loss": weights[0] * distance + weights[1] * angle}
+
+
+def cc(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    if "P_order" in params:
+        options = {"gamma": params["gamma"], "order": params["P_order"]}
+        return {"loss": losses.correlation_congruence(*pair(arrays), **options)}
+    return {"loss": losses.consecutive_correlation(*pair(arrays))}
+
+
+def fr_cc(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    # TFace's loop leaves out the last order (docstring of correlation_congruence).
+    options = {"gamma": params["gamma"], "order": params["p"] - 1}
+    return {"loss": losses.correlation_congruence(*pair(arrays), **options)}
+
+
+def irg(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    student, teacher = ([arrays[f"in_{who}_{name}"] for name in ("fm1", "fm2", "feat", "out")] for who in "st")
+    options = {
+        "vertices": params["w_irg_vert"],
+        "edges": params["w_irg_edge"],
+        "transformations": params["w_irg_tran"],
+    }
+    return {"loss": losses.instance_relationship(student, teacher, **options)}
+
+
+def cat_ka(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    # The authors minimise the negative alignment: ours minus 1 (docstring of kernel_alignment).
+    return {"loss": losses.kernel_alignment(*pair(arrays), centred=False) - 1}
+
+
+def pkt(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    student, teacher = pair(arrays)
+    # The authors divide by batch * batch (docstring of probabilistic_transfer).
+    return {"loss": losses.probabilistic_transfer(student, teacher, eps=params["eps"]) / student.shape[0]}
+
+
+def cskd(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    labels, total = arrays["in_labels"], torch.zeros((), dtype=torch.float64)
+    for name, compact in (("feat", 0.0), ("logits", params["w_center"])):
+        student, teacher = arrays[f"in_student_{name}"], arrays[f"in_teacher_{name}"]
+        # The authors divide by features and by classes once more (docstring of category_structure).
+        intra, inter = params["w_intra"] / student[0].numel(), params["w_inter"] / labels.unique().numel()
+        options = {"intra": intra, "inter": inter, "compact": compact}
+        total = total + losses.category_structure(student, teacher, labels=labels, **options)
+    return {"loss": total}
+
+
+def darkrank(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    options = {"alpha": params["alpha"], "beta": params["beta"], "length": params["permute_len"]}
+    return {"loss": losses.dark_rank(*pair(arrays), **options)}
+
+
+def fr_darkrank(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    options = {"alpha": params["alpha"], "beta": params["beta"], "length": params["permute_len"]}
+    return {"loss": losses.dark_rank(*pair(arrays), normalise=True, **options)}
+
+
+def fr_cosine(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    return {"loss": losses.cosine(*pair(arrays))}
+
+
+def fr_fitnet(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    return {"loss": losses.mse(*pair(arrays))}
+
+
+def fr_kd(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    return {"loss": losses.kl_divergence(*pair(arrays), temperature=params["t"])}
+
+
 ADAPTERS: dict[str, Callable[[Arrays, Params], Mapping[str, Tensor]]] = {
     "core/ab": activation_boundaries,
     "core/at": attention_transfer,
     "core/byot": own_teacher,
+    "core/cat_ka": cat_ka,
+    "core/cc": cc,
+    "core/cskd": cskd,
+    "core/darkrank": darkrank,
+    "core/dist": dist,
+    "core/dkd": dkd,
     "core/dml": dml,
     "core/fitnet": hint,
     "core/fsp": flow_of_solution,
     "core/ft": factor_transfer,
+    "core/irg": irg,
     "core/kd": kd,
     "core/nst": neuron_selectivity,
     "core/ofd": overhaul,
     "core/pad": prediction_aware,
+    "core/pkt": pkt,
     "core/reviewkd_hcl": pyramid,
+    "core/rkd": rkd,
+    "core/rkd_a": rkd_angle,
+    "core/rkd_d": rkd_distance,
     "core/schedule": schedule,
+    "core/sp": sp,
     "core/vid": variational_information,
+    "face/fr_cc": fr_cc,
+    "face/fr_cosine": fr_cosine,
+    "face/fr_darkrank": fr_darkrank,
+    "face/fr_fitnet": fr_fitnet,
+    "face/fr_kd_t4": fr_kd,
+    "face/fr_rkd": rkd,
+    "face/fr_sp": fr_sp,
+    "face/pkt": pkt,
     "nlp/pkd_distillation": pkd_distillation,
     "nlp/pkd_patience": pkd_patience,
 }

@@ -24,7 +24,7 @@ DIFFERENCES = {
 }
 # The cases whose logits are those of a classifier, (batch, classes).
 LOGITS = [p for p in CASES if p.stem.startswith("kd-") and np.load(p.with_suffix(".npz"))["in_student"].ndim == 2]
-HALF = {"torch.float16": torch.float16, "torch.bfloat16": torch.bfloat16}
+HALF = {"torch.float16": torch.float16, "torch.bfloat16": torch.bfloat16, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -66,7 +66,7 @@ def test_there_are_cases_and_every_difference_names_one() -> None:
 def test_equals_the_authors_code(path: Path) -> None:
     about, arrays = load(path)
     adapter, params = ADAPTERS[about["key"]], about["params"]
-    half = HALF.get(params.get("dtype", ""))
+    half = HALF.get(params.get("dtype", about["case"]))  # some cases say it in their name only
     if half is not None:  # half arithmetic is no reference: ours equals the float64 value of the same inputs
         ours = adapter(tensors(arrays, half), params)["loss"]
         exact = adapter(tensors(arrays, torch.float64), params)["loss"]
