@@ -160,14 +160,18 @@ class Session:
             folder, metric = self.folder / step, f"eval_{self.metric}"
             if training.dropout is not None:
                 set_dropout(student, training.dropout)
+            table = self.data.train if train is None else train
+            args = training_arguments(folder, training, seed, metric)
+            # Short epochs are logged as well: at least once each.
+            args.logging_steps = max(1, min(10, len(table) // (training.batch_size * training.accumulation)))
             trainer = Trainer(
                 student,
                 teacher=teacher,
                 method=Method(stage.name, [stage]),
                 task_loss=self.task.task_loss,
                 metric=self.task.metric(self.data),
-                args=training_arguments(folder, training, seed, metric),
-                train_dataset=self.data.train if train is None else train,
+                args=args,
+                train_dataset=table,
                 eval_dataset=self.data.validation,
                 processing_class=self.data.tokenizer,
                 data_collator=self.data.collator,

@@ -87,3 +87,14 @@ def test_the_python_runs(folder: Path, number: int) -> None:
         assert not any(m._forward_hooks for m in names["student"].modules())
     if "train_dataset=" in code:
         assert (folder / "runs" / "trainer" / "student" / "model.safetensors").is_file()
+
+
+def test_the_recipe_of_the_docs_runs(folder: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    (folder / "terms.yaml").write_text(block)
+    from taskkd import runs
+
+    result = runs.run_recipe(recipes.load_recipe("terms.yaml"), folder / "run", say=lambda _: None)
+    history = result.report["distilled"]["distilled"]["0"]["history"]
+    assert {"loss_task", "loss_logits", "loss_hidden", "loss_relations"} <= set(history[0])
