@@ -22,6 +22,10 @@ def main() -> None:
     code = 0
     try:
         app(argv)
+    except SystemExit as stop:
+        if stop.code in (130, 143):
+            print("taskkd: stopped; the same command goes on from here.", file=sys.stderr)
+        raise
     except TaskkdError as error:
         if debug:
             raise

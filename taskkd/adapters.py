@@ -12,7 +12,7 @@ from typing import TypeAlias
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from taskkd.errors import ShapeError, nearest
+from taskkd.errors import ShapeError, TaskkdError, nearest
 
 __all__ = ["ADAPTERS", "AdapterSpec", "Conv1x1", "Linear", "build_adapter"]
 
@@ -86,12 +86,12 @@ def build_adapter(spec: AdapterSpec, student: Tensor, teacher: Tensor) -> nn.Mod
 
     Raises:
         ShapeError: the kind does not fit these shapes.
-        ValueError: no such kind.
+        TaskkdError: no such kind.
     """
     if isinstance(spec, nn.Module):
         return spec
     if isinstance(spec, str):
         if spec not in ADAPTERS:
-            raise ValueError(f"no adapter {spec!r}{nearest(spec, ADAPTERS)}; known: {', '.join(ADAPTERS)}.")
+            raise TaskkdError(f"no adapter {spec!r}{nearest(spec, ADAPTERS)}; known: {', '.join(ADAPTERS)}.")
         return ADAPTERS[spec](student, teacher)
     return spec(student, teacher)

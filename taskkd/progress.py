@@ -70,6 +70,10 @@ class ProgressBar(transformers.TrainerCallback):  # type: ignore[misc]
                 print(f"  {where}: {self.loss}, validation {self.value}", file=sys.stderr, flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the bar away, also after an error."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

@@ -46,7 +46,10 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Any:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise RecipeError(f"no recipe file {str(source)!r}.")
-        text, title = path.read_text(encoding="utf-8"), str(path)
+        try:
+            text, title = path.read_text(encoding="utf-8-sig"), str(path)
+        except UnicodeDecodeError:
+            raise RecipeError(f"{path}: not UTF-8 text.") from None
     else:
         known = packaged_recipes()
         if str(source) not in known:
@@ -142,6 +145,10 @@ def build_terms(recipe: Any) -> list[Match]:
             if isinstance(term.weight, float | str)
             else warmup(term.weight.value, fraction=term.weight.fraction)
         )
+        for option, value in (term.model_extra or {}).items():
+            default = inspect.signature(getattr(losses, term.loss)).parameters.get(option)
+            if default is not None and isinstance(default.default, int | float) and not isinstance(value, int | float):
+                raise RecipeError(f"term {term.name!r}: {option} must be a number, got {value!r}.")
         built.append(
             Match(
                 term.name,

@@ -93,8 +93,9 @@ def table(report: Mapping[str, Any]) -> Any:
     seeds = len(report["seeds"])
     over = f"mean over {seeds} seeds" if seeds > 1 else "1 seed"
     title = f"{report['recipe']}: {name} on {report['test_samples']} test samples, {over}"
-    shown = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for column in ("", name, "± s.e.", "gain", "kept", "params", "size", "latency", "speed"):
+    shown = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    short = {"accuracy": "acc"}.get(name, name)
+    for column in ("", short, "± s.e.", "gain", "kept", "params", "size", "ms", "speed"):
         shown.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for row in rows(report):
         shown.add_row(
@@ -105,7 +106,7 @@ def table(report: Mapping[str, Any]) -> Any:
             f"{row['kept']:.1%}",
             f"{row['parameters'] / 1e6:.1f} M",
             f"{row['bytes'] / 1e6:.1f} MB",
-            f"{row['latency_ms']:.1f} ms",
+            f"{row['latency_ms']:.1f}",
             f"{row['speed_up']:.1f}x",
         )
     return shown

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+import xxhash
 from torch import nn
 
 from taskkd import recipes
@@ -102,6 +103,7 @@ def run_recipe(
         _claim(folder, recipes.dump_recipe(recipe))
         session = Session(recipe, task, task.load(recipe), folder, Record(folder), say)
         say(f"data: {session.data.summary()}")
+        _same_inputs(session)
         if "teacher" not in session.record.finished:
             # A wrong tap or shape is told before the teacher is trained, not after.
             raw = task.teacher(recipe, session.data)
@@ -136,6 +138,32 @@ def run_recipe(
         return Result(student, report, folder)
 
 
+def _same_inputs(session: Session) -> None:
+    """Put on record what the run reads, or see that it is what it was started with.
+
+    Raises:
+        RecipeError: the data or the teacher's files changed since.
+    """
+    recipe = session.recipe
+    now = {"data": fingerprint(session.data), "teacher": session.task.fingerprint(recipe)}
+    for name, before in session.record.step("inputs", lambda: now).items():
+        if before != now[name]:
+            raise RecipeError(
+                f"{session.folder} was started with another {name}: what the recipe names has changed since; give "
+                "another --output-dir, or --restart to delete it."
+            )
+
+
+def fingerprint(data: Any) -> str:
+    """A digest of every sample of every split, as tokenized."""
+    digest = xxhash.xxh3_128()
+    for split in (data.train, data.validation, data.test, data.unlabelled):
+        for column in [] if split is None else sorted(set(split.column_names) - {"id"}):
+            digest.update(column.encode())
+            digest.update(repr(list(split[column])).encode())
+    return digest.hexdigest()
+
+
 def _variants(recipe: Any, sweep: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     """The recipe for every combination of swept values; "distilled" without a sweep."""
     if not sweep:
@@ -148,7 +176,7 @@ def _variants(recipe: Any, sweep: Mapping[str, Sequence[Any]]) -> dict[str, Any]
         data = recipe.model_dump(by_alias=True)
         for key, value in zip(sweep, values, strict=True):
             recipes.set_key(data, key, value)
-        name = ",".join(f"{k.rpartition('.')[2]}={v}" for k, v in zip(sweep, values, strict=True))
+        name = ",".join(f"{k}={v}" for k, v in zip(sweep, values, strict=True))
         found[name] = recipes.validate(data, f"sweep {name}")
     return found
 
@@ -281,9 +309,12 @@ def _trained(run: Path) -> tuple[Any, Any, nn.Module, Any]:
 def evaluate(run: Path, data: str | None = None) -> dict[str, float]:
     """Metrics of a run's student on its test set, or on another file with the same columns."""
     recipe, task, student, tokenizer = _trained(run)
-    loaded = None
     if data is None:
+        if "given:" in (run / "recipe.yaml").read_text(encoding="utf-8"):
+            raise RecipeError(f"{run} was given its data in memory; evaluate it on a file with --data.")
         loaded = task.load(recipe)
+        if fingerprint(loaded) != Record(run).finished.get("inputs", {}).get("data"):
+            raise RecipeError(f"the data of {run} has changed since it was trained; name a file with --data.")
         table = loaded.test
     else:
         table = task.read(recipe, data, student, tokenizer)
@@ -291,6 +322,7 @@ def evaluate(run: Path, data: str | None = None) -> dict[str, float]:
     trainer = Trainer(
         student,
         metric=metric,
+        task_loss=task.task_loss,
         args=training_arguments(run, recipe.training, 0, None),
         processing_class=tokenizer,
         data_collator=task.collator(tokenizer),

@@ -98,7 +98,7 @@ def training_arguments(
         dataloader_pin_memory=torch.cuda.is_available(),
         eval_strategy="epoch" if metric else "no",
         save_strategy="epoch",
-        save_total_limit=1,
+        save_total_limit=2,  # the best and the newest: with 1 the engine would delete the newest at the end
         logging_steps=10,
         train_sampling_strategy="group_by_length",
         seed=seed,
@@ -164,6 +164,7 @@ class Session:
             args = training_arguments(folder, training, seed, metric)
             # Short epochs are logged as well: at least once each.
             args.logging_steps = max(1, min(10, len(table) // (training.batch_size * training.accumulation)))
+            bar = ProgressBar(f"{title}, seed {seed}", self.metric)
             trainer = Trainer(
                 student,
                 teacher=teacher,
@@ -175,11 +176,14 @@ class Session:
                 eval_dataset=self.data.validation,
                 processing_class=self.data.tokenizer,
                 data_collator=self.data.collator,
-                callbacks=[SignalStop(), ProgressBar(f"{title}, seed {seed}", self.metric)],
+                callbacks=[SignalStop(), bar],
             )
             trainer.remove_callback(transformers.PrinterCallback)
             start = time.perf_counter()
-            trainer.train(resume_from_checkpoint=True)
+            try:
+                trainer.train(resume_from_checkpoint=True)
+            finally:
+                bar.stop()
             seconds = time.perf_counter() - start
             trainer.distiller.close()
             trainer.save_model(str(folder / "model"))

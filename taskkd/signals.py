@@ -43,6 +43,8 @@ class SignalStop(transformers.TrainerCallback):  # type: ignore[misc]
         if model.stop_agreed or (self.received is not None and args.world_size == 1):
             self.received = self.received or signal.SIGTERM  # another process got it
             control.should_save = control.should_training_stop = True
+            if args.save_total_limit == 1:
+                args.save_total_limit = 2  # with 1 the engine keeps the best alone, not what is saved now
 
     def restore(self) -> None:
         """Put the former handlers back."""

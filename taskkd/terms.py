@@ -218,6 +218,8 @@ class Match(Term):
             )
         except ShapeError as error:
             raise ShapeError(f"term {self.name!r}: {error}") from None
+        except ValueError as error:  # an option out of range
+            raise TaskkdError(f"term {self.name!r}: {error}") from error
         return value if self.gate is None else value * scale
 
     def _masked(self, run: Run, student: Tensor) -> tuple[dict[str, Any], Tensor | float]:

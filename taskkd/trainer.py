@@ -187,7 +187,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         self.add_callback(_Drive(self))
         # The engine looks at `Distiller.forward(**batch)` and finds no names; the student has them.
         if self.args.label_names is None:
-            self.label_names = find_labels(type(student))
+            # A plain module names no labels; with a task loss of its own they are `labels`, as everywhere.
+            self.label_names = find_labels(type(student)) or (["labels"] if task_loss is not None else [])
         self.can_return_loss = can_return_loss(type(student))
 
     # ---- data

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from taskkd.adapters import ADAPTERS, Conv1x1, Linear, build_adapter
-from taskkd.errors import ShapeError
+from taskkd.errors import ShapeError, TaskkdError
 
 
 @pytest.mark.parametrize(
@@ -69,6 +69,6 @@ def test_shapes_that_do_not_fit(kind: str, student: tuple[int, ...], teacher: tu
 
 
 def test_an_unknown_kind_lists_the_known() -> None:
-    with pytest.raises(ValueError, match=r"no adapter 'conv1' \(did you mean 'conv1x1'\?\); known: linear, conv1x1"):
+    with pytest.raises(TaskkdError, match=r"no adapter 'conv1' \(did you mean 'conv1x1'\?\); known: linear, conv1x1"):
         build_adapter("conv1", torch.zeros(1), torch.zeros(1))
     assert set(ADAPTERS) == {"linear", "conv1x1"}

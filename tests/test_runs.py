@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 import taskkd as kd
 from taskkd import plans, recipes, reports, runs, session
-from taskkd.errors import CacheError, RecipeError, TapError, TaskkdError
+from taskkd.errors import CacheError, DataError, RecipeError, TapError, TaskkdError
 from tests import tiny
 
 
@@ -85,8 +85,8 @@ def test_seeds_and_a_sweep(recipe: Path, tmp_path: Path) -> None:
         "training.epochs=1",
         sweep={"method.temperature": [1, 4]},
     )
-    assert set(result.report["distilled"]) == {"temperature=1", "temperature=4"}
-    assert set(result.report["distilled"]["temperature=1"]) == {"0", "1"}
+    assert set(result.report["distilled"]) == {"method.temperature=1", "method.temperature=4"}
+    assert set(result.report["distilled"]["method.temperature=1"]) == {"0", "1"}
     assert result.report["selected"] in result.report["distilled"]
     rows = reports.rows(result.report)
     assert rows[1]["standard_error"] >= 0
@@ -122,8 +122,8 @@ def test_terms_by_hand_and_a_sweep_of_a_weight(recipe: Path, tmp_path: Path) -> 
     result = run(
         path, tmp_path / "run", "baseline=null", "training.epochs=1", sweep={"terms.logits.weight": [0.5, 1.0]}
     )
-    assert set(result.report["distilled"]) == {"weight=0.5", "weight=1.0"}
-    history = result.report["distilled"]["weight=1.0"]["0"]["history"]
+    assert set(result.report["distilled"]) == {"terms.logits.weight=0.5", "terms.logits.weight=1.0"}
+    history = result.report["distilled"]["terms.logits.weight=1.0"]["0"]["history"]
     assert {"loss_task", "loss_hidden", "loss_logits"} <= set(history[0])
     for override, error, sentence in (
         (
@@ -153,7 +153,7 @@ def test_a_stale_cache_is_refused(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(recipe, folder, "baseline=null", "training.epochs=1")
     record = json.loads((folder / "run.json").read_text())
-    record["finished"] = {"teacher": record["finished"]["teacher"]}
+    record["finished"] = {k: v for k, v in record["finished"].items() if k in ("inputs", "teacher")}
     (folder / "run.json").write_text(json.dumps(record))
     index = next((folder / "cache").iterdir()) / "index.json"
     content = json.loads(index.read_text())
@@ -242,3 +242,64 @@ def test_killed_in_training_and_started_again_gives_the_same_student(
     whole = run(recipe, tmp_path / "whole", *overrides)
     for a, b in zip(killed.student.parameters(), whole.student.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_changed_data_is_not_taken_for_the_old(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(recipe, folder, "baseline=null", "training.epochs=1")
+    tiny.write_csv(tmp_path / "train.csv", tiny.sentences(120, seed=8))
+    with pytest.raises(RecipeError, match="was started with another data"):
+        run(recipe, folder, "baseline=null", "training.epochs=1")
+    with pytest.raises(RecipeError, match=r"the data of .* has changed"):
+        runs.evaluate(folder)
+
+
+def test_the_teachers_own_order_of_classes_is_kept(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "reversed"
+    model = tiny.teacher()
+    with torch.no_grad():  # the same classifier with its two outputs swapped
+        model.classifier.weight.copy_(model.classifier.weight.flip(0))
+        model.classifier.bias.copy_(model.classifier.bias.flip(0))
+    model.config.id2label, model.config.label2id = {0: "positive", 1: "negative"}, {"positive": 0, "negative": 1}
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    result = run(recipe, tmp_path / "run", "baseline=null", f"teacher.model={folder}")
+    assert result.report["teacher"]["test"]["accuracy"] > 0.9
+    assert result.student.config.id2label == {0: "positive", 1: "negative"}
+    model.config.id2label = {0: "spam", 1: "ham"}
+    model.save_pretrained(folder)
+    with pytest.raises(RecipeError, match="is trained for the classes spam, ham, the data has negative, positive"):
+        run(recipe, tmp_path / "other", f"teacher.model={folder}")
+
+
+def test_held_out_files_need_labels(recipe: Path, tmp_path: Path) -> None:
+    tiny.write_csv(tmp_path / "test.csv", [(t, "") for t, _ in tiny.sentences(9)])
+    with pytest.raises(DataError, match=r"test\.csv: no row of the test data has a label"):
+        run(recipe, tmp_path / "run", f"data.files.test={tmp_path}/test.csv")
+
+
+def test_a_stopped_training_goes_on_from_where_it_stopped(recipe: Path, tmp_path: Path) -> None:
+    """With the best epoch kept beside the newest: the engine deletes the newest where only one may stay."""
+    import transformers
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 27:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    overrides = ["baseline=null", "training.epochs=9"]
+    original = session.ProgressBar
+
+    class Both(original):  # type: ignore[misc, valid-type]
+        on_step_end = Stop.on_step_end
+
+    session.ProgressBar = Both  # type: ignore[misc]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run(recipe, tmp_path / "run", *overrides)
+    finally:
+        session.ProgressBar = original  # type: ignore[misc]
+    assert stop.value.code == 143
+    stage = tmp_path / "run" / "seed-0" / "distilled" / "stages" / "0-distil"
+    steps = [int(p.name.partition("-")[2]) for p in stage.glob("checkpoint-*")]
+    assert 27 <= max(steps) <= 28

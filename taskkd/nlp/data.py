@@ -244,7 +244,7 @@ def encode_label(row: Row, names: Sequence[str] | None) -> int | float:
     if names is None:
         try:
             return float(row.label)
-        except ValueError:
+        except (ValueError, TypeError):
             raise DataError(f"{row.where}: label {row.label!r} is not a number.") from None
     text = str(row.label)
     if text not in names:

@@ -13,7 +13,7 @@ from taskkd.caches import weights_sha256
 from taskkd.errors import DataError, RecipeError
 from taskkd.nlp import data as text
 from taskkd.nlp import models
-from taskkd.nlp.task import NlpData, NlpTask
+from taskkd.nlp.task import NlpData, NlpTask, fitting_length
 
 __all__ = ["GivenTask"]
 
@@ -25,13 +25,13 @@ class GivenTask(NlpTask):
     have a text and a label column and are tokenized. Every training starts from a copy of the given student.
 
     Args:
-        student: a sequence classifier, or the list of the teacher's layers it is to have.
+        student: a sequence classifier, its name or path, or the list of the teacher's layers it is to have.
         teacher: a sequence classifier that is trained for the task, or its name or path.
         train, eval, test, unlabelled: data. Without `eval`, validation and test are held out from `train`; without
             `test`, the report is on `eval`.
         processing_class: the tokenizer; may be left out where `teacher` is a name or path.
         text, label: columns.
-        max_length: of tokenized text.
+        max_length: texts are cut to it; None: 128, or what the model takes if that is less.
 
     Raises:
         RecipeError: the tokenizer is missing, or student and teacher differ in labels.
@@ -40,8 +40,8 @@ class GivenTask(NlpTask):
 
     def __init__(
         self,
-        student: nn.Module | Sequence[int],
-        teacher: nn.Module | str,
+        student: nn.Module | str | Path | Sequence[int],
+        teacher: nn.Module | str | Path,
         train: Any,
         eval: Any = None,  # noqa: A002
         *,
@@ -50,8 +50,11 @@ class GivenTask(NlpTask):
         processing_class: Any = None,
         text: str | Sequence[str] = "text",
         label: str = "label",
-        max_length: int = 128,
+        max_length: int | None = None,
     ) -> None:
+        teacher = str(teacher) if isinstance(teacher, Path) else teacher
+        if isinstance(student, str | Path):
+            student = models.load_model(str(student))
         if processing_class is None:
             if not isinstance(teacher, str):
                 raise RecipeError("give the tokenizer as processing_class=..., the teacher is a module.")
@@ -67,9 +70,15 @@ class GivenTask(NlpTask):
         self._names = (
             None if regression else [str(config.id2label[i]) for i in range(models.number_of_labels(self._teacher))]
         )
+        max_length = fitting_length(max_length, processing_class)
         self._tokenizer, self._max_length, self._next = processing_class, max_length, 0
         if eval is None:
-            cut = self._table(train, labelled=True).train_test_split(0.2, seed=0)
+            whole = self._table(train, labelled=True)
+            if len(whole) < 10:
+                raise DataError(
+                    f"{len(whole)} samples are too few to hold out a validation and a test set; give eval=..."
+                )
+            cut = whole.train_test_split(0.2, seed=0)
             held = cut["test"].train_test_split(0.5, seed=0)
             tables = {"train": cut["train"], "validation": held["train"], "test": held["test"]}
         else:
@@ -131,6 +140,10 @@ class GivenTask(NlpTask):
             "teacher": {"model": f"given:{weights_sha256(self._teacher)[:16]}"},
             "student": {"model": f"given:{weights_sha256(self._student)[:16]}"},
         }
+
+    def fingerprint(self, recipe: Any) -> str:
+        """The digest of the given teacher."""
+        return weights_sha256(self._teacher)
 
     def load(self, recipe: Any) -> NlpData:
         """The given data."""

@@ -24,6 +24,7 @@ __all__ = [
     "load_tokenizer",
     "number_of_labels",
     "resolve",
+    "same_order",
     "student_from_config",
     "student_from_layers",
 ]
@@ -42,6 +43,9 @@ def resolve(source: str, sha256: str | None = None) -> str:
     if not source.startswith(PACKAGE):
         return source
     name, _, inside = source.removeprefix(PACKAGE).partition("/")
+    if not name.isidentifier() or ".." in Path(inside).parts:
+        # looking up a dotted name would import what stands before the dot
+        raise DataError(f"model {source!r}: expected 'package:name/folder', a plain name and a folder inside it.")
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         hint = (
@@ -110,6 +114,34 @@ def load_model(
         torch.manual_seed(seed)
         model: nn.Module = _from_pretrained(AutoModelForSequenceClassification, folder, dtype=torch.float32, **options)
     return model
+
+
+def same_order(source: str, names: Sequence[str], *, trained: bool) -> list[str]:
+    """The class names in the order of a classifier's own head, where it is one of these classes.
+
+    Args:
+        source: as for `load_model`.
+        names: the classes of the data.
+        trained: whether the head is used as it is (not fine-tuned first), so that it must be of these classes.
+
+    Raises:
+        RecipeError: the head is trained for other classes.
+    """
+    from transformers import AutoConfig
+
+    config = _from_pretrained(AutoConfig, resolve(source))
+    known = [str(config.id2label[i]) for i in sorted(config.id2label or {})]
+    if not any("Classification" in a for a in config.architectures or []) or len(known) != len(names):
+        return list(names)  # a fresh head, or a number of labels that `load_model` refuses
+    if sorted(known) == sorted(names):
+        return known
+    numbered = [f"LABEL_{i}" for i in range(len(known))]
+    if trained and known != numbered:
+        raise RecipeError(
+            f"the teacher {source!r} is trained for the classes {', '.join(known)}, the data has {', '.join(names)}: "
+            "rename them in the data, or fine-tune the teacher (`teacher: {finetune: {}}`)."
+        )
+    return list(names)
 
 
 class _quiet:  # noqa: N801  (a context manager)
@@ -229,10 +261,13 @@ def student_from_config(teacher: nn.Module, changes: Mapping[str, Any], *, seed:
     for name, value in changes.items():
         if not hasattr(config, name):
             raise RecipeError(f"student.config: {type(config).__name__} has no {name!r}{nearest(name, vars(config))}.")
-        setattr(config, name, value)
+        try:
+            setattr(config, name, value)
+        except Exception as error:  # the library's own kind of validation error
+            raise RecipeError(f"student.config: {name}: {str(error).splitlines()[-1].strip()}") from None
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         try:
             return type(teacher)(config)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
             raise RecipeError(f"student.config: {error}") from None

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from taskkd.caches import file_sha256
 from taskkd.checkpoints import load_student
 from taskkd.errors import DataError, RecipeError
 from taskkd.nlp import data as text
@@ -196,6 +197,7 @@ class NlpTask:
             names = config.labels or text.label_names(splits.train)
             if len(names) < 2:
                 raise DataError(f"classification needs two labels or more, the training data has {names}.")
+            names = models.same_order(recipe.teacher.model, names, trained=recipe.teacher.finetune is None)
         tokenizer = models.load_tokenizer(recipe.teacher.model)
         max_length = fitting_length(config.max_length, tokenizer)
         start, tables = 0, {}
@@ -206,6 +208,12 @@ class NlpTask:
             )
             start += len(rows)
         return NlpData(**tables, labels=names or [], tokenizer=tokenizer, max_length=max_length)
+
+    def fingerprint(self, recipe: NlpRecipe) -> str:
+        """What tells that the teacher's files are the ones a run was started with; "" for a hub name."""
+        folder = Path(models.resolve(recipe.teacher.model))
+        files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+        return " ".join(file_sha256(f) for f in files)
 
     def teacher(self, recipe: NlpRecipe, data: NlpData, source: str | None = None) -> nn.Module:
         """The teacher (from `source`, a folder of this run, once it is fine-tuned)."""
@@ -342,8 +350,14 @@ def _splits(config: Data) -> text.Splits:
 
 def _cut(config: Data, splits: text.Splits) -> text.Splits:
     """Hold out what is missing, then limit the sizes; training rows that are left over serve as unlabelled text."""
-    labelled = [r for r in splits.train if r.label is not None and r.label != ""]
-    left = [r for r in splits.train if r.label is None or r.label == ""]
+    labelled = [r for r in splits.train if has_label(r)]
+    left = [r for r in splits.train if not has_label(r)]
+    for part in ("validation", "test"):
+        rows = getattr(splits, part)
+        kept = [r for r in rows if has_label(r)]
+        if rows and not kept:
+            raise DataError(f"{rows[0].where.partition(', ')[0]}: no row of the {part} data has a label.")
+        setattr(splits, part, kept)
     total = len(labelled)
     sizes = [_count(config.test_size, total) if not splits.test else 0]
     sizes.append(_count(config.validation_size, total) if not splits.validation else 0)
@@ -362,6 +376,11 @@ def _cut(config: Data, splits: text.Splits) -> text.Splits:
         unlabelled = text.holdout(unlabelled, [config.unlabelled_size], config.split_seed + 1)[0]
     stripped = [text.Row(r.text, r.pair, None, r.where) for r in unlabelled]
     return text.Splits(train, splits.validation or validation, splits.test or test, stripped)
+
+
+def has_label(row: text.Row) -> bool:
+    """Whether a row is labelled."""
+    return row.label is not None and str(row.label) != ""
 
 
 def _count(size: Size, total: int) -> int:
