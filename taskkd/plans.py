@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,9 @@ def check(recipe: Any, *, evaluate: int = 200) -> Plan:
         plan.summary.append((title, f"{type(model).__name__}, {parameters(model):,} parameters"))
     if recipe.teacher.finetune is None:
         few = data.validation.select(range(min(evaluate, len(data.validation))))
-        metrics = Session(recipe, task, data, Path("runs") / "check", Record(Path()), print).evaluated(teacher, few)
+        with tempfile.TemporaryDirectory() as folder:
+            session = Session(recipe, task, data, Path(folder), Record(Path(folder)), print)
+            metrics = session.evaluated(teacher, few)
         name = task.main_metric(data)
         plan.summary.append(("teacher's own " + name, f"{metrics[name]:.4f} on {len(few)} validation samples"))
         if metrics[name] <= task.chance(data) + 0.01:

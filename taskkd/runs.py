@@ -21,6 +21,7 @@ from torch import nn
 
 from taskkd import recipes
 from taskkd.caches import Cached
+from taskkd.checkpoints import staged
 from taskkd.errors import RecipeError
 from taskkd.plans import build_method, look
 from taskkd.session import Record, Say, Session, locked, strip, training_arguments
@@ -131,9 +132,8 @@ def run_recipe(
         student, source = _select(session, teacher, report)
         batches = task.latency_batches(session.data, 64)
         report["models"] = session.record.step("measure", lambda: reports.measure(teacher, student, batches))
-        final = folder / "student"
-        shutil.rmtree(final, ignore_errors=True)
-        shutil.copytree(source, final)
+        with staged(folder / "student") as final:
+            shutil.copytree(source, final, dirs_exist_ok=True)
         reports.write(report, folder)
         return Result(student, report, folder)
 

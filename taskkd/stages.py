@@ -12,7 +12,7 @@ from torch import nn
 from taskkd.errors import TapError, nearest
 from taskkd.terms import Term
 
-__all__ = ["Method", "Stage", "train_only", "training_only"]
+__all__ = ["Method", "Stage", "training_only"]
 
 
 @dataclass(frozen=True)
@@ -47,24 +47,6 @@ class Method:
     name: str
     stages: Sequence[Stage]
     needs: tuple[str, ...] = ()
-
-
-def train_only(student: nn.Module, parts: Sequence[str] | None) -> None:
-    """Let only these parts of the student train; None: everything.
-
-    Raises:
-        TapError: a part is not in the student.
-    """
-    student.requires_grad_(True)
-    if parts is None:
-        return
-    modules = dict(student.named_modules())
-    for part in parts:
-        if part not in modules:
-            raise TapError(f"stage: the student has no module {part!r}{nearest(part, modules)}.")
-    student.requires_grad_(False)
-    for part in parts:
-        modules[part].requires_grad_(True)
 
 
 @contextmanager

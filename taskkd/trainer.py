@@ -524,7 +524,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
                 output_dir=str(run),
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
+                use_mtime=False,
             )
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final / STUDENT))

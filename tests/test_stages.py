@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from taskkd.errors import TapError
-from taskkd.stages import Method, Stage, train_only
+from taskkd.stages import Method, Stage, training_only
 from tests import small
 
 
@@ -18,19 +18,22 @@ def trained(model: nn.Module) -> set[str]:
 
 def test_only_these_parts_train() -> None:
     student = small.ConvNet()
-    train_only(student, ["head", "block.conv"])
-    assert trained(student) == {"head", "block"}
-    assert not any(p.requires_grad for p in student.block.norm.parameters())
-    train_only(student, ["stem"])  # the next stage
-    assert trained(student) == {"stem"}
-    train_only(student, None)
-    assert trained(student) == {"stem", "norm", "block", "head"}
+    student.stem.requires_grad_(False)  # by the user
+    with training_only(student, ["head", "block.conv"]):
+        assert trained(student) == {"head", "block"}
+        assert not any(p.requires_grad for p in student.block.norm.parameters())
+    assert trained(student) == {"norm", "block", "head"}
+    with training_only(student, None):
+        assert trained(student) == {"norm", "block", "head"}
 
 
 def test_an_unknown_part_changes_nothing_for_the_worse() -> None:
     student = small.ConvNet()
-    with pytest.raises(TapError, match=r"stage: the student has no module 'hed' \(did you mean 'head'"):
-        train_only(student, ["stem", "hed"])
+    with (
+        pytest.raises(TapError, match=r"stage: the student has no module 'hed' \(did you mean 'head'"),
+        training_only(student, ["stem", "hed"]),
+    ):
+        pass
     assert all(p.requires_grad for p in student.parameters())
 
 

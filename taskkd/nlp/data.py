@@ -48,6 +48,7 @@ class Splits:
 
 
 def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(2**31 - 1)  # the default refuses texts over 128 kB
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
         try:
@@ -243,9 +244,12 @@ def encode_label(row: Row, names: Sequence[str] | None) -> int | float:
         return -100 if names is not None else math.nan
     if names is None:
         try:
-            return float(row.label)
+            number = float(row.label)
         except (ValueError, TypeError):
-            raise DataError(f"{row.where}: label {row.label!r} is not a number.") from None
+            number = math.inf
+        if math.isinf(number):
+            raise DataError(f"{row.where}: label {row.label!r} is not a finite number.")
+        return number
     text = str(row.label)
     if text not in names:
         raise DataError(

@@ -79,7 +79,7 @@ def test_labels() -> None:
     assert data.encode_label(data.Row("", None, "1.5", ""), None) == 1.5
     with pytest.raises(DataError, match=re.escape("f.csv, line 4: label '11' is not one of the 3 labels 2, 9, 10")):
         data.encode_label(data.Row("", None, "11", "f.csv, line 4"), names)
-    with pytest.raises(DataError, match=r"line 4: label 'x' is not a number"):
+    with pytest.raises(DataError, match=r"line 4: label 'x' is not a finite number"):
         data.encode_label(data.Row("", None, "x", "line 4"), None)
 
 
