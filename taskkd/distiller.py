@@ -152,10 +152,10 @@ class Distiller(nn.Module):
         if not self.training:
             return self.student(**self._accepted(batch))
         names, values = self._losses(batch)
-        stacked = torch.stack(values) if len(values) > 1 else values[0].reshape(1)
+        stacked = torch.stack(values)
         # `dot`, as autocast would compute `stacked @ weights` in half precision.
         losses = {"loss": torch.dot(stacked, self._weights_like(stacked))}
-        losses |= zip(names, [v.detach() for v in values], strict=True)
+        losses |= zip(names, stacked.detach().unbind(), strict=True)
         if self.check_in_forward and not torch.compiler.is_compiling():  # a compiled graph cannot stop
             self.watch(losses, batch)
             if self.on_nonfinite == "raise":  # else the loop asks `check_finite` whether to skip
@@ -164,7 +164,7 @@ class Distiller(nn.Module):
 
     def _losses(self, batch: Mapping[str, Any]) -> tuple[list[str], list[Tensor]]:
         """Names and unweighted values of what is active, the task loss first."""
-        if not self.built:
+        if not self.prepared and not self.built:
             missing = ", ".join(repr(t.name) for t in self._term_list if not t.built)
             raise TaskkdError(
                 f"the adapter of {missing} does not exist yet: call `distiller.prepare(batch)` before the optimiser is "
@@ -182,13 +182,14 @@ class Distiller(nn.Module):
             values.append(self._task(run.output, batch))
         for term in self._active:
             names.append(term.name)
-            values.append(term(run))
+            values.append(term.forward(run))  # not through nn.Module.__call__: terms have no hooks
         if not values:
             raise TaskkdError("nothing to train: the task weight is 0 and no term is active at this step.")
         if self._idle_parameters and torch.distributed.is_initialized():
             # DDP waits for the gradient of every parameter; those of an idle term's adapter are exactly 0.
             values[0] = values[0] + 0.0 * sum(p.sum() for p in self._idle_parameters)
-        dtype = torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32
+        dtypes = {v.dtype for v in values}
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         return names, [v if v.dtype == dtype and v.ndim == 0 else v.to(dtype).reshape(()) for v in values]
 
     def _student_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -335,7 +336,8 @@ class Distiller(nn.Module):
             finite, going_on = (flags > 0).tolist()
             self.stop_agreed = not going_on
         else:
-            self.stop_agreed = self.stop_wish
+            if self.stop_agreed != self.stop_wish:
+                self.stop_agreed = self.stop_wish
             if len(totals) == 1:  # the usual case, without a kernel
                 finite = math.isfinite(totals[0].item())
             else:
