@@ -30,6 +30,10 @@ CORE = [
     "distiller",
     "augmentation",
     "stages",
+    "attention",
+    "banks",
+    "contrastive",
+    "mixup",
 ]
 
 

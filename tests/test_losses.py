@@ -33,6 +33,7 @@ class Case:
     cubic: bool = False  # the gradient grows with the cube of the features: at 1000 no fp16 gradient holds it
     labels: bool = False  # takes `labels`: here the classes in turn
     relational: bool = False  # relates the samples of a batch: one alone gives 0, and doubling the batch changes it
+    candidates: bool = False  # the teacher has several candidates along dimension 1, the student the first of them
 
     @property
     def name(self) -> str:
@@ -42,6 +43,8 @@ class Case:
     def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.several:
             student, teacher = student.unbind(1), teacher.unbind(1)  # type: ignore[assignment]
+        if self.candidates:
+            student = student[:, 0]
         if self.beside is not None:
             student = (student, self.beside)  # type: ignore[assignment]
         options = self.options if mask is None else {**self.options, "mask": mask}
@@ -58,6 +61,7 @@ class Case:
         return mask.reshape(mask.shape + (1,) * (len(self.shape) - mask.ndim)).expand(self.shape).bool()
 
 
+ANCHORS = torch.tensor([[0.3, -0.2, 0.5, 0.1, -0.4], [-0.6, 0.4, 0.2, -0.1, 0.3]])
 CASES = [
     Case(losses.kl_divergence, (6, 5), {"temperature": 4.0}, (6,)),
     Case(losses.kl_divergence, (4, 5, 3, 2), {"dim": 1}, (4, 3, 2)),
@@ -114,6 +118,31 @@ CASES = [
     Case(losses.category_structure, (6, 3), {}, (6,), labels=True, relational=True),
     Case(losses.instance_relationship, (6, 4, 4, 2, 2), {"vertices": 0.0}, (6,), several=True, relational=True),
     Case(losses.instance_relationship, (6, 3, 5), {}, (6,), several=True),
+    Case(losses.kl_divergence, (6, 5), {"temperature": 3.0, "target_floor": 1e-3}, (6,), zero_when_equal=False),
+    Case(losses.euclidean, (4, 5, 3, 2), {}, (4,)),
+    Case(losses.channel_weighted, (4, 5, 3, 2), {}, (4,)),
+    Case(losses.channel_weighted, (4, 5, 3, 2), {"channels": torch.arange(1.0, 6.0), "normalise": True}, (4,)),
+    Case(losses.matching_guided, (4, 5, 3, 2), {"margin": -0.5}, (4,)),
+    Case(losses.matching_guided, (4, 4, 3, 2), {"assignment": torch.arange(4)}, (4,)),
+    Case(losses.attention_based_features, (4, 3, 5, 3, 2), {}, (4,), several=True, zero_when_equal=False),
+    Case(losses.attention_based_features, (4, 3, 5, 3, 2), {"attention": torch.eye(3)}, (4,), several=True),
+    Case(losses.singular_vectors, (4, 2, 5, 3, 3), {}, (4,), several=True),
+    Case(losses.singular_vectors, (4, 3, 3, 2, 1), {"count": 2}, (4,), several=True),
+    Case(losses.info_nce, (6, 5), {}, (6,), zero_when_equal=False, relational=True),
+    Case(
+        losses.info_nce, (6, 5), {"symmetric": True, "temperature": 1.0}, (6,), zero_when_equal=False, relational=True
+    ),
+    Case(losses.triplet, (6, 5), {"margin": 4.0}, (6,), zero_when_equal=False, relational=True),
+    Case(losses.triplet, (6, 5), {"margin": 4.0}, (6,), zero_when_equal=False, relational=True, labels=True),
+    Case(losses.noise_contrastive, (4, 3, 5), {"samples": 9}, (4,), zero_when_equal=False, candidates=True),
+    Case(
+        losses.relation_contrastive,
+        (4, 3, 5),
+        {"samples": 9, "anchors": ANCHORS},
+        (4,),
+        zero_when_equal=False,
+        candidates=True,
+    ),
 ]
 every_loss = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -317,7 +346,7 @@ def test_compiles_to_one_equal_graph(case: Case, fresh_dynamo: None) -> None:
 @every_loss
 def test_shapes_that_would_broadcast_are_refused(case: Case) -> None:
     student, teacher = pair(case)
-    sentence = "(needs student and teacher tensors of one shape|relates the samples of a batch and needs as many)"
+    sentence = "(relates the samples of a batch and )?needs (student and teacher tensors of one shape|as many)"
     with pytest.raises(ShapeError, match=rf"`{case.loss.__name__}` {sentence}"):
         case(student, teacher[:1])
 
@@ -617,7 +646,7 @@ def test_dist_forgets_a_shift_and_scale_of_probabilities() -> None:
 
 def test_student_and_teacher_may_differ_in_features() -> None:
     s, t = torch.randn(6, 5, 2), torch.randn(6, 3)
-    alike = (losses.consecutive_correlation, losses.category_structure)
+    alike = (losses.consecutive_correlation, losses.category_structure, losses.info_nce, losses.triplet)
     for case in CASES:
         if case.relational and not case.several and case.loss not in alike:
             assert case(s, t).isfinite()
@@ -630,7 +659,9 @@ def test_a_confident_teacher_gives_a_finite_divergence() -> None:
     finite_with_gradient(value, s)
 
 
-@pytest.mark.parametrize("module", ["logits", "features", "channels", "layers", "relations", "primitives"])
+@pytest.mark.parametrize(
+    "module", ["logits", "features", "channels", "contrastive", "layers", "relations", "primitives"]
+)
 def test_docstring_examples_run(module: str) -> None:
     assert doctest.testmod(importlib.import_module(f"taskkd.losses.{module}")).failed == 0
 
