@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from taskkd._version import __version__
 
 if TYPE_CHECKING:
-    from taskkd import losses, schedules
+    from taskkd import adapters, gates, layer_maps, losses, schedules
     from taskkd.augmentation import Augmented
     from taskkd.caches import Cached
     from taskkd.distiller import Distiller
@@ -34,7 +34,7 @@ _WHERE = {
     "Trainer": "taskkd.trainer",
     "distill": "taskkd.recipes",
 }
-_MODULES = ("adapters", "errors", "losses", "nlp", "schedules", "taps")
+_MODULES = ("adapters", "errors", "gates", "layer_maps", "losses", "nlp", "schedules", "taps")
 
 __all__ = [
     "Augmented",
@@ -48,7 +48,10 @@ __all__ = [
     "Term",
     "Trainer",
     "__version__",
+    "adapters",
     "distill",
+    "gates",
+    "layer_maps",
     "losses",
     "schedules",
 ]
