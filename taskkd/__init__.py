@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from taskkd._version import __version__
 
 if TYPE_CHECKING:
-    from taskkd import losses, schedules
+    from taskkd import adapters, gates, layer_maps, losses, schedules
     from taskkd.attention import AttentionBasedFeatures, ChannelAttentive
     from taskkd.augmentation import Augmented
     from taskkd.banks import MemoryBank
@@ -44,7 +44,7 @@ _WHERE = {
     "distill": "taskkd.recipes",
     "uncertainty_mixup": "taskkd.mixup",
 }
-_MODULES = ("adapters", "errors", "losses", "nlp", "schedules", "taps")
+_MODULES = ("adapters", "errors", "gates", "layer_maps", "losses", "nlp", "schedules", "taps")
 
 __all__ = [
     "AttentionBasedFeatures",
@@ -63,7 +63,10 @@ __all__ = [
     "Term",
     "Trainer",
     "__version__",
+    "adapters",
     "distill",
+    "gates",
+    "layer_maps",
     "losses",
     "schedules",
     "uncertainty_mixup",

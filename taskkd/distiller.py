@@ -222,9 +222,11 @@ class Distiller(nn.Module):
 
     def _set_weights(self) -> None:
         """Read the schedules at the present progress; which terms are active, and with which weight."""
+        for term in self._term_list:
+            term.advance(self.progress)
         weights = {t.name: self._automatic.get(t.name, 1.0) * self._scheduled(t) for t in self._term_list}
         active = [t for t in self._term_list if weights[t.name] > 0]
-        self._lacks_total = self.progress.total is None and any(t.schedule.needs_total for t in self._term_list)
+        self._lacks_total = self.progress.total is None and any(t.needs_total for t in self._term_list)
         numbers = [self.task_weight] if self.task_weight > 0 else []
         numbers += [weights[t.name] for t in active]
         self._active = active

@@ -24,6 +24,8 @@ CORE = [
     "taps",
     "schedules",
     "adapters",
+    "gates",
+    "layer_maps",
     "terms",
     "teachers",
     "caches",

@@ -148,7 +148,7 @@ def attention_transfer(
     student: Tensor,
     teacher: Tensor,
     *,
-    power: float = 2.0,
+    power: float | Tensor = 2.0,
     distance: Literal["squared", "absolute", "euclidean"] = "squared",
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -172,13 +172,14 @@ def attention_transfer(
         ValueError: `power` is below 1, or there is no such `distance`.
     """
     _check_maps(student, teacher, "attention_transfer")
-    if not power >= 1:
+    plain = not isinstance(power, Tensor)  # a schedule's tensor is not looked at: that would stop the device
+    if plain and not power >= 1:
         raise ValueError(f"`power` must be at least 1, got {power}.")
     if distance not in ("squared", "absolute", "euclidean"):
         raise ValueError(f"`distance` must be 'squared', 'absolute' or 'euclidean', got {distance!r}.")
     maps = []
     for x in to_smaller(student, teacher):
-        q = (x.square() if power == 2 else x.abs().pow(power)).mean(1)
+        q = (x.square() if plain and power == 2 else x.abs().pow(power)).mean(1)
         if mask is not None and mask.shape == q.shape:
             q = torch.where(mask > 0, q, torch.zeros_like(q))
         maps.append(l2_normalise(q.flatten(1)).view_as(q))

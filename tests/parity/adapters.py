@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from taskkd import losses
-from taskkd.adapters import Conv1x1
+from taskkd.adapters import ABF, ChannelAssign, Conv1x1, ConvReg, Variational
 from taskkd.attention import ChannelAttention, LayerAttention
 from taskkd.contrastive import ContrastiveRelation, ContrastiveRepresentation
 from taskkd.losses import targets
@@ -78,8 +78,44 @@ def flow_of_solution(arrays: Arrays, params: Params) -> dict[str, Tensor]:
     return {"loss": value * (len(students) - 1) * columns}  # they sum over pairs, and over columns if not squared
 
 
+def loaded(module: nn.Module, arrays: Arrays, names: Mapping[str, str]) -> nn.Module:
+    """`module` in float64 with their weights; `names` are their prefixes by ours."""
+    state = {}
+    for ours, theirs in names.items():
+        found = {n.removeprefix(f"w_{theirs}."): v for n, v in arrays.items() if n.startswith(f"w_{theirs}.")}
+        state |= {f"{ours}.{name}": value for name, value in found.items()}
+    module.double().load_state_dict(state)
+    return module
+
+
 def hint(arrays: Arrays, params: Params) -> dict[str, Tensor]:
-    return {"loss": losses.mse(arrays["in_student"], arrays["in_teacher"])}
+    s, t = arrays["in_student"], arrays["in_teacher"]
+    if "w_conv.weight" not in arrays:
+        return {"loss": losses.mse(s, t)}
+    regressor = loaded(ConvReg(s.shape[1:], t.shape[1:]), arrays, {"map": "conv", "norm": "bn"})
+    mapped = regressor(s, t)
+    return {"loss": losses.mse(mapped, t), "reg": mapped}
+
+
+def review(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    students, teachers = levels(arrays, "s"), levels(arrays, "t")
+    fusion = ABF(params["in_channels"], params["out_channels"], mid=params["mid_channel"])
+    names, deepest = {}, len(students) - 1  # they count from the deepest
+    for level in range(len(students)):
+        parts = {"reduce": "conv1", "expand": "conv2"}
+        names |= {f"{ours}.{level}": f"abf{deepest - level}.{theirs}" for ours, theirs in parts.items()}
+        if level < deepest:
+            names[f"attention.{level}"] = f"abf{deepest - level}.att_conv.0"
+    mapped = loaded(fusion, arrays, names)(students, teachers)
+    return {"loss": losses.pyramid(mapped, teachers) * len(students)}  # they sum over levels
+
+
+def channel_matching(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    s, margin, size = arrays["in_student"], arrays["in_margin"], arrays["in_student"].shape[1]
+    teacher = ChannelAssign(arrays["in_flow"], size)(arrays["in_teacher"])
+    margin = ChannelAssign(arrays["in_flow"], size, reduce="mean")(margin)
+    value = losses.overhaul(s, teacher, margin=margin) * s.numel()  # they sum
+    return {"loss": value, "teacher_reduced": teacher, "margin_reduced": margin}
 
 
 def overhaul(arrays: Arrays, params: Params) -> dict[str, Tensor]:
@@ -99,11 +135,13 @@ def neuron_selectivity(arrays: Arrays, params: Params) -> dict[str, Tensor]:
 
 
 def variational_information(arrays: Arrays, params: Params) -> dict[str, Tensor]:
-    mean = arrays["in_student"]  # through their network of 1x1 convolutions
-    for i in (0, 2, 4):
-        mean = F.conv2d(mean.relu() if i else mean, arrays[f"w_regressor.{i}.weight"])
-    pair = (mean, arrays["w_log_scale"])
-    return {"loss": losses.variational_information(pair, arrays["in_teacher"], eps=params["eps"])}
+    s, t = arrays["in_student"], arrays["in_teacher"]
+    mid = arrays["w_regressor.0.weight"].shape[0]
+    adapter = Variational(s.shape[1], t.shape[1], mid=mid, variance=params["init_pred_var"], eps=params["eps"]).double()
+    # `functional_call`, so that the gradients arrive at their weights
+    weights = {f"mean.{i}.weight": arrays[f"w_regressor.{i}.weight"] for i in (0, 2, 4)}
+    pair = torch.func.functional_call(adapter, {**weights, "scale": arrays["w_log_scale"]}, (s, t))
+    return {"loss": losses.variational_information(pair, t, eps=params["eps"])}
 
 
 def prediction_aware(arrays: Arrays, params: Params) -> dict[str, Tensor]:
@@ -389,6 +427,7 @@ ADAPTERS: dict[str, Callable[[Arrays, Params], Mapping[str, Tensor]]] = {
     "core/one": peers,
     "core/pad": prediction_aware,
     "core/pkt": pkt,
+    "core/reviewkd": review,
     "core/reviewkd_hcl": pyramid,
     "core/rkd": rkd,
     "core/rkd_a": rkd_angle,
