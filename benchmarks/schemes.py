@@ -2,8 +2,9 @@
 
 The setting is one in which distillation can help: a small student with 60 labelled and 600 unlabelled images. Teachers
 are larger networks trained on 500 other labelled images; schemes without a teacher get the student's data only. All
-share the student's start, batches, steps and the learning rate that is best on validation for the student alone, so what
-is reported on test is, if anything, to the disadvantage of the schemes. Prints a markdown table, writes `runs/schemes.json`.
+share the student's start, batches, steps and the learning rate that is best on validation for the student alone, so
+what is reported on test is, if anything, to the disadvantage of the schemes. Prints a markdown table and writes
+`runs/schemes.json`.
 """
 
 from __future__ import annotations
