@@ -30,7 +30,7 @@ from taskkd import gates, losses, schedules
 from taskkd.losses import targets
 from taskkd.stages import Stage, training_only
 
-SEEDS, STEPS, RATES = 5, 300, (3e-3, 1e-2, 3e-2)
+SEEDS, STEPS, RATES = 5, 300, (1e-2, 3e-2, 1e-1)
 LABELLED, UNLABELLED = 60, 600
 Batch = dict[str, Tensor]
 
