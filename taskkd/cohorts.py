@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from taskkd.ensembles import named_members, split_tap
-from taskkd.errors import ShapeError, TapError, nearest
+from taskkd.errors import ShapeError, TapError
 from taskkd.losses.targets import group_targets
 from taskkd.schedules import Progress
 from taskkd.suppliers import Supplier, Task, detached
@@ -58,6 +58,7 @@ class Cohort(Supplier):
         self.teachers: dict[str, Teacher] = {n: m for n, m in members.items() if isinstance(m, Teacher)}
         self.networks: dict[str, nn.Module] = {n: m for n, m in members.items() if n not in self.teachers}
         self._names = list(members)
+        self._everybody = [*self._names, STUDENT]
         self._accepted = {n: accepted_arguments(m.forward) for n, m in self.networks.items()}
         self._claimed: list[str] = []
         self._taps: dict[str, Taps] = {}
@@ -78,7 +79,7 @@ class Cohort(Supplier):
 
     def claim(self, taps: Iterable[str]) -> set[str]:
         """The student's taps that name a member."""
-        self._claimed = [tap for tap in taps if split_tap(tap, self._names)[0] is not None]
+        self._claimed = [tap for tap in taps if split_tap(tap, self._everybody)[0] not in (None, STUDENT)]
         return set(self._claimed)
 
     def attach(self, taps: Iterable[str]) -> None:
@@ -90,7 +91,7 @@ class Cohort(Supplier):
         self.close()
         # What is read: `name/tap` of a member, `student/tap`, or a mean over the networks.
         self._reads = {tap: self._sources(tap) for tap in taps}
-        wanted: dict[str, dict[str, None]] = {n: {} for n in [*self._names, STUDENT]}
+        wanted: dict[str, dict[str, None]] = {n: {} for n in self._everybody}
         for source in (*self._claimed, *(s for sources in self._reads.values() for s in sources)):
             self._want(source, wanted)
         for name in self.networks:
@@ -113,11 +114,8 @@ class Cohort(Supplier):
 
     def _sources(self, tap: str) -> list[str]:
         """The full names of what a teacher's tap reads."""
-        name, slash, _ = tap.partition("/")
-        if slash and name in (*self._names, STUDENT):
+        if split_tap(tap, self._everybody)[0] is not None:
             return [tap]
-        if slash and name.isidentifier():
-            raise TapError(f"tap {tap!r}: the cohort has no member {name!r}{nearest(name, [*self._names, STUDENT])}.")
         if not self.networks:
             raise TapError(
                 f"tap {tap!r}: name the member, as '{self._names[0]}/{tap}'; a mean is over networks that are trained, "
@@ -126,7 +124,7 @@ class Cohort(Supplier):
         return [f"{n}/{tap}" for n in self.networks]
 
     def _want(self, source: str, wanted: dict[str, dict[str, None]], before: str | None = None) -> None:
-        name, tap = split_tap(source, [*self._names, STUDENT])
+        name, tap = split_tap(source, self._everybody)
         if before is not None and name in self._names and self._names.index(name) >= self._names.index(before):
             raise TapError(f"tap {source!r}: {before!r} can read members before it; name {name!r} first.")
         wanted[name or STUDENT][tap] = None
@@ -134,8 +132,8 @@ class Cohort(Supplier):
     def supplies(self, tap: str) -> bool:
         """Whether the members that it names have it at present."""
         for source in self._sources(tap):
-            name, own = split_tap(source, self.teachers)
-            member = self.teachers.get(name) if name is not None else None
+            name, own = split_tap(source, self._everybody)
+            member = self.teachers.get(name or STUDENT)
             if isinstance(member, Supplier) and not member.supplies(own):
                 return False
         return True
@@ -181,7 +179,7 @@ class Cohort(Supplier):
     def _read(self, found: Mapping[str, Any], sources: Sequence[str]) -> Any:
         values = []
         for source in sources:
-            name = split_tap(source, [*self._names, STUDENT])[0]
+            name = split_tap(source, self._everybody)[0]
             learns = name == STUDENT or name in self.networks
             values.append(detached(found[source]) if learns and self.detach else found[source])
         if len(values) == 1:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from taskkd.errors import ShapeError, TapError, TaskkdError
+from taskkd.errors import ShapeError, TapError, TaskkdError, nearest
 from taskkd.losses.primitives import log_softmax
 from taskkd.suppliers import Supplier
 from taskkd.taps import describe, parse_tap
@@ -267,6 +267,14 @@ def named_members(numbered: Mapping[str, Any], named: Mapping[str, Any], whose: 
 
 
 def split_tap(tap: str, members: Iterable[str]) -> tuple[str | None, str]:
-    """`r110/layer3` -> ("r110", "layer3"); a tap without a member's name -> (None, tap). `./out` is one without."""
+    """`r110/layer3` -> ("r110", "layer3"); a tap without a member's name, as `./out` is one, -> (None, tap).
+
+    Raises:
+        TapError: there is no such member. (A module whose own name has a slash is written `./a/b`.)
+    """
     name, slash, rest = tap.partition("/")
-    return (name, rest) if slash and name in members else (None, tap)
+    if not slash or name == ".":
+        return None, tap
+    if name not in members:
+        raise TapError(f"tap {tap!r}: there is no member {name!r}{nearest(name, members)}.")
+    return name, rest

@@ -129,9 +129,13 @@ class Targets(Supplier):
         call = function.forward if isinstance(function, nn.Module) else function
         title = getattr(function, "__name__", type(function).__name__)
         try:
-            inspect.signature(call).bind(*taps, **options)
+            signature = inspect.signature(call)
+        except ValueError:  # functions of torch itself have none
+            signature = inspect.signature(lambda *tensors, **options: None)
+        try:
+            signature.bind(*taps, **options)
         except TypeError as error:
-            known = list(inspect.signature(call).parameters)
+            known = list(signature.parameters)
             hint = next((nearest(o, known) for o in options if o not in known), "")
             raise TaskkdError(f"`Targets`: `{title}` with {len(taps)} taps and {options}: {error}{hint}.") from None
         self.function, self.inputs, self.detach, self.options = function, taps, detach, options
