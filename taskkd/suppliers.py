@@ -130,10 +130,9 @@ class Targets(Supplier):
         title = getattr(function, "__name__", type(function).__name__)
         try:
             signature = inspect.signature(call)
-        except ValueError:  # functions of torch itself have none
-            signature = inspect.signature(lambda *tensors, **options: None)
-        try:
             signature.bind(*taps, **options)
+        except ValueError:  # functions of torch itself have no signature
+            pass
         except TypeError as error:
             known = list(signature.parameters)
             hint = next((nearest(o, known) for o in options if o not in known), "")
