@@ -63,6 +63,10 @@ class Cohort(Supplier):
         self._claimed: list[str] = []
         self._taps: dict[str, Taps] = {}
 
+    def parts(self) -> list[Teacher]:
+        """The members that are teachers."""
+        return list(self.teachers.values())
+
     @property
     def module(self) -> nn.Module | None:
         """The networks, and what members train of their own."""

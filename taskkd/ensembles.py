@@ -89,6 +89,10 @@ class Ensemble(Supplier):
         self.shares, self.gate, self.drop = [w / sum(shares) for w in shares], gate, drop
         self.combine, self.temperature, self.dim = combine, float(temperature), dim
 
+    def parts(self) -> list[Teacher]:
+        """The members that are teachers."""
+        return list(self.members.values())
+
     @property
     def module(self) -> nn.Module | None:
         """The gate."""

@@ -40,6 +40,10 @@ class Supplier(Teacher):
         """What of it is trained: the distiller registers it, so that it is optimised, saved and moved with the rest."""
         return None
 
+    def parts(self) -> list[Teacher]:
+        """The teachers that it is made of."""
+        return []
+
     def claim(self, taps: Iterable[str]) -> set[str]:
         """Those of the terms' student taps that it supplies itself, of networks which learn; asked before `attach`."""
         return set()

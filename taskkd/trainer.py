@@ -38,6 +38,7 @@ from taskkd.errors import CacheError, CheckpointError, NonFiniteError, TaskkdErr
 from taskkd.preparation import Preparation
 from taskkd.signals import Interrupted, SignalStop
 from taskkd.stages import Method, Stage, training_only
+from taskkd.suppliers import Supplier
 from taskkd.teachers import Teacher
 from taskkd.terms import Term
 
@@ -105,7 +106,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
     Args:
         student: the model to train.
-        teacher: a model, `Frozen` or `Cached`; a cache that is not complete is built before training.
+        teacher: a model, `Frozen`, `Cached`, `Ensemble`, ...; a cache that is not complete is built before training.
         method: a paper's method; or
         terms: the terms themselves; neither: the student alone.
         stage: which stage of a method with several (`kd.distill` runs them all).
@@ -225,10 +226,13 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         return dict(self._get_collator_with_removed_columns(self.data_collator)(samples))
 
     def complete_cache(self) -> None:
-        """Build what is missing of a cached teacher, on the main process; the others wait."""
-        cached, dataset = self.distiller.teacher, self.train_dataset
-        if not isinstance(cached, Cached) or not self.distiller._uses_teacher:
-            return
+        """Build what is missing of cached teachers, on the main process; the others wait."""
+        if self.distiller._uses_teacher:
+            for cached in _caches(self.distiller.teacher):
+                self._build(cached)
+
+    def _build(self, cached: Cached) -> None:
+        dataset = self.train_dataset
         if isinstance(dataset, Augmented):
             raise CacheError(
                 "a cached teacher cannot follow random augmentation: use `Frozen`, or train without `Augmented`."
@@ -565,6 +569,13 @@ def _by_length(dataset: Any) -> list[int]:
         lengths = [len(ids) for ids in dataset["input_ids"]]
         return sorted(range(len(dataset)), key=lengths.__getitem__)
     return list(range(len(dataset)))
+
+
+def _caches(teacher: Teacher | None) -> list[Cached]:
+    """The caches that a teacher is or is made of."""
+    if isinstance(teacher, Cached):
+        return [teacher]
+    return [c for part in teacher.parts() for c in _caches(part)] if isinstance(teacher, Supplier) else []
 
 
 def _complete(cached: Cached, dataset: Any) -> bool:

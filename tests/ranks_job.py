@@ -206,6 +206,64 @@ def with_accelerate(folder: Path) -> dict[str, Any]:
     return {"weights": weights(distiller)}
 
 
+def suppliers(student: nn.Module) -> dict[str, dict[str, Any]]:
+    """Teachers that learn with a student, follow it, draw lots or read its run, with terms."""
+
+    def kl(name: str, tap: str = "out", source: str = "out", **options: Any) -> kd.Match:
+        return kd.Match(name, losses.kl_divergence, tap, source, temperature=2.0, **options)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        gate = kd.LatentGate("body", 8, 2)
+        attention = kd.PeerAttention(8, 4)
+    taps = [f"peer{i}/{tap}" for tap in ("out", "body") for i in (1, 2)]
+    group = kd.Targets(attention, *taps, detach=False)
+    late = kd.schedules.Schedule(1.0, lambda p: float(p.step >= 1))
+    peers = [kl(f"p{i}", f"peer{i + 1}/out", f"group/out[:, {i}]", weight=late) for i in (0, 1)]
+    return {
+        "ema": {"teacher": kd.EMA(student, decay=0.9), "terms": [kl("t")]},
+        "snapshot": {"teacher": kd.Snapshot(student, cycles=3), "terms": [kl("t"), hidden_term(tap="body")]},
+        "drop": {"teacher": kd.Ensemble(*(Mlp(12, i) for i in (1, 2, 3)), drop=1), "terms": [kl("t")]},
+        "gate": {"teacher": kd.Ensemble(Mlp(12, 1), Mlp(12, 2), gate=gate), "terms": [kl("t", weight=late)]},
+        "self": {"teacher": kd.SelfTeacher(), "terms": [kd.Match("t", losses.mse, "body[:, :4]", "body[:, 4:]")]},
+        "cohort": {
+            "teacher": kd.Cohort(Mlp(8, 4, dropout=0.1), Mlp(8, 5), group=group),
+            "terms": [*peers, kl("leader"), kl("back", "peer1/out", "student/out")],
+        },
+    }
+
+
+def supplied(folder: Path) -> dict[str, Any]:
+    """Three steps with each of them that draws no lots, without a search for unused parameters."""
+    found = {}
+    for name in ("ema", "snapshot", "gate", "self", "cohort"):
+        student = Mlp(8)
+        options = {**COMMON, **suppliers(student)[name]}
+        if name == "cohort":
+            options["teacher"].networks["peer1"].body[2].p = 0.0
+        trainer = point_trainer(folder / name, student=student, ddp_find_unused_parameters=False, **options)
+        trainer.train()
+        found[name] = weights(trainer.distiller)
+    return found
+
+
+class _Normed(Mlp):
+    """With statistics, which differ between ranks until DDP makes them the same."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.body.append(nn.BatchNorm1d(8))
+
+
+def averaged(folder: Path) -> dict[str, Any]:
+    """The buffers of an average are those of rank 0 everywhere."""
+    student = _Normed()
+    terms = [kd.Match("t", losses.mse, "out")]
+    trainer = point_trainer(folder / "averaged", student=student, teacher=kd.EMA(student), terms=terms, **COMMON)
+    trainer.train()
+    return weights(trainer.distiller.teacher.model)
+
+
 CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "plain": plain,
     "accumulated": accumulated,
@@ -217,6 +275,8 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "by_hand": by_hand,
     "by_hand_with_search": lambda folder: by_hand(folder, find_unused_parameters=True),
     "with_accelerate": with_accelerate,
+    "supplied": supplied,
+    "averaged": averaged,
 }
 
 

@@ -87,6 +87,17 @@ def test_loops_without_the_trainer(ranks, alone, name):
     assert distance(first, one) <= 1e-6
 
 
+@pytest.mark.parametrize("name", ["ema", "snapshot", "gate", "self", "cohort"])
+def test_suppliers_on_two_ranks_train_as_one_process_does(ranks, alone, name):
+    one, first, second = (found[name] for found in (alone("supplied"), *(load(ranks, "supplied", r) for r in (0, 1))))
+    assert distance(first, second) == 0.0
+    assert distance(first, one) <= 1e-5
+
+
+def test_an_average_has_the_statistics_of_rank_0_on_both(ranks):
+    assert distance(load(ranks, "averaged", 0), load(ranks, "averaged", 1)) == 0.0
+
+
 @pytest.mark.slow
 def test_nan_on_one_rank_stops_both(tmp_path):
     done = run_job("nan", str(tmp_path), ranks=2, script=RANKS, check=False, timeout=120)

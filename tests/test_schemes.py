@@ -43,7 +43,7 @@ def test_a_scheme_runs_end_to_end(name: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(schemes, "teacher", teacher)
     seen: list[dict[str, torch.Tensor]] = []
     student = schemes.run(name, 0, RATE, observe=seen.append)
-    assert loss_on_labels(student) < loss_on_labels(schemes.Net(seed=0)) - 0.1
+    assert loss_on_labels(student) < loss_on_labels(schemes.Net(seed=0)) - 0.03
     assert all(value.isfinite() for losses in seen for value in losses.values())
     assert any(set(losses) - {"loss", "task"} for losses in seen), "something was distilled"
     for model, before in guides:
