@@ -407,10 +407,8 @@ def main(names: Sequence[str]) -> None:
         gains = [found[seed] - alone[seed] for seed in seeds]
         mean, error = statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5
         verdict = "gain" if mean > 2 * error else "loss" if mean < -2 * error else "no difference above 2 s.e."
-        print(
-            f"| {SCHEMES[name][0]} | {rate:g} | {statistics.mean(found.values()):.1f} | {mean:+.1f} | {error:.1f} | {verdict} |",
-            flush=True,
-        )
+        title, test = SCHEMES[name][0], statistics.mean(found.values())
+        print(f"| {title} | {rate:g} | {test:.1f} | {mean:+.1f} | {error:.1f} | {verdict} |", flush=True)
         table["schemes"][name] = {
             "rate": rate,
             "test": found,

@@ -78,6 +78,7 @@ class Distiller(nn.Module):
         self._supplier = teacher if isinstance(teacher, Supplier) else None
         if self._supplier is not None and (module := self._supplier.module) is not None:
             self.supplier = module
+        self._learns = "supplier" in self._modules
         self.task_weight, self.task_loss, self.on_nonfinite = float(task_weight), task_loss, on_nonfinite
         #: whether `forward` itself looks for NaN; the trainer watches from outside and looks once per optimiser step
         self.check_in_forward = True
@@ -103,6 +104,7 @@ class Distiller(nn.Module):
         needs_run = getattr(teacher, "needs_run", True) or any(t.needs_student_run for t in self._term_list)
         self._teacher_first = teacher is not None and not needs_run
         own = [t for t in student_taps if t not in self._claimed]
+        self._learning_taps = frozenset(own)
         self._taps = Taps(student, own, "student")
         if teacher is not None:
             try:
@@ -205,6 +207,7 @@ class Distiller(nn.Module):
                 and not value.requires_grad
                 and value.is_floating_point()
                 and self._taps.taps[name].root != "batch"
+                and name in self._learning_taps  # what only teaches needs none
                 and any(p.requires_grad for p in self.student.parameters())
             ):
                 raise TapError(
@@ -250,10 +253,9 @@ class Distiller(nn.Module):
         self._active = active
         idle = [t for t in self._term_list if t not in active]
         self._idle_parameters = [p for t in idle for p in t.parameters()]
-        learns = hasattr(self, "supplier")
-        if learns and any(t.teacher_taps for t in idle):
+        if self._learns and any(t.teacher_taps for t in idle):
             self._idle_parameters += self.supplier.parameters()
-        self._calls_teacher = self._uses_teacher and (learns or any(t.teacher_taps for t in active))
+        self._calls_teacher = self._uses_teacher and (self._learns or any(t.teacher_taps for t in active))
         current = getattr(self, "_weights", None)
         if current is None or len(current) != len(numbers):
             self._weights = torch.tensor(numbers)
@@ -459,7 +461,7 @@ class Distiller(nn.Module):
 
     def own_parameters(self) -> list[nn.Parameter]:
         """What is trained beside the student: adapters, learned losses, gates, peers."""
-        modules = [self.terms, *([self.supplier] if hasattr(self, "supplier") else [])]
+        modules = [self.terms, *([self.supplier] if self._learns else [])]
         return [p for module in modules for p in module.parameters() if p.requires_grad]
 
     def close(self) -> None:

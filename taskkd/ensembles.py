@@ -39,7 +39,8 @@ class Ensemble(Supplier):
             "probabilities"}`, "mean" for the others.
         temperature: `T` of "probabilities", that of the loss which follows.
         dim: the class dimension of "probabilities".
-        drop: how many members, drawn anew in each training step from torch's random state, are left out of every mean.
+        drop: how many members, drawn anew in each training step from torch's random state, are left out of every mean
+            (`torch.compile` then breaks the graph there).
         **named: members with a name.
 
     Raises:
@@ -135,9 +136,7 @@ class Ensemble(Supplier):
             ShapeError: members' tensors of one tap, or the gate's weights, do not fit each other.
             TapError: what is to be averaged is not a tensor.
         """
-        kept = list(range(len(self.members)))
-        if self.drop:
-            kept = sorted(torch.randperm(len(kept))[self.drop :].tolist())
+        kept = _draw(len(self.members), self.drop) if self.drop else list(range(len(self.members)))
         return self._supply(batch, run, kept, dry=False)
 
     def prepare(self, batch: Mapping[str, Any], run: Any = None) -> dict[str, Any]:
@@ -237,6 +236,13 @@ class LatentGate(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             scores = pooled.to(self.factors.dtype) @ (self.factors * self.vector).T
             return scores.softmax(1)
+
+
+# Which members run is decided outside the graph: one graph for each choice.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _draw(count: int, drop: int) -> list[int]:
+    kept: list[int] = torch.randperm(count)[drop:].tolist()
+    return sorted(kept)
 
 
 def _along(weight: Tensor, like: Tensor) -> Tensor:

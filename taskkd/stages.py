@@ -38,6 +38,19 @@ class Stage:
 class Method:
     """A paper's method, ready for one pair of student and teacher.
 
+    FitNets (Romero et al. 2015) has two stages, a hint that trains the student up to a layer, then distillation; Gao et
+    al. 2019 ("embarrassingly simple") one for each part, the parts before it frozen, and the head on the labels::
+
+        Method("fitnets", [Stage("hint", [Match("hint", losses.mse, "layer2", adapter="conv1x1")], task_weight=0.0,
+                                 trains=("stem", "layer1", "layer2")),
+                           Stage("kd", [Match("kd", losses.kl_divergence, "out.logits", temperature=4.0)])])
+        Method("stage_wise", [*(Stage(p, [Match(p, losses.mse, p, adapter="conv1x1")], task_weight=0.0, trains=(p,))
+                                for p in ("layer1", "layer2", "layer3")), Stage("head", [], trains=("head",))])
+
+    A stage is one run: `for i in range(len(method.stages)): Trainer(student, teacher=Frozen(teacher), method=method,
+    stage=i, ...).train()`. A chain of teacher assistants (Mirzadeh et al. 2019) is a loop of whole runs, in which each
+    student is the next one's teacher.
+
     Args:
         name: its key in the task's `METHODS`.
         stages: in order; most methods have one.

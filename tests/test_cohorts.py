@@ -345,3 +345,59 @@ def test_a_wrong_tap_leaves_no_hooks() -> None:
 def test_columns_are_those_of_all_members() -> None:
     cohort = kd.Cohort(small.ConvNet(4), text=kd.Frozen(small.bert()))
     assert cohort.columns() >= {"image", "labels", "teacher_input_ids"}
+
+
+def test_a_frozen_part_of_the_student_may_teach() -> None:
+    (student,) = nets(1, 9)
+    student.stem.requires_grad_(False)
+    distiller = kd.Distiller(student, kd.SelfTeacher(), [kd.Match("t", losses.mse, "block", "stem")])
+    distiller.prepare(small.conv_batch())
+    assert distiller(**small.conv_batch())["t"] > 0
+    other = kd.Distiller(student, kd.SelfTeacher(), [kd.Match("t", losses.mse, "stem", "block")])
+    with pytest.raises(TapError, match="tap 'stem': no gradient flows to the student from here"):
+        other.prepare(small.conv_batch())
+
+
+# ---- compile
+
+
+def to_compile(kind: str) -> kd.Distiller:
+    (student,) = nets(1, 9)
+    made: dict[str, tuple[Any, list[kd.Term]]] = {
+        "ensemble": (kd.Ensemble(*nets(2), combine="probabilities"), [kl("t", LOGITS, LOGITS)]),
+        "gate": (kd.Ensemble(*nets(2), gate=kd.LatentGate("head:in", 4, 2)), [kl("t", LOGITS, LOGITS)]),
+        "ema": (kd.EMA(student), [kl("t", LOGITS, LOGITS)]),
+        "snapshot": (kd.Snapshot(student, period=2), [kl("t", LOGITS, LOGITS)]),
+        "self": (kd.SelfTeacher(), [kd.Match("t", losses.mse, "block", "stem")]),
+        "targets": (
+            kd.Targets(losses.targets.batch_ensemble, LOGITS, "head:in"),
+            [kl("t", LOGITS, "out", temperature=4.0)],
+        ),
+        "mutual": (kd.Cohort(*nets(2)), kd.mutual(["student", "peer1", "peer2"], losses.kl_divergence, LOGITS)),
+        "group": group(nets(2)),
+        "drop": (kd.Ensemble(*nets(3), drop=1), [kl("t", LOGITS, LOGITS)]),
+    }
+    supplier, terms = made[kind]
+    return kd.Distiller(student, supplier, terms)
+
+
+@pytest.mark.parametrize("kind", ["ensemble", "gate", "ema", "snapshot", "self", "targets", "mutual", "group", "drop"])
+def test_suppliers_compile(kind: str) -> None:
+    torch._dynamo.reset()
+    distiller = to_compile(kind)
+    distiller.prepare(small.conv_batch())
+    other = copy.deepcopy(distiller.train())
+    call = torch.compile(other, fullgraph=kind != "drop", backend="aot_eager")
+    optimisers = [torch.optim.SGD(d.parameters(), 0.05) for d in (distiller, other)]
+    for step in range(4):
+        found = []
+        for module, forward, optimiser in zip((distiller, other), (distiller, call), optimisers, strict=True):
+            torch.manual_seed(step)
+            losses_ = forward(**small.conv_batch(seed=step))
+            losses_["loss"].backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            module.step()
+            found.append({n: v.item() for n, v in losses_.items()})
+        assert found[1] == pytest.approx(found[0], rel=1e-5)
+    torch._dynamo.reset()
