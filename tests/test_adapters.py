@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import taskkd as kd
@@ -421,6 +422,27 @@ def test_every_kind_in_double_and_in_a_copy(conv_pair: tuple[nn.Module, nn.Modul
     assert torch.equal(other(**batch)["loss"], out["loss"])
     out["loss"].backward()
     assert all(p.grad is None for p in other.parameters())
+
+
+def test_every_kind_compiles_to_one_graph(fresh_dynamo: None, conv_pair: tuple[nn.Module, nn.Module]) -> None:
+    distiller = fresh(conv_pair)
+    other = copy.deepcopy(distiller)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(other, fullgraph=True, backend=counter)
+    for step in range(3):
+        distiller.load_state_dict(other.state_dict())
+        batch = small.conv_batch(seed=step)
+        expected, out = distiller(**batch), compiled(**batch)
+        for name, value in expected.items():
+            torch.testing.assert_close(out[name], value, rtol=1e-5, atol=1e-7)
+        out["loss"].backward()
+        other.step()
+    assert counter.frame_count <= 2
+
+
+def test_one_module_on_the_teachers_side_of_several_taps() -> None:
+    with pytest.raises(TaskkdError, match="term 'a': one teacher_adapter module for several taps; name a kind or give"):
+        kd.Match("a", losses.pyramid, ["x", "y"], teacher_adapter=nn.Conv2d(2, 2, 1))
 
 
 def test_a_module_is_used_as_it_is() -> None:

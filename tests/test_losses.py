@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -151,6 +152,24 @@ def test_scalar_fp32_with_gradient(case: Case) -> None:
     assert value > 0
     (gradient,) = torch.autograd.grad(value, student)
     assert gradient.abs().sum() > 0
+
+
+@every_loss
+def test_numbers_may_be_tensors_of_no_dimension(case: Case) -> None:
+    """What a schedule gives a compiled graph: the same value in the same precision, and no look at it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    parameters = inspect.signature(case.loss).parameters.values()
+    numbers = {p.name: case.options.get(p.name, p.default) for p in parameters if isinstance(p.default, float)}
+    s, t = pair(case)
+    options = {name: torch.tensor(value) for name, value in numbers.items()}
+    value = replace(case, options={**case.options, **options})(s, t)
+    torch.testing.assert_close(value, case(s, t), rtol=1e-5, atol=1e-6)
+    assert value.dtype == torch.float32
+    finite_with_gradient(value, s)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # reading a number out of a fake tensor raises
+        fakes = {name: mode.from_tensor(option) for name, option in options.items()}
+        replace(case, options={**case.options, **fakes})(mode.from_tensor(s), mode.from_tensor(t))
 
 
 @every_loss

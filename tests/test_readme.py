@@ -97,4 +97,15 @@ def test_the_recipe_of_the_docs_runs(folder: Path) -> None:
 
     result = runs.run_recipe(recipes.load_recipe("terms.yaml"), folder / "run", say=lambda _: None)
     history = result.report["distilled"]["distilled"]["0"]["history"]
-    assert {"loss_task", "loss_logits", "loss_hidden", "loss_relations"} <= set(history[0])
+    assert {"loss_task", "loss_logits", "loss_hidden", "loss_early", "loss_relations"} <= set(history[0])
+
+
+def test_every_schedule_of_the_docs_is_one() -> None:
+    from taskkd.schedules import SCHEDULES, from_config
+
+    text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+    rows = re.findall(r"^\| `(\{.*?\})` \|", text, re.M)
+    found = [recipes.parse_overrides([f"x={row}"])["x"] for row in rows]
+    assert {next(iter(config)) for config in found} == set(SCHEDULES)
+    for config in found:
+        from_config(config)

@@ -115,7 +115,7 @@ def test_terms_by_hand_and_a_sweep_of_a_weight(recipe: Path, tmp_path: Path) -> 
         "method: {name: soft_targets, temperature: 2}",
         """terms:
   - {name: hidden, loss: mse, student: "bert.encoder.layer.1", teacher: "bert.encoder.layer.3", adapter: linear,
-     mask: batch.attention_mask, weight: {value: 2, fraction: 0.5}, normalise: true}
+     mask: batch.attention_mask, weight: {warmup: 2, fraction: 0.5}, normalise: true}
   - {name: logits, loss: kl_divergence, student: out.logits, temperature: 2}""",
     )
     path.write_text(text)
