@@ -145,6 +145,10 @@ class Match(Term):
                 f"term {name!r}: {len(self.student_pairs)} student taps and {len(self.teacher_pairs)} teacher taps; "
                 "expected as many of each, at least one."
             )
+        if gate is not None and not callable(gate):
+            raise TaskkdError(
+                f"term {name!r}: a gate is a function of the run, as those of `taskkd.gates`; got {gate!r}."
+            )
         masks = (mask,) if isinstance(mask, str) else ()
         self.student_taps = (*self.student_pairs, *masks, *getattr(gate, "student_taps", ()))
         self.teacher_taps = (*self.teacher_pairs, *getattr(gate, "teacher_taps", ()))
@@ -209,8 +213,10 @@ class Match(Term):
 
     def advance(self, progress: Progress) -> None:
         for option, schedule in self.option_schedules.items():
-            self._numbers[option] = schedule.known(progress)
-            self._tensors[option].fill_(self._numbers[option])
+            number = schedule.known(progress)
+            if number != self._numbers.get(option):
+                self._numbers[option] = number
+                self._tensors[option].fill_(number)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

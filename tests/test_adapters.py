@@ -113,6 +113,12 @@ def test_embeddings_are_unit_vectors() -> None:
     out = adapter(torch.randn(4, 3, 2, 2))
     assert out.shape == (4, 128)
     torch.testing.assert_close(out.norm(dim=1), torch.ones(4))
+    dead, zero = Embedding(12, 5), torch.zeros(2, 12, requires_grad=True)
+    nn.init.zeros_(dead.map.bias)
+    dead(zero).sum().backward()
+    assert zero.grad is not None
+    assert zero.grad.isfinite().all()
+    assert dead.half()(zero.half()).eq(0).all()  # in fp16 the eps of a norm would be 0, and this NaN
     plain, x = Embedding(12, 5, normalise=False), torch.randn(4, 3, 2, 2)
     torch.testing.assert_close(plain(x), plain.map(x.flatten(1)))
 

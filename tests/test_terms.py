@@ -49,6 +49,10 @@ def test_good_names(name: str) -> None:
         ({"weight": float("nan")}, "term 'a': its weight must not be negative, got nan."),
         ({"weight": "automatic"}, "term 'a': weight 'automatic' is neither a number, a schedule nor 'auto'."),
         (
+            {"gate": "teacher_correct"},
+            "term 'a': a gate is a function of the run, as those of `taskkd.gates`; got 'teacher_correct'.",
+        ),
+        (
             {"teacher": ["x", "y"]},
             "term 'a': 1 student taps and 2 teacher taps; expected as many of each, at least one.",
         ),
