@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from taskkd.errors import NonFiniteError, TapError, TaskkdError
+from taskkd.errors import NonFiniteError, TapError, TaskkdError, nearest
 from taskkd.preparation import Preparation, TermReport, advise, even_out, measure
 from taskkd.schedules import Progress
 from taskkd.taps import Taps, accepted_arguments, describe
@@ -159,7 +159,9 @@ class Distiller(nn.Module):
             values[0] = values[0] + 0.0 * sum(p.sum() for p in self._idle_parameters)
         dtypes = {v.dtype for v in values}
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        return names, [v if v.dtype == dtype and v.ndim == 0 else v.to(dtype).reshape(()) for v in values]
+        if len(dtypes) > 1 or dtype not in dtypes or any(v.ndim for v in values):
+            values = [_scalar(n, v).to(dtype) for n, v in zip(names, values, strict=True)]
+        return names, values
 
     def _student_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         inputs = self._accepted(batch)
@@ -202,7 +204,16 @@ class Distiller(nn.Module):
 
     def _task(self, output: Any, batch: Mapping[str, Any]) -> Tensor:
         if self.task_loss is not None:
-            return self.task_loss(output, batch)
+            try:
+                return self.task_loss(output, batch)
+            except KeyError as error:
+                if error.args[0] in batch or not isinstance(error.args[0], str):
+                    raise
+                raise TaskkdError(
+                    f"`task_loss` reads {error.args[0]!r}, which is neither in the batch ({', '.join(batch)}) nor in "
+                    f"the output ({describe(output)}){nearest(error.args[0], batch)}; a column that no model takes is "
+                    "kept by `remove_unused_columns=False` in the training arguments."
+                ) from error
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if (
             loss is None
@@ -439,3 +450,9 @@ class Distiller(nn.Module):
         if self.teacher is not None:
             names |= self.teacher.columns()
         return names | {tap.selectors[0] for tap in self._taps.taps.values() if tap.root == "batch" and tap.selectors}  # type: ignore[misc]
+
+
+def _scalar(name: str, value: Tensor) -> Tensor:
+    if value.numel() != 1:
+        raise TaskkdError(f"term {name!r} gave a tensor of shape {tuple(value.shape)}, expected a scalar loss.")
+    return value.reshape(())
