@@ -4,52 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from taskkd.errors import NonFiniteError, TapError, TaskkdError
+from taskkd.errors import NonFiniteError, TapError, TaskkdError, nearest
+from taskkd.preparation import Preparation, TermReport, advise, even_out, measure
 from taskkd.schedules import Progress
 from taskkd.taps import Taps, accepted_arguments, describe
 from taskkd.teachers import Frozen, Teacher, first_tensor
 from taskkd.terms import Run, Term
 
-__all__ = ["Distiller", "Preparation", "TermReport"]
+__all__ = ["Distiller"]
 
 TaskLoss = Callable[[Any, Mapping[str, Any]], Tensor]
-
-
-@dataclass(frozen=True)
-class TermReport:
-    """What `prepare` measured of one term (or of the task loss, named "task")."""
-
-    name: str
-    value: float
-    weight: float
-    gradient_norm: float
-    student: dict[str, str] = field(default_factory=dict)
-    teacher: dict[str, str] = field(default_factory=dict)
-    adapter_parameters: int = 0
-
-    @property
-    def weighted(self) -> float:
-        """`weight * value`."""
-        return self.weight * self.value
-
-    @property
-    def pull(self) -> float:
-        """`weight * gradient_norm`: how hard the term pulls at the student."""
-        return self.weight * self.gradient_norm
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """The result of `prepare`: sizes and gradients of every term on one batch, and advice in sentences."""
-
-    terms: list[TermReport]
-    advice: list[str]
 
 
 class Distiller(nn.Module):
@@ -152,10 +121,10 @@ class Distiller(nn.Module):
         if not self.training:
             return self.student(**self._accepted(batch))
         names, values = self._losses(batch)
-        stacked = torch.stack(values) if len(values) > 1 else values[0].reshape(1)
+        stacked = torch.stack(values)
         # `dot`, as autocast would compute `stacked @ weights` in half precision.
         losses = {"loss": torch.dot(stacked, self._weights_like(stacked))}
-        losses |= zip(names, [v.detach() for v in values], strict=True)
+        losses |= zip(names, stacked.detach().unbind(), strict=True)
         if self.check_in_forward and not torch.compiler.is_compiling():  # a compiled graph cannot stop
             self.watch(losses, batch)
             if self.on_nonfinite == "raise":  # else the loop asks `check_finite` whether to skip
@@ -164,7 +133,7 @@ class Distiller(nn.Module):
 
     def _losses(self, batch: Mapping[str, Any]) -> tuple[list[str], list[Tensor]]:
         """Names and unweighted values of what is active, the task loss first."""
-        if not self.built:
+        if not self.prepared and not self.built:
             missing = ", ".join(repr(t.name) for t in self._term_list if not t.built)
             raise TaskkdError(
                 f"the adapter of {missing} does not exist yet: call `distiller.prepare(batch)` before the optimiser is "
@@ -182,14 +151,17 @@ class Distiller(nn.Module):
             values.append(self._task(run.output, batch))
         for term in self._active:
             names.append(term.name)
-            values.append(term(run))
+            values.append(term.forward(run))  # not through nn.Module.__call__: terms have no hooks
         if not values:
             raise TaskkdError("nothing to train: the task weight is 0 and no term is active at this step.")
         if self._idle_parameters and torch.distributed.is_initialized():
             # DDP waits for the gradient of every parameter; those of an idle term's adapter are exactly 0.
             values[0] = values[0] + 0.0 * sum(p.sum() for p in self._idle_parameters)
-        dtype = torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32
-        return names, [v if v.dtype == dtype and v.ndim == 0 else v.to(dtype).reshape(()) for v in values]
+        dtypes = {v.dtype for v in values}
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        if len(dtypes) > 1 or dtype not in dtypes or any(v.ndim for v in values):
+            values = [_scalar(n, v).to(dtype) for n, v in zip(names, values, strict=True)]
+        return names, values
 
     def _student_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         inputs = self._accepted(batch)
@@ -232,7 +204,16 @@ class Distiller(nn.Module):
 
     def _task(self, output: Any, batch: Mapping[str, Any]) -> Tensor:
         if self.task_loss is not None:
-            return self.task_loss(output, batch)
+            try:
+                return self.task_loss(output, batch)
+            except KeyError as error:
+                if error.args[0] in batch or not isinstance(error.args[0], str):
+                    raise
+                raise TaskkdError(
+                    f"`task_loss` reads {error.args[0]!r}, which is neither in the batch ({', '.join(batch)}) nor in "
+                    f"the output ({describe(output)}){nearest(error.args[0], batch)}; a column that no model takes is "
+                    "kept by `remove_unused_columns=False` in the training arguments."
+                ) from error
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if (
             loss is None
@@ -337,7 +318,8 @@ class Distiller(nn.Module):
             finite, going_on = (flags > 0).tolist()
             self.stop_agreed = not going_on
         else:
-            self.stop_agreed = self.stop_wish
+            if self.stop_agreed != self.stop_wish:
+                self.stop_agreed = self.stop_wish
             if len(totals) == 1:  # the usual case, without a kernel
                 finite = math.isfinite(totals[0].item())
             else:
@@ -409,68 +391,21 @@ class Distiller(nn.Module):
                         buffer.copy_(buffers[name])
             self._active = active
         self._pending = []
-        self._set_automatic(terms)
+        automatic = [t.name for t in self._term_list if t.automatic and t.name not in self._automatic]
+        if automatic:
+            self._automatic |= even_out(automatic, terms, self.weights())
         self.prepared = True
         self._set_weights()
         weights = self.weights()
         terms = [TermReport(**{**vars(t), "weight": weights[t.name]}) for t in terms]
-        return Preparation(terms, _advice(terms))
+        return Preparation(terms, advise(terms))
 
     def _measure(self, run: Run, batch: Mapping[str, Any]) -> list[TermReport]:
-        parameters = [p for p in self.student.parameters() if p.requires_grad]
         losses: list[tuple[str, Tensor, Term | None]] = []
         if self.task_weight > 0:
             losses.append(("task", self._task(run.output, batch), None))
         losses += [(t.name, t(run), t) for t in self._term_list]
-        reports = []
-        weights = self.weights()
-        for name, value, term in losses:
-            if not bool(value.detach().isfinite()):
-                raise NonFiniteError(
-                    f"term {name!r} is {value.item()} on the first batch, before any training; look at the teacher's "
-                    "and the student's tensors there."
-                )
-            gradients = _gradients(value, parameters) if parameters and value.requires_grad else ()
-            norms = [g.detach().float().norm() for g in gradients if g is not None]
-            reports.append(
-                TermReport(
-                    name,
-                    value.item(),
-                    weights[name],
-                    float(torch.stack(norms).norm()) if norms else 0.0,
-                    {n: describe(run.student[n]) for n in (term.student_taps if term else ())},
-                    {n: describe(run.teacher[n]) for n in (term.teacher_taps if term else ())},
-                    sum(p.numel() for p in term.parameters()) if term else 0,
-                )
-            )
-        return reports
-
-    def _set_automatic(self, terms: Sequence[TermReport]) -> None:
-        automatic = [t for t in self._term_list if t.automatic and t.name not in self._automatic]
-        if not automatic:
-            return
-        norms = {t.name: t.gradient_norm for t in terms}
-        if "task" in norms:
-            reference, target = "task", self.task_weight * norms["task"]
-        else:
-            fixed = [t for t in self._term_list if not t.automatic]
-            if not fixed:
-                raise TaskkdError("weight='auto' needs a task loss or a term of given weight to be measured against.")
-            reference, target = fixed[0].name, fixed[0].weight(self.progress) * norms[fixed[0].name]
-        chosen = torch.tensor(
-            [target / norms[t.name] if norms[t.name] > 0 else 1.0 for t in automatic], dtype=torch.float64
-        )
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            device = next(self.student.parameters()).device
-            shared = chosen.to(device)
-            torch.distributed.all_reduce(shared)
-            chosen = (shared / torch.distributed.get_world_size()).cpu()
-        if target == 0:
-            raise TaskkdError(
-                f"weight='auto': the gradient of {reference!r} is 0 on this batch, nothing to measure against."
-            )
-        for term, weight in zip(automatic, chosen.tolist(), strict=True):
-            self._automatic[term.name] = weight
+        return measure(losses, [p for p in self.student.parameters() if p.requires_grad], self.weights(), run)
 
     # ---- what checkpoints, copies and engines see
 
@@ -519,34 +454,7 @@ class Distiller(nn.Module):
         return names | {tap.selectors[0] for tap in self._taps.taps.values() if tap.root == "batch" and tap.selectors}  # type: ignore[misc]
 
 
-def _gradients(value: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    try:
-        return torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        if "use_reentrant" not in str(error):
-            raise
-        raise TaskkdError(
-            "the student's gradient checkpointing is the reentrant kind, which hides tensors from taps; use "
-            "`use_reentrant=False`."
-        ) from None
-
-
-def _advice(terms: Sequence[TermReport]) -> list[str]:
-    """Sentences about terms whose pull is out of proportion to the task loss's (or the strongest term's)."""
-    others = [t for t in terms if t.name != "task" and t.weight > 0]
-    task = next((t for t in terms if t.name == "task" and t.weight > 0), None)
-    reference = task or max(others, key=lambda t: t.pull, default=None)
-    advice = []
-    for term in others:
-        if reference is None or term is reference or reference.pull == 0:
-            continue
-        ratio = term.pull / reference.pull
-        if ratio == 0:
-            advice.append(f"term {term.name!r} has no gradient on this batch (student and teacher agree there).")
-        elif not 1 / 50 <= ratio <= 50:
-            how = f"{ratio:.0f} times" if ratio > 1 else f"1/{1 / ratio:.0f} of"
-            advice.append(
-                f"term {term.name!r} pulls at the student with {how} the gradient of {reference.name!r}; "
-                f"weight {term.weight / ratio:.3g} would even them out (weight='auto' does)."
-            )
-    return advice
+def _scalar(name: str, value: Tensor) -> Tensor:
+    if value.numel() != 1:
+        raise TaskkdError(f"term {name!r} gave a tensor of shape {tuple(value.shape)}, expected a scalar loss.")
+    return value.reshape(())

@@ -11,8 +11,9 @@ import transformers
 from torch import nn
 
 from taskkd import recipes
-from taskkd.distiller import Distiller, Preparation
+from taskkd.distiller import Distiller
 from taskkd.errors import RecipeError
+from taskkd.preparation import Preparation
 from taskkd.session import Record, Session
 from taskkd.stages import Method, Stage
 from taskkd.teachers import Frozen

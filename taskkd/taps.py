@@ -168,18 +168,13 @@ class _Slot:
         self.values: list[Any] = []
         self.versions: list[int] = []
 
-    def add(self, value: Any) -> None:
-        if self.clone:
-            value = _clone(value)
-        self.values.append(value)
-        # Dynamo traces in-place operations away, so the counter has no meaning there (and no graph node).
-        if not is_compiling():
-            self.versions.append(_version(value))
-
 
 def _version(value: Any) -> int:
     if isinstance(value, Tensor):
-        return 0 if value.is_inference() else value._version
+        try:
+            return value._version
+        except RuntimeError:  # tensors of inference mode have none
+            return 0
     if isinstance(value, Mapping):
         return sum(_version(v) for v in value.values())
     if isinstance(value, list | tuple):
@@ -208,20 +203,24 @@ class _Hook:
         self.taps, self.slot = taps, slot
 
     def output(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        taps = self.taps
-        if taps.recording:
-            self.slot.add(output)
-            taps.fired += 1
-            if taps.fired == taps.stop_after:
-                taps.stop()
+        if self.taps.recording:
+            self._add(output)
 
     def input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        taps = self.taps
-        if taps.recording:
-            self.slot.add({**dict(enumerate(args)), **kwargs})
-            taps.fired += 1
-            if taps.fired == taps.stop_after:
-                taps.stop()
+        if self.taps.recording:
+            self._add({**dict(enumerate(args)), **kwargs})
+
+    def _add(self, value: Any) -> None:
+        taps, slot = self.taps, self.slot
+        if slot.clone:
+            value = _clone(value)
+        slot.values.append(value)
+        # Dynamo traces in-place operations away, so the counter has no meaning there (and no graph node).
+        if not taps.compiling:
+            slot.versions.append(_version(value))
+        taps.fired += 1
+        if taps.fired == taps.stop_after:
+            taps.stop()
 
 
 class _Recording:
@@ -231,9 +230,11 @@ class _Recording:
         self.taps = taps
 
     def __enter__(self) -> None:
-        self.taps.fired = 0
-        self.taps.clear()
-        self.taps.recording = True
+        taps = self.taps
+        if taps.fired:  # a former run was not read
+            taps.clear()
+        taps.compiling = is_compiling()
+        taps.recording = True
 
     def __exit__(self, *_: object) -> None:
         self.taps.recording = False
@@ -254,7 +255,7 @@ class Taps:
     def __init__(self, model: nn.Module, names: Iterable[str], whose: str = "student") -> None:
         self.whose = whose
         self.taps = {name: parse_tap(name) for name in names}
-        self.recording = False
+        self.recording = self.compiling = False
         self.fired = 0
         self.stop_after: int | None = None
         self._block = _Recording(self)
@@ -292,6 +293,7 @@ class Taps:
 
     def clear(self) -> None:
         """Let go of every recorded tensor."""
+        self.fired = 0
         for slot in self._slots.values():
             slot.values, slot.versions = [], []
 

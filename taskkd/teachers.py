@@ -127,7 +127,6 @@ class Frozen:
                 self.model.eval()
         return self._taps
 
-    @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any], run: Any = None) -> dict[str, Any]:
         """The value of every tap for this batch.
 
@@ -140,7 +139,7 @@ class Frozen:
         """
         taps = self._ready(batch)
         try:
-            with taps.record():
+            with torch.no_grad(), taps.record():
                 output = self._forward(batch, run)
         except StopForward:
             output = None

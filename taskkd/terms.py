@@ -7,6 +7,7 @@ subclasses `Term` and reads what it needs from the `Run`.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,8 +62,8 @@ class Term(nn.Module):
         if isinstance(weight, str):
             if weight != "auto":
                 raise TaskkdError(f"term {name!r}: weight {weight!r} is neither a number, a schedule nor 'auto'.")
-        elif not (full := weight.value if isinstance(weight, Schedule) else weight) >= 0:
-            raise TaskkdError(f"term {name!r}: its weight must not be negative, got {full}.")
+        elif not 0 <= (full := weight.value if isinstance(weight, Schedule) else weight) < math.inf:
+            raise TaskkdError(f"term {name!r}: its weight must be a finite number >= 0, got {full}.")
         self.name = name
         self.automatic = weight == "auto"
         self.schedule = weight if isinstance(weight, Schedule) else constant(1.0 if weight == "auto" else float(weight))

@@ -33,8 +33,9 @@ from taskkd.checkpoints import (
     seal,
     verify,
 )
-from taskkd.distiller import Distiller, Preparation, TaskLoss
+from taskkd.distiller import Distiller, TaskLoss
 from taskkd.errors import CacheError, CheckpointError, NonFiniteError, TaskkdError
+from taskkd.preparation import Preparation
 from taskkd.signals import Interrupted, SignalStop
 from taskkd.stages import Method, Stage, training_only
 from taskkd.teachers import Teacher

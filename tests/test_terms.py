@@ -45,8 +45,9 @@ def test_good_names(name: str) -> None:
             "term 'a': `kl_divergence` has no option 'temprature' (did you mean 'temperature'?); "
             "it has temperature, direction, dim, mask.",
         ),
-        ({"weight": -1.0}, "term 'a': its weight must not be negative, got -1.0."),
-        ({"weight": float("nan")}, "term 'a': its weight must not be negative, got nan."),
+        ({"weight": -1.0}, "term 'a': its weight must be a finite number >= 0, got -1.0."),
+        ({"weight": float("nan")}, "term 'a': its weight must be a finite number >= 0, got nan."),
+        ({"weight": float("inf")}, "term 'a': its weight must be a finite number >= 0, got inf."),
         ({"weight": "automatic"}, "term 'a': weight 'automatic' is neither a number, a schedule nor 'auto'."),
         (
             {"gate": "teacher_correct"},

@@ -24,6 +24,7 @@ from taskkd.losses.primitives import (
 __all__ = ["decoupled", "dist", "kl_divergence", "logit_mse", "soft_cross_entropy"]
 
 Direction = Literal["forward", "reverse", "jensen_shannon"]
+DIRECTIONS = get_args(Direction)
 
 
 def _class_dim(student: Tensor, dim: int | None, loss: str) -> int:
@@ -87,8 +88,8 @@ def kl_divergence(
     check_same_shape(student, teacher, "kl_divergence")
     _check_temperature(temperature)
     dim = _class_dim(student, dim, "kl_divergence")
-    if direction not in get_args(Direction):
-        raise ValueError(f"`direction` is one of {', '.join(get_args(Direction))}, got {direction!r}.")
+    if direction not in DIRECTIONS:
+        raise ValueError(f"`direction` is one of {', '.join(DIRECTIONS)}, got {direction!r}.")
     if direction == "jensen_shannon":
         return masked_mean(softened_js(student, teacher, temperature, dim), mask)
     if direction == "reverse":

@@ -37,12 +37,13 @@ __all__ = [
 ]
 
 Loss = TypeVar("Loss", bound=Callable[..., Tensor])
+HALF = frozenset((torch.float16, torch.bfloat16))
 
 
 def _upcast(value: Any) -> Any:
     """Half-precision tensors as fp32; everything else unchanged."""
     if isinstance(value, Tensor):
-        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+        return value.float() if value.dtype in HALF else value
     if isinstance(value, (tuple, list)):
         return type(value)(_upcast(v) for v in value)
     return value
@@ -61,9 +62,9 @@ def full_precision(loss: Loss) -> Loss:
         if args:
             args = tuple(_upcast(a) for a in args)
         for name, value in options.items():  # this call's own dictionary
-            options[name] = _upcast(value)
-        first = student[0] if isinstance(student, (tuple, list)) else student
-        kind = first.device.type
+            if isinstance(value, (Tensor, tuple, list)):
+                options[name] = _upcast(value)
+        kind = (student if isinstance(student, Tensor) else student[0]).device.type
         if torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
                 return loss(student, teacher, *args, **options)
