@@ -216,6 +216,40 @@ def test_half_inputs_are_computed_in_fp32(case: Case, dtype: torch.dtype) -> Non
 
 
 @every_loss
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 1e-3), (torch.bfloat16, 5e-3)], ids=str)
+def test_gradients_of_half_inputs(case: Case, dtype: torch.dtype, bound: float) -> None:
+    """Acceptance A2: with a loss scale, as a GradScaler settles on it, for fp16."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        student, teacher = pair(case, dtype)
+        exact_student = student.detach().double().requires_grad_()
+        exact = case(exact_student, teacher.double())
+        (want,) = torch.autograd.grad(exact, exact_student)
+        value = case(student, teacher)
+        assert value.item() == pytest.approx(exact.item(), rel=1e-5)
+        scale = 2.0**16 if dtype == torch.float16 else 1.0
+        while want.abs().max() * scale > 6e4:
+            scale /= 2
+        (got,) = torch.autograd.grad(value * scale, student)
+        assert got.isfinite().all()
+        assert (got.double() / scale - want).norm() <= bound * want.norm(), seed
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [4.0, 20.0])
+def test_soft_targets_near_convergence_in_half_precision(dtype: torch.dtype, temperature: float) -> None:
+    for seed in range(20):
+        torch.manual_seed(seed)
+        teacher = torch.randn(16, 100)
+        student = (teacher + 0.1 * torch.randn(16, 100)).to(dtype).requires_grad_()
+        teacher = teacher.to(dtype)
+        value = losses.kl_divergence(student, teacher, temperature=temperature)
+        exact = losses.kl_divergence(student.double(), teacher.double(), temperature=temperature)
+        assert value.item() == pytest.approx(exact.item(), rel=1e-2)
+        finite_with_gradient(value, student)
+
+
+@every_loss
 def test_autocast_changes_nothing(case: Case) -> None:
     student, teacher = pair(case)
     mask = some_mask(case)
@@ -285,6 +319,24 @@ def test_zero_vectors(case: Case, s: float, t: float) -> None:
     student, teacher = pair(case)
     student = (student.detach() * s).requires_grad_()
     finite_with_gradient(case(student, teacher * t), student)
+
+
+@every_loss
+@pytest.mark.parametrize("where", ["student", "teacher", "both"])
+def test_zero_rows(case: Case, where: str) -> None:
+    student, teacher = (x.detach().clone() for x in pair(case))
+    if where != "teacher":
+        student[0] = 0
+    if where != "student":
+        teacher[0] = 0
+    finite_with_gradient(case(student.requires_grad_(), teacher), student)
+
+
+@every_loss
+def test_samples_that_are_all_alike(case: Case) -> None:
+    student, teacher = (x.detach()[:1].expand(case.shape).clone() for x in pair(case))
+    finite_with_gradient(case(student.requires_grad_(), teacher), student)
+    finite_with_gradient(case(student, student.detach()), student)
 
 
 @every_loss
