@@ -99,6 +99,8 @@ class MemoryBank(nn.Module):
                 f"{tuple(embeddings.shape)}."
             )
         ids, embeddings = gather_ranks(ids), gather_ranks(embeddings.to(self.rows.dtype))
+        if len(ids) == 0:
+            return
         order = torch.arange(len(ids), device=ids.device)
         last = torch.where(ids[:, None] == ids, order, -1).amax(1)  # all writes of one id are the same
         moved = self.momentum * self.rows[ids] + (1 - self.momentum) * embeddings[last]
