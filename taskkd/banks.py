@@ -15,7 +15,7 @@ __all__ = ["MemoryBank", "gather_ranks", "sample_ids"]
 
 
 def sample_ids(batch: Mapping[str, Any], samples: int, who: str) -> Tensor:
-    """The batch's `id` as int64, (batch,), each in 0 to `samples - 1`.
+    """The batch's `id` as int64, (batch,), each in 0 to `samples - 1`: one look at the device in every step.
 
     Raises:
         TaskkdError: there is no `id`, or one is outside; `who` begins the sentence.

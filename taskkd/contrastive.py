@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from taskkd.banks import MemoryBank, gather_ranks, sample_ids
 from taskkd.errors import ShapeError, TapError, TaskkdError
 from taskkd.losses.contrastive import noise_contrast, relation_similarities, similarities
-from taskkd.losses.primitives import l2_normalise
+from taskkd.losses.primitives import l2_normalise, masked_mean
 from taskkd.terms import Run, Term, Weight
 
 __all__ = ["ContrastiveRelation", "ContrastiveRepresentation", "Embedding"]
@@ -160,7 +161,7 @@ class ContrastiveRepresentation(Term):
         banks: list[MemoryBank] = list(self.banks)  # type: ignore[arg-type]
         scores = [self.scores(e, b, candidates) for e, b in zip(embeddings, reversed(banks), strict=True)]
         self._fix_z(scores)
-        parts = [noise_contrast(s, z, self.samples).mean() for s, z in zip(scores, self.log_z, strict=True)]
+        parts = [masked_mean(noise_contrast(s, z, self.samples)) for s, z in zip(scores, self.log_z, strict=True)]
         for bank, embedding in zip(banks, embeddings, strict=True):
             bank.update(ids, embedding.detach())
         return parts[0] + parts[1]
@@ -168,11 +169,9 @@ class ContrastiveRepresentation(Term):
     @torch.no_grad()
     def _fix_z(self, scores: list[Tensor]) -> None:
         """`log (mean exp(score) * samples)` over the first batch of all ranks, without asking the device whether."""
-        means = torch.stack([s.flatten().logsumexp(0) for s in scores]) - torch.log(
-            scores[0].new_tensor(scores[0].numel())
-        )
+        means = torch.stack([s.flatten().logsumexp(0) - math.log(max(s.numel(), 1)) for s in scores])
         every = gather_ranks(means[None])
-        log_z = every.logsumexp(0) - every.new_tensor(len(every) / self.samples).log()
+        log_z = every.logsumexp(0) + math.log(self.samples / len(every))
         self.log_z.copy_(torch.where(self.log_z.isinf(), log_z.to(self.log_z.dtype), self.log_z))
 
 

@@ -242,6 +242,16 @@ def test_negatives_of_ones_own() -> None:
     assert torch.equal(drawn[-1], batch(1)["id"])
 
 
+@both_terms
+def test_a_batch_without_samples_is_zero_and_fixes_nothing(kind: type[kd.Term]) -> None:
+    made = distiller(kind)
+    term: Any = made.terms["crd"]
+    out = made(x=torch.randn(0, 6), id=torch.empty(0, dtype=torch.long))
+    assert out["loss"].item() == 0
+    out["loss"].backward()
+    assert term.log_z.isinf().all()
+
+
 def test_half_and_double_precision_students() -> None:
     made = distiller(kd.ContrastiveRepresentation)
     with torch.autocast("cpu", torch.bfloat16):

@@ -233,7 +233,7 @@ def noise_contrast(scores: Tensor, log_z: float | Tensor, samples: int) -> Tenso
         return scores.sum(-1) * 0.0  # nothing to tell the positive from
     noise = negatives / samples
     log_p = scores - log_z
-    log_all = torch.logaddexp(log_p, log_p.new_tensor(math.log(noise + 1e-7)))  # their eps
+    log_all = torch.logaddexp(log_p, log_p.new_full((), math.log(noise + 1e-7)))  # their eps
     positive = log_all[..., 0] - log_p[..., 0]
     return positive + (log_all[..., 1:] - math.log(noise)).sum(-1)
 

@@ -170,7 +170,7 @@ def softened_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor, d
     """
     log_s, log_t = log_softmax(student, temperature, dim), log_softmax(teacher, temperature, dim)
     if floor > 0:
-        log_t = torch.logaddexp(log_t, log_t.new_tensor(math.log(floor)))
+        log_t = torch.logaddexp(log_t, log_t.new_full((), math.log(floor)))
     return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim) * spread(temperature, student, dim) ** 2
 
 
