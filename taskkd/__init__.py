@@ -12,9 +12,13 @@ from taskkd._version import __version__
 
 if TYPE_CHECKING:
     from taskkd import adapters, gates, layer_maps, losses, schedules
+    from taskkd.attention import AttentionBasedFeatures, ChannelAttentive
     from taskkd.augmentation import Augmented
+    from taskkd.banks import MemoryBank
     from taskkd.caches import Cached
+    from taskkd.contrastive import ContrastiveRelation, ContrastiveRepresentation
     from taskkd.distiller import Distiller
+    from taskkd.mixup import uncertainty_mixup
     from taskkd.recipes import distill
     from taskkd.stages import Method, Stage
     from taskkd.teachers import Frozen
@@ -22,26 +26,37 @@ if TYPE_CHECKING:
     from taskkd.trainer import Trainer
 
 _WHERE = {
+    "AttentionBasedFeatures": "taskkd.attention",
     "Augmented": "taskkd.augmentation",
     "Cached": "taskkd.caches",
+    "ChannelAttentive": "taskkd.attention",
+    "ContrastiveRelation": "taskkd.contrastive",
+    "ContrastiveRepresentation": "taskkd.contrastive",
     "Distiller": "taskkd.distiller",
     "Frozen": "taskkd.teachers",
     "Match": "taskkd.terms",
+    "MemoryBank": "taskkd.banks",
     "Method": "taskkd.stages",
     "Run": "taskkd.terms",
     "Stage": "taskkd.stages",
     "Term": "taskkd.terms",
     "Trainer": "taskkd.trainer",
     "distill": "taskkd.recipes",
+    "uncertainty_mixup": "taskkd.mixup",
 }
 _MODULES = ("adapters", "errors", "gates", "layer_maps", "losses", "nlp", "schedules", "taps")
 
 __all__ = [
+    "AttentionBasedFeatures",
     "Augmented",
     "Cached",
+    "ChannelAttentive",
+    "ContrastiveRelation",
+    "ContrastiveRepresentation",
     "Distiller",
     "Frozen",
     "Match",
+    "MemoryBank",
     "Method",
     "Run",
     "Stage",
@@ -54,6 +69,7 @@ __all__ = [
     "layer_maps",
     "losses",
     "schedules",
+    "uncertainty_mixup",
 ]
 
 

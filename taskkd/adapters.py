@@ -199,7 +199,7 @@ class Embedding(nn.Module):
         self.normalise = normalise
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.map(x.flatten(1))
+        out: Tensor = self.map(x.flatten(1).to(self.map.weight.dtype))
         if not self.normalise:
             return out
         half = out.dtype in (torch.float16, torch.bfloat16)  # the eps of a norm is 0 in fp16

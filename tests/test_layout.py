@@ -32,6 +32,10 @@ CORE = [
     "distiller",
     "augmentation",
     "stages",
+    "attention",
+    "banks",
+    "contrastive",
+    "mixup",
 ]
 
 

@@ -45,7 +45,7 @@ def test_good_names(name: str) -> None:
         (
             {"temprature": 2.0},
             "term 'a': `kl_divergence` has no option 'temprature' (did you mean 'temperature'?); "
-            "it has temperature, direction, dim, mask.",
+            "it has temperature, direction, target_floor, dim, mask.",
         ),
         ({"weight": -1.0}, "term 'a': its weight must be a finite number >= 0, got -1.0."),
         ({"weight": float("nan")}, "term 'a': its weight must be a finite number >= 0, got nan."),

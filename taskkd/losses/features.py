@@ -10,15 +10,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taskkd.errors import ShapeError
-from taskkd.losses.primitives import check_same_shape, full_precision, l2_normalise, masked_mean, to_smaller
+from taskkd.losses.primitives import (
+    check_mask,
+    check_same_shape,
+    full_precision,
+    l2_normalise,
+    masked_mean,
+    to_smaller,
+)
 
 __all__ = [
     "activation_boundaries",
     "attention_transfer",
     "cosine",
+    "euclidean",
     "factor",
     "mse",
     "neuron_selectivity",
+    "orthogonal_penalty",
     "overhaul",
     "overhaul_margin",
     "partial_mse",
@@ -80,6 +89,58 @@ def cosine(student: Tensor, teacher: Tensor, *, dim: int = -1, mask: Tensor | No
     """
     check_same_shape(student, teacher, "cosine")
     return masked_mean(1 - (l2_normalise(student, dim) * l2_normalise(teacher, dim)).sum(dim), mask)
+
+
+@full_precision
+def euclidean(
+    student: Tensor, teacher: Tensor, *, over: Literal["sample", "batch"] = "sample", mask: Tensor | None = None
+) -> Tensor:
+    """`|s - t|_2` of each sample's features, mean over the batch.
+
+    Source: the feature term of Zhang L., Shi, Shi, Ma, Bao 2020, "Task-Oriented Feature Distillation" (weight 0.05).
+    Their code takes the norm of the whole batch as one vector, `over="batch"`, which grows with the root of the batch.
+
+    Args:
+        student, teacher: tensors of one shape, (batch, ...).
+        over: whose norm: each "sample"'s, or the "batch"'s.
+        mask: weights or booleans over (batch,); for "batch" it only matters whether a weight is 0.
+
+    Raises:
+        ShapeError: the shapes differ.
+        ValueError: `over` is neither.
+    """
+    check_same_shape(student, teacher, "euclidean")
+    if over not in ("sample", "batch"):
+        raise ValueError(f"`over` must be 'sample' or 'batch', got {over!r}.")
+    difference = student.flatten(1) - teacher.flatten(1)
+    if over == "sample":
+        return masked_mean(torch.linalg.vector_norm(difference, dim=1), mask)
+    if mask is not None:
+        check_mask(mask, difference.shape[:1])
+        difference = difference.masked_fill(~(mask > 0)[:, None], 0)
+    norm: Tensor = torch.linalg.vector_norm(difference)
+    return norm
+
+
+def orthogonal_penalty(weight: Tensor) -> Tensor:
+    """`|W W' - 1|_2 + |W' W - 1|_2` of a linear map, so that an adapter keeps what the features hold.
+
+    Source: Zhang L. et al. 2020, "Task-Oriented Feature Distillation" (weight 0.03), from the paper. Not 0 for a map
+    that is not square.
+
+    Args:
+        weight: (out, in).
+
+    Raises:
+        ShapeError: it is no matrix.
+    """
+    if weight.ndim != 2:
+        raise ShapeError(f"`orthogonal_penalty` needs the weight (out, in) of a linear map, got {tuple(weight.shape)}.")
+    norms: list[Tensor] = [
+        torch.linalg.matrix_norm(w @ w.T - torch.eye(len(w), dtype=w.dtype, device=w.device))
+        for w in (weight, weight.T)
+    ]
+    return norms[0] + norms[1]
 
 
 @full_precision
