@@ -12,6 +12,7 @@ from taskkd._version import __version__
 
 if TYPE_CHECKING:
     from taskkd import losses, schedules
+    from taskkd.adversarial import Adversarial
     from taskkd.augmentation import Augmented
     from taskkd.caches import Cached
     from taskkd.distiller import Distiller
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from taskkd.trainer import Trainer
 
 _WHERE = {
+    "Adversarial": "taskkd.adversarial",
     "Augmented": "taskkd.augmentation",
     "Cached": "taskkd.caches",
     "Distiller": "taskkd.distiller",
@@ -37,6 +39,7 @@ _WHERE = {
 _MODULES = ("adapters", "errors", "losses", "nlp", "schedules", "taps")
 
 __all__ = [
+    "Adversarial",
     "Augmented",
     "Cached",
     "Distiller",
