@@ -81,7 +81,7 @@ class Auxiliary:
             self._shared = True
 
     def step(self, loss: Callable[[], Tensor], progress: Progress) -> Tensor:
-        """One step of the optimiser on the gradient of `loss()`, averaged over ranks.
+        """One step of the optimiser on the gradient of `loss()`, averaged over ranks; never compiled.
 
         Where the loss or a gradient is not finite, on any rank, the gradient counts as 0: nothing waits for the
         device, and the weights stay finite until somebody looks at the loss.
@@ -89,12 +89,22 @@ class Auxiliary:
         Returns:
             The loss of this rank, detached.
         """
+        # Not as a decorator: that would import the compiler (whole seconds) with this module.
+        step: Callable[..., Tensor] = torch.compiler.disable(self._step)  # type: ignore[no-untyped-call]
+        return step(loss, progress)
+
+    def _step(self, loss: Callable[[], Tensor], progress: Progress) -> Tensor:
         if not self._shared:
             self.share()
-        if self.learning_rate is not None:
-            rate = self.learning_rate
+        rate = self.learning_rate
+        if isinstance(rate, Schedule):
+            try:
+                rate = rate(progress)
+            except ValueError as error:
+                raise TaskkdError(f"term {self.whose!r}, learning rate: {error}") from None
+        if rate is not None:
             for group in self.optimizer.param_groups:
-                group["lr"] = rate(progress) if isinstance(rate, Schedule) else rate
+                group["lr"] = rate
         self._ask_for_gradients(True)
         try:
             with torch.enable_grad():

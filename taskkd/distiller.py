@@ -298,11 +298,10 @@ class Distiller(nn.Module):
         """
         if not self._adversaries:
             return {}
-        for term in self._adversaries:
-            value = term.auxiliary_step(self.progress)
-            if value is not None:
-                self._auxiliary_losses[f"{term.name}_discriminator"] = value
-        return dict(self._auxiliary_losses)
+        found = {f"{t.name}_discriminator": t.auxiliary_step(self.progress) for t in self._adversaries}
+        losses = {name: value for name, value in found.items() if value is not None}
+        self._auxiliary_losses |= losses
+        return losses
 
     # ---- finiteness
 
