@@ -188,10 +188,10 @@ class Adversarial(Match):
             found = auxiliary.module(*tensors)
         if self.labels is None and isinstance(found, Tensor):
             return found, None
-        if self.labels is not None and isinstance(found, tuple) and len(found) == 2:
-            return found
+        if self.labels is not None and isinstance(found, tuple | list) and len(found) == 2:
+            return found[0], found[1]
         wanted = "a tensor of scores" if self.labels is None else "the pair (scores, class logits), as `labels` is set"
-        got = f"{len(found)} items" if isinstance(found, tuple) else f"a {type(found).__name__}"
+        got = f"{len(found)} items" if isinstance(found, tuple | list) else f"a {type(found).__name__}"
         raise TaskkdError(f"term {self.name!r}: its discriminator must return {wanted}, it returned {got}.")
 
     # ---- the discriminator's move

@@ -225,7 +225,8 @@ def adversarial(folder: Path) -> dict[str, Any]:
     data.x = data.x.double()
     trainer = point_trainer(
         folder / "adversarial", terms=[logits_term(tap="out"), adv], student=Mlp(8).double(),
-        teacher=Mlp(12, 1).double(), train=data, callbacks=[Keep()], logging_strategy="steps", logging_steps=3, **COMMON,
+        teacher=Mlp(12, 1).double(), train=data, callbacks=[Keep()], logging_strategy="steps", logging_steps=3,
+        **COMMON,
     )  # fmt: skip
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
