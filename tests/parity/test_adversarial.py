@@ -22,8 +22,8 @@ STUDENT, TEACHER = ARRAYS["in_s"], ARRAYS["in_t"]
 
 
 class Spectral(nn.Module):
-    """A 4x4 convolution of stride 2. Its vectors are overwritten past autograd, as theirs: the backward of a first forward
-    uses those of the second."""
+    """A 4x4 convolution of stride 2. Its vectors are overwritten past autograd, as theirs: the backward of a first
+    forward uses those of the second."""
 
     def __init__(self, prefix: str) -> None:
         super().__init__()
