@@ -237,6 +237,55 @@ def with_accelerate(folder: Path) -> dict[str, Any]:
     return {"weights": weights(distiller)}
 
 
+def _judge(*_: torch.Tensor) -> nn.Module:
+    """Drawn from the global generator, which two processes need not share."""
+    torch.manual_seed(50 + RANK)
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def adversarial(folder: Path) -> dict[str, Any]:
+    """Under the trainer, in double precision; and the discriminator as both ranks have it after each step."""
+    steps: list[dict[str, torch.Tensor]] = []
+    adv = kd.Adversarial("adv", "out", discriminator=_judge, game="cross_entropy", learning_rate=1e-2)
+
+    class Keep(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_) -> None:
+            steps.append(weights(adv.discriminator))
+
+    data = Points(24)
+    data.x = data.x.double()
+    trainer = point_trainer(
+        folder / "adversarial", terms=[logits_term(tap="out"), adv], student=Mlp(8).double(),
+        teacher=Mlp(12, 1).double(), train=data, callbacks=[Keep()], logging_strategy="steps", logging_steps=3,
+        **COMMON,
+    )  # fmt: skip
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    steps.append(weights(adv.discriminator))
+    return {"weights": weights(trainer.distiller.student), "steps": steps, "logs": logs}
+
+
+def adversarial_by_hand(folder: Path) -> dict[str, Any]:
+    """A DDP-wrapped distiller whose discriminator was given, other on each rank, and prepared by nobody."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    adv = kd.Adversarial("adv", "out", discriminator=_judge(), learning_rate=1e-2)
+    distiller = kd.Distiller(Mlp(8), Mlp(12), [adv], task_loss=cross_entropy)
+    model: nn.Module = DistributedDataParallel(distiller) if WORLD > 1 else distiller
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
+    data, share = Points(24), slice(RANK * BATCH // WORLD, (RANK + 1) * BATCH // WORLD)
+    steps = []
+    for start in (0, 8, 16):
+        batch = {"x": data.x[start : start + BATCH][share], "labels": data.labels[start : start + BATCH][share]}
+        model(**batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        distiller.auxiliary_step()
+        distiller.step()
+        steps.append(weights(adv.discriminator))
+    return {"weights": weights(distiller.student), "steps": steps}
+
+
 CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "plain": plain,
     "accumulated": accumulated,
@@ -249,6 +298,8 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "by_hand_with_search": lambda folder: by_hand(folder, find_unused_parameters=True),
     "memories": memories,
     "with_accelerate": with_accelerate,
+    "adversarial": adversarial,
+    "adversarial_by_hand": adversarial_by_hand,
 }
 
 
