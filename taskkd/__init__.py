@@ -12,6 +12,7 @@ from taskkd._version import __version__
 
 if TYPE_CHECKING:
     from taskkd import adapters, gates, layer_maps, losses, schedules
+    from taskkd.adversarial import Adversarial
     from taskkd.attention import AttentionBasedFeatures, ChannelAttentive
     from taskkd.augmentation import Augmented
     from taskkd.averages import EMA, Snapshot
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "AttentionBasedFeatures": "taskkd.attention",
+    "Adversarial": "taskkd.adversarial",
     "Augmented": "taskkd.augmentation",
     "Cached": "taskkd.caches",
     "ChannelAttentive": "taskkd.attention",
@@ -61,6 +63,7 @@ _MODULES = ("adapters", "errors", "gates", "layer_maps", "losses", "nlp", "sched
 
 __all__ = [
     "EMA",
+    "Adversarial",
     "AttentionBasedFeatures",
     "Augmented",
     "Cached",

@@ -199,8 +199,11 @@ class Embedding(nn.Module):
         self.normalise = normalise
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.map(x.flatten(1))
-        return F.normalize(out, dim=1) if self.normalise else out
+        out: Tensor = self.map(x.flatten(1).to(self.map.weight.dtype))
+        if not self.normalise:
+            return out
+        half = out.dtype in (torch.float16, torch.bfloat16)  # the eps of a norm is 0 in fp16
+        return F.normalize(out.float() if half else out, dim=1)
 
 
 def _factor_layers(channels: int, factor: int) -> nn.Sequential:

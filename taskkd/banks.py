@@ -15,7 +15,7 @@ __all__ = ["MemoryBank", "gather_ranks", "sample_ids"]
 
 
 def sample_ids(batch: Mapping[str, Any], samples: int, who: str) -> Tensor:
-    """The batch's `id` as int64, (batch,), each in 0 to `samples - 1`.
+    """The batch's `id` as int64, (batch,), each in 0 to `samples - 1`: one look at the device in every step.
 
     Raises:
         TaskkdError: there is no `id`, or one is outside; `who` begins the sentence.
@@ -99,6 +99,8 @@ class MemoryBank(nn.Module):
                 f"{tuple(embeddings.shape)}."
             )
         ids, embeddings = gather_ranks(ids), gather_ranks(embeddings.to(self.rows.dtype))
+        if len(ids) == 0:
+            return
         order = torch.arange(len(ids), device=ids.device)
         last = torch.where(ids[:, None] == ids, order, -1).amax(1)  # all writes of one id are the same
         moved = self.momentum * self.rows[ids] + (1 - self.momentum) * embeddings[last]

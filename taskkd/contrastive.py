@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from taskkd.adapters import Embedding
 from taskkd.banks import MemoryBank, gather_ranks, sample_ids
 from taskkd.errors import ShapeError, TapError, TaskkdError
 from taskkd.losses.contrastive import noise_contrast, relation_similarities, similarities
-from taskkd.losses.primitives import l2_normalise
+from taskkd.losses.primitives import masked_mean
 from taskkd.terms import Run, Term, Weight
 
-__all__ = ["ContrastiveRelation", "ContrastiveRepresentation", "Embedding"]
+__all__ = ["ContrastiveRelation", "ContrastiveRepresentation"]
 
 #: ids (batch,) -> ids of their negatives (batch, K)
 Draw: TypeAlias = Callable[[Tensor], Tensor]
-
-
-class Embedding(nn.Module):
-    """`(batch, ...) -> (batch, features)`: flattened, one affine map, L2-normalised.
-
-    Args:
-        size: the number of values of a sample.
-        features: the size of the embedding.
-    """
-
-    def __init__(self, size: int, features: int) -> None:
-        super().__init__()
-        self.map = nn.Linear(size, features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        mapped = self.map(x.flatten(1).to(self.map.weight.dtype))
-        return l2_normalise(mapped if mapped.dtype == torch.float64 else mapped.float())
 
 
 class ContrastiveRepresentation(Term):
@@ -160,7 +145,7 @@ class ContrastiveRepresentation(Term):
         banks: list[MemoryBank] = list(self.banks)  # type: ignore[arg-type]
         scores = [self.scores(e, b, candidates) for e, b in zip(embeddings, reversed(banks), strict=True)]
         self._fix_z(scores)
-        parts = [noise_contrast(s, z, self.samples).mean() for s, z in zip(scores, self.log_z, strict=True)]
+        parts = [masked_mean(noise_contrast(s, z, self.samples)) for s, z in zip(scores, self.log_z, strict=True)]
         for bank, embedding in zip(banks, embeddings, strict=True):
             bank.update(ids, embedding.detach())
         return parts[0] + parts[1]
@@ -168,11 +153,9 @@ class ContrastiveRepresentation(Term):
     @torch.no_grad()
     def _fix_z(self, scores: list[Tensor]) -> None:
         """`log (mean exp(score) * samples)` over the first batch of all ranks, without asking the device whether."""
-        means = torch.stack([s.flatten().logsumexp(0) for s in scores]) - torch.log(
-            scores[0].new_tensor(scores[0].numel())
-        )
+        means = torch.stack([s.flatten().logsumexp(0) - math.log(max(s.numel(), 1)) for s in scores])
         every = gather_ranks(means[None])
-        log_z = every.logsumexp(0) - every.new_tensor(len(every) / self.samples).log()
+        log_z = every.logsumexp(0) + math.log(self.samples / len(every))
         self.log_z.copy_(torch.where(self.log_z.isinf(), log_z.to(self.log_z.dtype), self.log_z))
 
 

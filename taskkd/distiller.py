@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from taskkd.errors import NonFiniteError, TapError, TaskkdError
+from taskkd.adversarial import Adversarial
+from taskkd.errors import NonFiniteError, TapError, TaskkdError, nearest
 from taskkd.preparation import Preparation, TermReport, advise, even_out, measure
 from taskkd.schedules import Progress
 from taskkd.suppliers import Supplier
@@ -89,9 +90,15 @@ class Distiller(nn.Module):
         self.prepared = False
         self._term_list: list[Term] = [self.terms[n] for n in self.terms]  # type: ignore[misc]
         self._scheduled_terms = [t.name for t in self._term_list if t.scheduled]
+        self._adversaries = [t for t in self._term_list if isinstance(t, Adversarial)]
+        for term in self._adversaries:
+            if f"{term.name}_discriminator" in self.terms:
+                raise TaskkdError(f"'{term.name}_discriminator' names a term and the discriminator of another.")
         self._accepted = accepted_arguments(student.forward)
         self._automatic: dict[str, float] = {}
         self._pending: list[tuple[Mapping[str, Tensor], Any]] = []
+        #: losses of the last auxiliary step, for the next look
+        self._auxiliary_losses: dict[str, Tensor] = {}
         student_taps = dict.fromkeys(t for term in self._term_list for t in term.student_taps)
         teacher_taps = dict.fromkeys(t for term in self._term_list for t in term.teacher_taps)
         if teacher_taps and teacher is None:
@@ -103,19 +110,24 @@ class Distiller(nn.Module):
         # after it they come on top (on a CPU: fresh pages in every step).
         needs_run = getattr(teacher, "needs_run", True) or any(t.needs_student_run for t in self._term_list)
         self._teacher_first = teacher is not None and not needs_run
-        own = [t for t in student_taps if t not in self._claimed]
-        self._learning_taps = frozenset(own)
-        self._taps = Taps(student, own, "student")
-        if teacher is not None:
-            try:
-                teacher.attach(teacher_taps)
-                if self._supplier is not None and self._supplier.student_taps:
-                    self._taps.close()
-                    self._taps = Taps(student, dict.fromkeys([*own, *self._supplier.student_taps]), "student")
-            except BaseException:
-                self.close()
-                raise
+        self._attach([t for t in student_taps if t not in self._claimed], list(teacher_taps))
         self._set_weights()
+
+    def _attach(self, student_taps: list[str], teacher_taps: list[str]) -> None:
+        """Set the hooks of the terms' taps, and of what the supplier reads of the student."""
+        self._learning_taps = frozenset(student_taps)
+        self._taps = Taps(self.student, student_taps, "student")
+        if self.teacher is None:
+            return
+        try:
+            self.teacher.attach(teacher_taps)
+            if self._supplier is not None and self._supplier.student_taps:
+                self._taps.close()
+                both = dict.fromkeys([*student_taps, *self._supplier.student_taps])
+                self._taps = Taps(self.student, both, "student")
+        except BaseException:
+            self.close()
+            raise
 
     # ---- forward
 
@@ -173,7 +185,9 @@ class Distiller(nn.Module):
             values[0] = values[0] + 0.0 * sum(p.sum() for p in self._idle_parameters)
         dtypes = {v.dtype for v in values}
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        return names, [v if v.dtype == dtype and v.ndim == 0 else v.to(dtype).reshape(()) for v in values]
+        if len(dtypes) > 1 or dtype not in dtypes or any(v.ndim for v in values):
+            values = [_scalar(n, v).to(dtype) for n, v in zip(names, values, strict=True)]
+        return names, values
 
     def _student_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         inputs = self._accepted(batch)
@@ -223,7 +237,16 @@ class Distiller(nn.Module):
 
     def _task(self, output: Any, batch: Mapping[str, Any]) -> Tensor:
         if self.task_loss is not None:
-            return self.task_loss(output, batch)
+            try:
+                return self.task_loss(output, batch)
+            except KeyError as error:
+                if error.args[0] in batch or not isinstance(error.args[0], str):
+                    raise
+                raise TaskkdError(
+                    f"`task_loss` reads {error.args[0]!r}, which is neither in the batch ({', '.join(batch)}) nor in "
+                    f"the output ({describe(output)}){nearest(error.args[0], batch)}; a column that no model takes is "
+                    "kept by `remove_unused_columns=False` in the training arguments."
+                ) from error
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if (
             loss is None
@@ -297,11 +320,34 @@ class Distiller(nn.Module):
         """
         if self._pending:
             self.check_finite()
+        if self._adversaries and any(t.waiting for t in self._adversaries):
+            raise TaskkdError(
+                "a discriminator has not been trained on the last forward: call `distiller.auxiliary_step()` after the "
+                "backward pass and before `distiller.step()` (the trainer does it)."
+            )
         # past nn.Module.__setattr__, which looks for parameters, modules and buffers of that name in every step
         object.__setattr__(self, "progress", Progress(self.progress.step + 1, self.progress.total))
         changed = self._supplier is not None and self._supplier.step(self.progress)
         if self._scheduled_terms or changed:
             self._set_weights()
+
+    def auxiliary_step(self) -> dict[str, Tensor]:
+        """Train the auxiliary networks (discriminators), eagerly, on the detached tensors of the last forward.
+
+        Call it once for each optimiser step, after the (last) backward pass and before `step()`; before or after the
+        optimiser's step is the same. With gradient accumulation the last micro-batch's tensors count. The trainer calls
+        it right after the optimiser's step. Gradients are averaged over ranks, which must all call it. It returns at
+        once where there is nothing to train.
+
+        Returns:
+            `{"<term>_discriminator": loss}`, detached. The next look at the losses (`check_finite`) includes them.
+        """
+        if not self._adversaries:
+            return {}
+        found = {f"{t.name}_discriminator": t.auxiliary_step(self.progress) for t in self._adversaries}
+        losses = {name: value for name, value in found.items() if value is not None}
+        self._auxiliary_losses |= losses
+        return losses
 
     # ---- finiteness
 
@@ -324,6 +370,9 @@ class Distiller(nn.Module):
         """
         pending = self._pending.copy()
         self._pending.clear()
+        if self._auxiliary_losses:
+            pending += [({"loss": v, n: v}, None) for n, v in self._auxiliary_losses.items()]
+            self._auxiliary_losses = {}
         if not pending:
             return True
         # A NaN or infinite term makes the weighted sum non-finite, so one number stands for all of them.
@@ -343,6 +392,8 @@ class Distiller(nn.Module):
                 finite = bool(torch.stack(totals).isfinite().all())
         if finite:
             return True
+        for term in self._adversaries:
+            term.forget()
         if self.on_nonfinite == "skip":
             return False
         raise NonFiniteError(self._blame(pending))
@@ -354,7 +405,8 @@ class Distiller(nn.Module):
             if all(math.isfinite(v) for v in values.values()):
                 continue
             bad = [n for n, v in values.items() if n != "loss" and not math.isfinite(v)]
-            who = ", ".join(f"{n!r} (weight {weights.get(n, 0.0):g}) is {values[n]}" for n in bad)
+            known = {n: f"weight {w:g}" for n, w in weights.items()}
+            who = ", ".join(f"{n!r} ({known.get(n, 'of the auxiliary step before')}) is {values[n]}" for n in bad)
             who = f"term {who}" if bad else f"every term is finite but their weighted sum is {values['loss']}"
             samples = f", sample ids {ids.tolist() if isinstance(ids, Tensor) else ids}" if ids is not None else ""
             return f"{who} at step {self.progress.step}{samples}; the optimiser has not stepped on it."
@@ -386,7 +438,7 @@ class Distiller(nn.Module):
         """
         tensor = first_tensor(batch)
         devices = [tensor.device] if tensor is not None and tensor.device.type == "cuda" else []
-        buffers = {n: b.clone() for n, b in self.named_buffers()}
+        buffers = {n: b.clone() for n, b in self._all_buffers()}
         modes = [(module, module.training) for module in self.modules()]
         active, self._active = self._active, self._term_list
         try:
@@ -395,7 +447,7 @@ class Distiller(nn.Module):
                 run = self._run(batch, prepare=True)
                 for term in self._term_list:
                     term.build(run)
-                for name, buffer in self.named_buffers():  # those of adapters that were built just now
+                for name, buffer in self._all_buffers():  # those of adapters that were built just now
                     buffers.setdefault(name, buffer.clone())
                 terms = self._measure(run, batch)
         finally:
@@ -403,11 +455,13 @@ class Distiller(nn.Module):
             for module, training in modes:
                 module.training = training
             with torch.no_grad():
-                for name, buffer in self.named_buffers():
+                for name, buffer in self._all_buffers():
                     if name in buffers:
                         buffer.copy_(buffers[name])
+            for term in self._adversaries:
+                term.forget()
             self._active = active
-        self._pending = []
+        self._pending, self._auxiliary_losses = [], {}
         automatic = [t.name for t in self._term_list if t.automatic and t.name not in self._automatic]
         if automatic:
             self._automatic |= even_out(automatic, terms, self.weights())
@@ -416,6 +470,12 @@ class Distiller(nn.Module):
         weights = self.weights()
         terms = [TermReport(**{**vars(t), "weight": weights[t.name]}) for t in terms]
         return Preparation(terms, advise(terms))
+
+    def _all_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.named_buffers()
+        for term in self._adversaries:
+            if term.auxiliary is not None:
+                yield from term.auxiliary.module.named_buffers(f"{term.name}/discriminator")
 
     def _measure(self, run: Run, batch: Mapping[str, Any]) -> list[TermReport]:
         losses: list[tuple[str, Tensor, Term | None]] = []
@@ -491,3 +551,9 @@ class Distiller(nn.Module):
         if self.teacher is not None:
             names |= self.teacher.columns()
         return names | {tap.selectors[0] for tap in self._taps.taps.values() if tap.root == "batch" and tap.selectors}  # type: ignore[misc]
+
+
+def _scalar(name: str, value: Tensor) -> Tensor:
+    if value.numel() != 1:
+        raise TaskkdError(f"term {name!r} gave a tensor of shape {tuple(value.shape)}, expected a scalar loss.")
+    return value.reshape(())

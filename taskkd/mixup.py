@@ -38,7 +38,7 @@ def mixing_shares(batch: int, *, turning: float, steepness: float = 10.0) -> Ten
 
     Args:
         batch: the number of samples.
-        turning: the rank, counted from 1, at which half is mixed.
+        turning: how many samples, the most uncertain ones, are mixed by less than half.
         steepness: of the sigmoid.
 
     Returns:

@@ -7,6 +7,7 @@ subclasses `Term` and reads what it needs from the `Run`.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,8 +62,8 @@ class Term(nn.Module):
         if isinstance(weight, str):
             if weight != "auto":
                 raise TaskkdError(f"term {name!r}: weight {weight!r} is neither a number, a schedule nor 'auto'.")
-        elif not (full := weight.value if isinstance(weight, Schedule) else weight) >= 0:
-            raise TaskkdError(f"term {name!r}: its weight must not be negative, got {full}.")
+        elif not 0 <= (full := weight.value if isinstance(weight, Schedule) else weight) < math.inf:
+            raise TaskkdError(f"term {name!r}: its weight must be a finite number >= 0, got {full}.")
         self.name = name
         self.automatic = weight == "auto"
         self.schedule = weight if isinstance(weight, Schedule) else constant(1.0 if weight == "auto" else float(weight))
@@ -112,7 +113,7 @@ class Match(Term):
             of `gate * loss` over them. See `taskkd.gates`, whose gates say which taps they read.
         weight: see `Term`.
         **loss_options: further options of the loss, checked against its signature. A number may be a schedule:
-            `temperature=schedules.anneal(1.0, 4.0)`.
+            `temperature=schedules.anneal(1.0, 4.0)`. A tensor may be a tap of the student: `labels="batch.labels"`.
 
     Raises:
         TaskkdError: an option that the loss does not have or that cannot follow a schedule, or a mask or gate for a
@@ -145,8 +146,15 @@ class Match(Term):
                 f"term {name!r}: {len(self.student_pairs)} student taps and {len(self.teacher_pairs)} teacher taps; "
                 "expected as many of each, at least one."
             )
+        if gate is not None and not callable(gate):
+            raise TaskkdError(
+                f"term {name!r}: a gate is a function of the run, as those of `taskkd.gates`; got {gate!r}."
+            )
         masks = (mask,) if isinstance(mask, str) else ()
-        self.student_taps = (*self.student_pairs, *masks, *getattr(gate, "student_taps", ()))
+        self.option_taps = {n: o for n, o in loss_options.items() if isinstance(o, str) and _takes_tensor(loss, n)}
+        self.student_taps = (
+            *self.student_pairs, *masks, *self.option_taps.values(), *getattr(gate, "student_taps", ())
+        )  # fmt: skip
         self.teacher_taps = (*self.teacher_pairs, *getattr(gate, "teacher_taps", ()))
         self._check_options(loss, loss_options, masked=mask is not None or gate is not None)
         self.loss = loss
@@ -160,6 +168,8 @@ class Match(Term):
         self.mask, self.select, self.gate = mask, select, gate
         self.adapters, self.adapter_spec = self._given(adapter, "adapter")
         self.teacher_adapters, self.teacher_adapter_spec = self._given(teacher_adapter, "teacher_adapter")
+        # plain flags: attributes that are modules are looked up slowly
+        self.adapts_student, self.adapts_teacher = adapter is not None, teacher_adapter is not None
         self.train()
 
     def _given(self, adapter: AdapterSpec | None, side: str) -> tuple[nn.ModuleList, AdapterSpec | None]:
@@ -209,8 +219,10 @@ class Match(Term):
 
     def advance(self, progress: Progress) -> None:
         for option, schedule in self.option_schedules.items():
-            self._numbers[option] = schedule.known(progress)
-            self._tensors[option].fill_(self._numbers[option])
+            number = schedule.known(progress)
+            if number != self._numbers.get(option):
+                self._numbers[option] = number
+                self._tensors[option].fill_(number)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -276,13 +288,13 @@ class Match(Term):
     def forward(self, run: Run) -> Tensor:
         students = self._values(run.student, self.student_pairs)
         teachers = self._values(run.teacher, self.teacher_pairs)
-        options, scale = self._options(students[0]), None
+        options, scale = self._options(run, students[0]), None
         if self.mask is not None or self.gate is not None:
             options["mask"], scale = self._masked(run, students[0])
         try:
-            if self.teacher_adapters:
+            if self.adapts_teacher:
                 teachers = _adapt(self.teacher_adapters, teachers, students)
-            if self.adapters:
+            if self.adapts_student:
                 students = _adapt(self.adapters, students, teachers)
             value = (
                 self.loss(tuple(students), tuple(teachers), **options)
@@ -295,11 +307,14 @@ class Match(Term):
             raise TaskkdError(f"term {self.name!r}: {error}") from error
         return value if scale is None else value * scale
 
-    def _options(self, like: Tensor) -> dict[str, Any]:
+    def _options(self, run: Run, like: Tensor) -> dict[str, Any]:
         """The loss's options at this step: numbers, which the loss checks, or in a compiled graph 0-dim tensors."""
-        if not self.option_schedules:
-            return dict(self.options)
-        return self.options | (self._tensors_like(like) if torch.compiler.is_compiling() else self._numbers)
+        options = dict(self.options)
+        if self.option_schedules:
+            options |= self._tensors_like(like) if torch.compiler.is_compiling() else self._numbers
+        for name, tap in self.option_taps.items():
+            options[name] = run.student[tap]
+        return options
 
     def _tensors_like(self, like: Tensor) -> dict[str, Tensor]:
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -333,6 +348,12 @@ class Match(Term):
                 f"{tuple(full.shape)}."
             ) from None
         return gated, gated.sum() / full.expand_as(gated).sum().clamp(min=1e-12)
+
+
+def _takes_tensor(loss: Callable[..., Tensor], option: str) -> bool:
+    """Whether an option of a loss is a tensor, as far as its annotation says."""
+    parameter = inspect.signature(loss).parameters.get(option)
+    return parameter is not None and (parameter.annotation is parameter.empty or "Tensor" in str(parameter.annotation))
 
 
 def _adapt(adapters: nn.ModuleList, own: Sequence[Tensor], other: Sequence[Tensor]) -> list[Any]:

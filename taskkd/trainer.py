@@ -86,7 +86,11 @@ class _Drive(transformers.TrainerCallback):  # type: ignore[misc]
         self.trainer._stop_or_skip()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._count(self.trainer.distiller.auxiliary_step())
         self.trainer.distiller.step()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.distiller.check_finite()  # the last auxiliary step's losses, which nobody has seen
 
 
 class _CachedCollator:
@@ -354,12 +358,15 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             return (loss, outputs) if return_outputs else loss
         losses = model(**inputs)
         self.distiller.watch(losses, inputs)
+        self._count(losses)
+        return (losses["loss"], losses) if return_outputs else losses["loss"]
+
+    def _count(self, losses: Mapping[str, Tensor]) -> None:
         for name, value in losses.items():
             if name != "loss":
                 total = self._sums.get(name)
                 self._sums[name] = value.clone() if total is None else total.add_(value)
                 self._counts[name] = self._counts.get(name, 0) + 1
-        return (losses["loss"], losses) if return_outputs else losses["loss"]
 
     def _stop_or_skip(self) -> None:
         if self.distiller.check_finite():

@@ -183,6 +183,37 @@ def by_hand(folder: Path, **options) -> dict[str, Any]:
     return {"weights": weights(distiller)}
 
 
+def memories(folder: Path) -> dict[str, Any]:
+    """Contrastive terms with memories under DDP; the last batch is smaller on rank 1."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    def next_ones(ids: torch.Tensor) -> torch.Tensor:  # one process and two must draw the same negatives
+        return (ids[:, None] + torch.arange(1, 4, device=ids.device)) % 24
+
+    options = {"samples": 24, "features": 4, "draw": next_ones}
+    terms = [kd.ContrastiveRepresentation("crd", "body", **options)]
+    distiller = kd.Distiller(Mlp(8), Mlp(12, 1), terms, task_loss=cross_entropy)
+    data = Points(24)
+    batches = [
+        {"id": torch.arange(i, i + n), "x": data.x[i : i + n], "labels": data.labels[i : i + n]}
+        for i, n in ((0, 8), (8, 8), (0, 8), (16, 7))
+    ]
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        distiller.prepare(batches[0])
+    model: nn.Module = DistributedDataParallel(distiller) if WORLD > 1 else distiller
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    share = slice(RANK * BATCH // WORLD, (RANK + 1) * BATCH // WORLD)
+    states = []
+    for batch in batches:
+        model(**{k: v[share] for k, v in batch.items()})["loss"].backward()
+        states.append({n: v.clone() for n, v in weights(distiller).items() if "banks" in n or "log_z" in n})
+        optimizer.step()
+        optimizer.zero_grad()
+        distiller.step()
+    return {"states": states}
+
+
 def with_accelerate(folder: Path) -> dict[str, Any]:
     from accelerate import Accelerator
     from torch.utils.data import DataLoader
@@ -264,6 +295,55 @@ def averaged(folder: Path) -> dict[str, Any]:
     return weights(trainer.distiller.teacher.model)
 
 
+def _judge(*_: torch.Tensor) -> nn.Module:
+    """Drawn from the global generator, which two processes need not share."""
+    torch.manual_seed(50 + RANK)
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def adversarial(folder: Path) -> dict[str, Any]:
+    """Under the trainer, in double precision; and the discriminator as both ranks have it after each step."""
+    steps: list[dict[str, torch.Tensor]] = []
+    adv = kd.Adversarial("adv", "out", discriminator=_judge, game="cross_entropy", learning_rate=1e-2)
+
+    class Keep(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_) -> None:
+            steps.append(weights(adv.discriminator))
+
+    data = Points(24)
+    data.x = data.x.double()
+    trainer = point_trainer(
+        folder / "adversarial", terms=[logits_term(tap="out"), adv], student=Mlp(8).double(),
+        teacher=Mlp(12, 1).double(), train=data, callbacks=[Keep()], logging_strategy="steps", logging_steps=3,
+        **COMMON,
+    )  # fmt: skip
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    steps.append(weights(adv.discriminator))
+    return {"weights": weights(trainer.distiller.student), "steps": steps, "logs": logs}
+
+
+def adversarial_by_hand(folder: Path) -> dict[str, Any]:
+    """A DDP-wrapped distiller whose discriminator was given, other on each rank, and prepared by nobody."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    adv = kd.Adversarial("adv", "out", discriminator=_judge(), learning_rate=1e-2)
+    distiller = kd.Distiller(Mlp(8), Mlp(12), [adv], task_loss=cross_entropy)
+    model: nn.Module = DistributedDataParallel(distiller) if WORLD > 1 else distiller
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
+    data, share = Points(24), slice(RANK * BATCH // WORLD, (RANK + 1) * BATCH // WORLD)
+    steps = []
+    for start in (0, 8, 16):
+        batch = {"x": data.x[start : start + BATCH][share], "labels": data.labels[start : start + BATCH][share]}
+        model(**batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        distiller.auxiliary_step()
+        distiller.step()
+        steps.append(weights(adv.discriminator))
+    return {"weights": weights(distiller.student), "steps": steps}
+
+
 CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "plain": plain,
     "accumulated": accumulated,
@@ -274,9 +354,12 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "cached": cached,
     "by_hand": by_hand,
     "by_hand_with_search": lambda folder: by_hand(folder, find_unused_parameters=True),
+    "memories": memories,
     "with_accelerate": with_accelerate,
     "supplied": supplied,
     "averaged": averaged,
+    "adversarial": adversarial,
+    "adversarial_by_hand": adversarial_by_hand,
 }
 
 

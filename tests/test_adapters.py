@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import taskkd as kd
@@ -112,6 +113,12 @@ def test_embeddings_are_unit_vectors() -> None:
     out = adapter(torch.randn(4, 3, 2, 2))
     assert out.shape == (4, 128)
     torch.testing.assert_close(out.norm(dim=1), torch.ones(4))
+    dead, zero = Embedding(12, 5), torch.zeros(2, 12, requires_grad=True)
+    nn.init.zeros_(dead.map.bias)
+    dead(zero).sum().backward()
+    assert zero.grad is not None
+    assert zero.grad.isfinite().all()
+    assert dead.half()(zero.half()).eq(0).all()  # in fp16 the eps of a norm would be 0, and this NaN
     plain, x = Embedding(12, 5, normalise=False), torch.randn(4, 3, 2, 2)
     torch.testing.assert_close(plain(x), plain.map(x.flatten(1)))
 
@@ -421,6 +428,27 @@ def test_every_kind_in_double_and_in_a_copy(conv_pair: tuple[nn.Module, nn.Modul
     assert torch.equal(other(**batch)["loss"], out["loss"])
     out["loss"].backward()
     assert all(p.grad is None for p in other.parameters())
+
+
+def test_every_kind_compiles_to_one_graph(fresh_dynamo: None, conv_pair: tuple[nn.Module, nn.Module]) -> None:
+    distiller = fresh(conv_pair)
+    other = copy.deepcopy(distiller)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(other, fullgraph=True, backend=counter)
+    for step in range(3):
+        distiller.load_state_dict(other.state_dict())
+        batch = small.conv_batch(seed=step)
+        expected, out = distiller(**batch), compiled(**batch)
+        for name, value in expected.items():
+            torch.testing.assert_close(out[name], value, rtol=1e-5, atol=1e-7)
+        out["loss"].backward()
+        other.step()
+    assert counter.frame_count <= 2
+
+
+def test_one_module_on_the_teachers_side_of_several_taps() -> None:
+    with pytest.raises(TaskkdError, match="term 'a': one teacher_adapter module for several taps; name a kind or give"):
+        kd.Match("a", losses.pyramid, ["x", "y"], teacher_adapter=nn.Conv2d(2, 2, 1))
 
 
 def test_a_module_is_used_as_it_is() -> None:

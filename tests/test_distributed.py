@@ -98,6 +98,35 @@ def test_an_average_has_the_statistics_of_rank_0_on_both(ranks):
     assert distance(load(ranks, "averaged", 0), load(ranks, "averaged", 1)) == 0.0
 
 
+def test_memories_take_in_the_samples_of_all_ranks(ranks, alone):
+    one, first, second = alone("memories")["states"], load(ranks, "memories", 0), load(ranks, "memories", 1)
+    assert len(one[0]) == 3  # two memories and the constant
+    for mine, theirs, single in zip(first["states"], second["states"], one, strict=True):
+        assert distance(mine, theirs) == 0.0
+        assert distance(mine, single) <= 1e-5
+    assert distance(one[0], one[1]) > 1e-3
+
+
+def test_a_discriminator_is_the_same_on_both_ranks_and_trains_as_in_one_process(ranks, alone):
+    one, first, second = alone("adversarial"), load(ranks, "adversarial", 0), load(ranks, "adversarial", 1)
+    assert len(one["steps"]) == len(first["steps"]) == 4
+    for alone_, here, there in zip(one["steps"], first["steps"], second["steps"], strict=True):
+        assert distance(here, there) == 0.0
+        assert distance(alone_, here) <= 1e-9
+    assert distance(first["steps"][0], first["steps"][1]) > 0
+    assert distance(one["weights"], first["weights"]) <= 1e-9
+    assert first["logs"][0]["loss_adv_discriminator"] == pytest.approx(
+        one["logs"][0]["loss_adv_discriminator"], rel=1e-5
+    )
+
+
+def test_a_discriminator_that_differs_on_two_ranks_becomes_that_of_the_first(ranks):
+    first, second = load(ranks, "adversarial_by_hand", 0), load(ranks, "adversarial_by_hand", 1)
+    for here, there in zip(first["steps"], second["steps"], strict=True):
+        assert distance(here, there) == 0.0
+    assert distance(first["weights"], second["weights"]) == 0.0
+
+
 @pytest.mark.slow
 def test_nan_on_one_rank_stops_both(tmp_path):
     done = run_job("nan", str(tmp_path), ranks=2, script=RANKS, check=False, timeout=120)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from collections.abc import Callable
 from typing import Any
 
@@ -109,3 +110,9 @@ def test_bad_patterns_are_sentences(make: Callable[[], Any], error: type[Excepti
     with pytest.raises(error) as caught:
         make()
     assert str(caught.value) == sentence
+
+
+def test_docstring_examples_run() -> None:
+    result = doctest.testmod(layer_maps)
+    assert result.attempted >= 2
+    assert result.failed == 0

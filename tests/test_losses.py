@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -183,6 +184,24 @@ def test_scalar_fp32_with_gradient(case: Case) -> None:
 
 
 @every_loss
+def test_numbers_may_be_tensors_of_no_dimension(case: Case) -> None:
+    """What a schedule gives a compiled graph: the same value in the same precision, and no look at it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    parameters = inspect.signature(case.loss).parameters.values()
+    numbers = {p.name: case.options.get(p.name, p.default) for p in parameters if isinstance(p.default, float)}
+    s, t = pair(case)
+    options = {name: torch.tensor(value) for name, value in numbers.items()}
+    value = replace(case, options={**case.options, **options})(s, t)
+    torch.testing.assert_close(value, case(s, t), rtol=1e-5, atol=1e-6)
+    assert value.dtype == torch.float32
+    finite_with_gradient(value, s)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # reading a number out of a fake tensor raises
+        fakes = {name: mode.from_tensor(option) for name, option in options.items()}
+        replace(case, options={**case.options, **fakes})(mode.from_tensor(s), mode.from_tensor(t))
+
+
+@every_loss
 def test_equal_inputs(case: Case) -> None:
     _, teacher = pair(case)
     student = teacher.clone().requires_grad_()
@@ -213,6 +232,40 @@ def test_half_inputs_are_computed_in_fp32(case: Case, dtype: torch.dtype) -> Non
     finite_with_gradient(value, student)
     exact = case(student.double(), teacher.double()).item()
     assert value.item() == pytest.approx(exact, rel=1e-5)
+
+
+@every_loss
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 1e-3), (torch.bfloat16, 5e-3)], ids=str)
+def test_gradients_of_half_inputs(case: Case, dtype: torch.dtype, bound: float) -> None:
+    """Acceptance A2: with a loss scale, as a GradScaler settles on it, for fp16."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        student, teacher = pair(case, dtype)
+        exact_student = student.detach().double().requires_grad_()
+        exact = case(exact_student, teacher.double())
+        (want,) = torch.autograd.grad(exact, exact_student)
+        value = case(student, teacher)
+        assert value.item() == pytest.approx(exact.item(), rel=1e-5)
+        scale = 2.0**16 if dtype == torch.float16 else 1.0
+        while want.abs().max() * scale > 6e4:
+            scale /= 2
+        (got,) = torch.autograd.grad(value * scale, student)
+        assert got.isfinite().all()
+        assert (got.double() / scale - want).norm() <= bound * want.norm(), seed
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [4.0, 20.0])
+def test_soft_targets_near_convergence_in_half_precision(dtype: torch.dtype, temperature: float) -> None:
+    for seed in range(20):
+        torch.manual_seed(seed)
+        teacher = torch.randn(16, 100)
+        student = (teacher + 0.1 * torch.randn(16, 100)).to(dtype).requires_grad_()
+        teacher = teacher.to(dtype)
+        value = losses.kl_divergence(student, teacher, temperature=temperature)
+        exact = losses.kl_divergence(student.double(), teacher.double(), temperature=temperature)
+        assert value.item() == pytest.approx(exact.item(), rel=1e-2)
+        finite_with_gradient(value, student)
 
 
 @every_loss
@@ -285,6 +338,24 @@ def test_zero_vectors(case: Case, s: float, t: float) -> None:
     student, teacher = pair(case)
     student = (student.detach() * s).requires_grad_()
     finite_with_gradient(case(student, teacher * t), student)
+
+
+@every_loss
+@pytest.mark.parametrize("where", ["student", "teacher", "both"])
+def test_zero_rows(case: Case, where: str) -> None:
+    student, teacher = (x.detach().clone() for x in pair(case))
+    if where != "teacher":
+        student[0] = 0
+    if where != "student":
+        teacher[0] = 0
+    finite_with_gradient(case(student.requires_grad_(), teacher), student)
+
+
+@every_loss
+def test_samples_that_are_all_alike(case: Case) -> None:
+    student, teacher = (x.detach()[:1].expand(case.shape).clone() for x in pair(case))
+    finite_with_gradient(case(student.requires_grad_(), teacher), student)
+    finite_with_gradient(case(student, student.detach()), student)
 
 
 @every_loss

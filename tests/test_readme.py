@@ -1,4 +1,4 @@
-"""Every snippet of the README runs: its YAML, its commands, its Python."""
+"""Every snippet of the README runs: its YAML, its commands, its Python; and the snippets of docs/."""
 
 import re
 import shlex
@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from taskkd import recipes
+import taskkd as kd
+from taskkd import losses, recipes
 from taskkd.__main__ import main
-from tests import tiny
+from tests import glyphs, tiny
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
@@ -97,4 +99,49 @@ def test_the_recipe_of_the_docs_runs(folder: Path) -> None:
 
     result = runs.run_recipe(recipes.load_recipe("terms.yaml"), folder / "run", say=lambda _: None)
     history = result.report["distilled"]["distilled"]["0"]["history"]
-    assert {"loss_task", "loss_logits", "loss_hidden", "loss_relations"} <= set(history[0])
+    assert {"loss_task", "loss_logits", "loss_hidden", "loss_early", "loss_relations"} <= set(history[0])
+
+
+def test_every_schedule_of_the_docs_is_one() -> None:
+    from taskkd.schedules import SCHEDULES, from_config
+
+    text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+    rows = re.findall(r"^\| `(\{.*?\})` \|", text, re.M)
+    found = [recipes.parse_overrides([f"x={row}"])["x"] for row in rows]
+    assert {next(iter(config)) for config in found} == set(SCHEDULES)
+    for config in found:
+        from_config(config)
+
+
+ADVERSARIAL = (Path(__file__).parent.parent / "docs" / "methods" / "adversarial.md").read_text()
+LOOP, *GAMES = re.findall(r"```python\n(.*?)```", ADVERSARIAL, re.S)
+
+
+@pytest.mark.parametrize(("number", "terms"), [(0, ["gan"]), (1, ["map_a", "map_b"]), (2, ["alike"])])
+def test_the_adversarial_recipes_train(number: int, terms: list[str]) -> None:
+    assert len(GAMES) == 3
+    assert len([line for line in GAMES[number].splitlines() if line.strip()]) <= 15
+    names: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "kd": kd, "losses": losses}
+    student: nn.Module = glyphs.Pair() if number == 1 else glyphs.Net(8, 1)
+    networks = ["a", "b"] if number == 1 else [None]
+    simple, labels = glyphs.glyphs(400, seed=5, noise=0.1)
+    names |= {
+        "student": student,
+        "teacher": glyphs.teacher(),
+        "loader": [batch for _ in range(8) for batch in glyphs.batches()],
+        "synthetic": torch.stack([simple[labels == c][:20] for c in range(glyphs.CLASSES)]),
+    }
+    exec(compile(GAMES[number], f"adversarial.md, recipe {number}", "exec"), names)
+    distiller = names["distiller"]
+    distiller.prepare(names["loader"][0])
+    judges = [{k: v.clone() for k, v in distiller.terms[t].discriminator.state_dict().items()} for t in terms]
+    before = [glyphs.accuracy(student, n) for n in networks]
+    student.train()
+    exec(compile(LOOP, "adversarial.md, the loop", "exec"), names)
+    assert set(names["game_losses"]) == {f"{t}_discriminator" for t in terms}
+    assert all(0 < v.item() < 10 for v in names["game_losses"].values())
+    for term, judge in zip(terms, judges, strict=True):
+        after = distiller.terms[term].discriminator.state_dict()
+        assert all(not torch.equal(v, judge[k]) for k, v in after.items())
+    for name, was in zip(networks, before, strict=True):
+        assert glyphs.accuracy(student, name) > max(0.7, was + 0.3)

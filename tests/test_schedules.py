@@ -288,7 +288,7 @@ def test_a_term_alone_stands_at_the_start() -> None:
             {"normalise": constant(1)},
             "'normalise' of `mse` cannot follow a schedule; those that can: none.",
         ),
-        (losses.mse, {"weight": constant(-1)}, "term 'l': its weight must not be negative, got -1."),
+        (losses.mse, {"weight": constant(-1)}, "term 'l': its weight must be a finite number >= 0, got -1."),
     ],
 )
 def test_what_cannot_follow_a_schedule(loss: Any, options: dict[str, Any], sentence: str) -> None:

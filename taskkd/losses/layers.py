@@ -255,8 +255,8 @@ def _right_vectors(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The first right singular vectors (batch, channels, count) of (positions, channels), and normalised values."""
     matrix = x.flatten(2).mT
     gram = matrix.mT @ matrix
-    with torch.no_grad():
-        _, values, rows = torch.linalg.svd(matrix, full_matrices=False)
+    with torch.no_grad():  # in double precision, so that the signs do not depend on the precision of the inputs
+        _, values, rows = (y.to(x.dtype) for y in torch.linalg.svd(matrix.double(), full_matrices=False))
         vectors, squares = rows.mT, values.square()
         gaps = squares[:, None] - squares[:, :, None]  # [j, i]: of vector i over vector j
         apart = gaps.abs() > 1e-6 * squares[:, :1, None]

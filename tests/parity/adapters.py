@@ -110,14 +110,6 @@ def review(arrays: Arrays, params: Params) -> dict[str, Tensor]:
     return {"loss": losses.pyramid(mapped, teachers) * len(students)}  # they sum over levels
 
 
-def channel_matching(arrays: Arrays, params: Params) -> dict[str, Tensor]:
-    s, margin, size = arrays["in_student"], arrays["in_margin"], arrays["in_student"].shape[1]
-    teacher = ChannelAssign(arrays["in_flow"], size)(arrays["in_teacher"])
-    margin = ChannelAssign(arrays["in_flow"], size, reduce="mean")(margin)
-    value = losses.overhaul(s, teacher, margin=margin) * s.numel()  # they sum
-    return {"loss": value, "teacher_reduced": teacher, "margin_reduced": margin}
-
-
 def overhaul(arrays: Arrays, params: Params) -> dict[str, Tensor]:
     if "in_bn_weight" in arrays:
         return {"loss": overhaul_margin(arrays["in_bn_weight"], arrays["in_bn_bias"])}
@@ -313,9 +305,12 @@ def weighted_features(arrays: Arrays, params: Params) -> dict[str, Tensor]:
 
 
 def matching_guided(arrays: Arrays, params: Params) -> dict[str, Tensor]:
-    s, t, flow = arrays["in_student"], arrays["in_teacher"], arrays["in_flow"]
-    value = losses.matching_guided(s, t, assignment=flow, margin=arrays["in_margin"])
-    return {"loss": value * s.numel(), "teacher_reduced": reduce_channels(t, s.shape[1], flow)}  # they sum
+    s, t, flow, margin = arrays["in_student"], arrays["in_teacher"], arrays["in_flow"], arrays["in_margin"]
+    value = losses.matching_guided(s, t, assignment=flow, margin=margin) * s.numel()  # they sum
+    reduced = ChannelAssign(flow, s.shape[1])(t)
+    torch.testing.assert_close(reduced, reduce_channels(t, s.shape[1], flow))
+    mean = ChannelAssign(flow, s.shape[1], reduce="mean")(margin)
+    return {"loss": value, "teacher_reduced": reduced, "margin_reduced": mean}
 
 
 def noise_contrast(arrays: Arrays, params: Params) -> dict[str, Tensor]:
