@@ -11,49 +11,90 @@ from typing import TYPE_CHECKING, Any
 from taskkd._version import __version__
 
 if TYPE_CHECKING:
-    from taskkd import losses, schedules
+    from taskkd import adapters, gates, layer_maps, losses, schedules
     from taskkd.adversarial import Adversarial
+    from taskkd.attention import AttentionBasedFeatures, ChannelAttentive
     from taskkd.augmentation import Augmented
+    from taskkd.averages import EMA, Snapshot
+    from taskkd.banks import MemoryBank
     from taskkd.caches import Cached
+    from taskkd.cohorts import Cohort, PeerAttention, mutual
+    from taskkd.contrastive import ContrastiveRelation, ContrastiveRepresentation
     from taskkd.distiller import Distiller
+    from taskkd.ensembles import Ensemble, LatentGate
+    from taskkd.mixup import uncertainty_mixup
     from taskkd.recipes import distill
     from taskkd.stages import Method, Stage
+    from taskkd.suppliers import SelfTeacher, Targets
     from taskkd.teachers import Frozen
     from taskkd.terms import Match, Run, Term
     from taskkd.trainer import Trainer
 
 _WHERE = {
     "Adversarial": "taskkd.adversarial",
+    "AttentionBasedFeatures": "taskkd.attention",
     "Augmented": "taskkd.augmentation",
     "Cached": "taskkd.caches",
+    "ChannelAttentive": "taskkd.attention",
+    "Cohort": "taskkd.cohorts",
+    "ContrastiveRelation": "taskkd.contrastive",
+    "ContrastiveRepresentation": "taskkd.contrastive",
     "Distiller": "taskkd.distiller",
+    "EMA": "taskkd.averages",
+    "Ensemble": "taskkd.ensembles",
     "Frozen": "taskkd.teachers",
+    "LatentGate": "taskkd.ensembles",
     "Match": "taskkd.terms",
+    "MemoryBank": "taskkd.banks",
     "Method": "taskkd.stages",
+    "PeerAttention": "taskkd.cohorts",
     "Run": "taskkd.terms",
+    "SelfTeacher": "taskkd.suppliers",
+    "Snapshot": "taskkd.averages",
     "Stage": "taskkd.stages",
+    "Targets": "taskkd.suppliers",
     "Term": "taskkd.terms",
     "Trainer": "taskkd.trainer",
     "distill": "taskkd.recipes",
+    "mutual": "taskkd.cohorts",
+    "uncertainty_mixup": "taskkd.mixup",
 }
-_MODULES = ("adapters", "errors", "losses", "nlp", "schedules", "taps")
+_MODULES = ("adapters", "errors", "gates", "layer_maps", "losses", "nlp", "schedules", "taps")
 
 __all__ = [
+    "EMA",
     "Adversarial",
+    "AttentionBasedFeatures",
     "Augmented",
     "Cached",
+    "ChannelAttentive",
+    "Cohort",
+    "ContrastiveRelation",
+    "ContrastiveRepresentation",
     "Distiller",
+    "Ensemble",
     "Frozen",
+    "LatentGate",
     "Match",
+    "MemoryBank",
     "Method",
+    "PeerAttention",
     "Run",
+    "SelfTeacher",
+    "Snapshot",
     "Stage",
+    "Targets",
     "Term",
     "Trainer",
     "__version__",
+    "adapters",
     "distill",
+    "gates",
+    "layer_maps",
     "losses",
+    "mutual",
     "schedules",
+    "uncertainty_mixup",
 ]
 
 

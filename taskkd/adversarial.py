@@ -15,7 +15,7 @@ from taskkd.errors import ShapeError, TapError, TaskkdError
 from taskkd.losses.adversarial import Game, class_loss, discriminator_loss, generator_loss, gradient_penalty
 from taskkd.losses.primitives import check_same_shape
 from taskkd.schedules import Progress, Schedule
-from taskkd.terms import Match, Run, Weight, _as_weights
+from taskkd.terms import Match, Run, Weight, _adapt
 
 __all__ = ["Adversarial", "DiscriminatorSpec"]
 
@@ -131,6 +131,11 @@ class Adversarial(Match):
     def built(self) -> bool:
         return self.auxiliary is not None and super().built
 
+    @property
+    def needs_total(self) -> bool:
+        rate = self._optimizer[1]
+        return super().needs_total or (isinstance(rate, Schedule) and rate.needs_total)
+
     def build(self, run: Run) -> None:
         """Create adapter and discriminator; every rank gets the discriminator of rank 0."""
         super().build(run)
@@ -163,10 +168,10 @@ class Adversarial(Match):
 
     def _sides(self, run: Run) -> tuple[Tensors, Tensors, Tensors]:
         """The student's tensors after the adapter, the teacher's and the conditions without gradient."""
-        students = self._values(run.student, self.student_pairs)
-        if self.adapted and self.adapters:
-            students = [a(_as_weights(s, a)) for a, s in zip(self.adapters, students, strict=True)]
-        teachers = [t.detach() for t in self._values(run.teacher, self.teacher_taps)]
+        students: Sequence[Tensor] = self._values(run.student, self.student_pairs)
+        teachers = [t.detach() for t in self._values(run.teacher, self.teacher_pairs)]
+        if self.adapts_student:
+            students = _adapt(self.adapters, students, teachers)
         for tap, s, t in zip(self.student_pairs, students, teachers, strict=True):
             try:
                 check_same_shape(s, t, "Adversarial")

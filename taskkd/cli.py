@@ -30,8 +30,12 @@ OutputDir = Annotated[Path | None, typer.Option(help="The run's folder. Default:
 @app.callback()
 def _logging() -> None:
     """Distil a large model into a small one. `--debug` anywhere shows tracebacks."""
-    logging.basicConfig(level=logging.WARNING, format="taskkd: %(message)s", stream=sys.stderr)
-    logging.getLogger("taskkd").setLevel(logging.INFO)
+    own = logging.getLogger("taskkd")
+    own.setLevel(logging.INFO)
+    # Not on the root logger: other libraries have handlers of their own, their lines would be printed twice.
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("taskkd: %(message)s"))
+    own.handlers = [handler]
 
 
 def _say(line: str) -> None:
@@ -156,12 +160,12 @@ def predict(
         list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts; none: one a line from standard input.")
     ] = None,
 ) -> None:
-    """Predict with a run's student: label, probability and input, tab-separated."""
+    """Predict with a run's student: label, probability and input (regression: value and input), tab-separated."""
     from taskkd import runs
 
     texts = list(inputs) if inputs else [line.rstrip("\n") for line in sys.stdin]
     for label, score, text in runs.predict(run, texts):
-        _say(f"{label}\t{score:.4f}\t{text}")
+        _say("\t".join([label, *([] if score is None else [f"{score:.4f}"]), text]))
 
 
 @app.command()

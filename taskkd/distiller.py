@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from taskkd.adversarial import Adversarial
-from taskkd.errors import NonFiniteError, TapError, TaskkdError
+from taskkd.errors import NonFiniteError, TapError, TaskkdError, nearest
 from taskkd.preparation import Preparation, TermReport, advise, even_out, measure
 from taskkd.schedules import Progress
+from taskkd.suppliers import Supplier
 from taskkd.taps import Taps, accepted_arguments, describe
 from taskkd.teachers import Frozen, Teacher, first_tensor
 from taskkd.terms import Run, Term
@@ -74,6 +75,10 @@ class Distiller(nn.Module):
         if isinstance(teacher, nn.Module) and not isinstance(teacher, Teacher):
             teacher = Frozen(teacher)
         object.__setattr__(self, "teacher", teacher)
+        #: the teacher, where it learns, follows the student or reads its run
+        self._supplier = teacher if isinstance(teacher, Supplier) else None
+        if self._supplier is not None and (module := self._supplier.module) is not None:
+            self.supplier = module
         self.task_weight, self.task_loss, self.on_nonfinite = float(task_weight), task_loss, on_nonfinite
         #: whether `forward` itself looks for NaN; the trainer watches from outside and looks once per optimiser step
         self.check_in_forward = True
@@ -93,20 +98,27 @@ class Distiller(nn.Module):
         self._pending: list[tuple[Mapping[str, Tensor], Any]] = []
         #: losses of the last auxiliary step, for the next look
         self._auxiliary_losses: dict[str, Tensor] = {}
-        self._taps = Taps(student, dict.fromkeys(t for term in self._term_list for t in term.student_taps), "student")
+        student_taps = dict.fromkeys(t for term in self._term_list for t in term.student_taps)
         teacher_taps = dict.fromkeys(t for term in self._term_list for t in term.teacher_taps)
         if teacher_taps and teacher is None:
             raise TaskkdError("there are terms that compare with a teacher, but `teacher` is None.")
-        self._uses_teacher = bool(teacher_taps)
+        #: taps of networks that learn with the student, which the supplier has
+        self._claimed: set[str] = set() if self._supplier is None else self._supplier.claim(student_taps)
+        self._uses_teacher = bool(teacher_taps or self._claimed)
         # Run before the student, a teacher's passing tensors lie in memory that the student's kept ones then take; run
         # after it they come on top (on a CPU: fresh pages in every step).
         needs_run = getattr(teacher, "needs_run", True) or any(t.needs_student_run for t in self._term_list)
         self._teacher_first = teacher is not None and not needs_run
+        own = [t for t in student_taps if t not in self._claimed]
+        self._taps = Taps(student, own, "student")
         if teacher is not None:
             try:
                 teacher.attach(teacher_taps)
+                if self._supplier is not None and self._supplier.student_taps:
+                    self._taps.close()
+                    self._taps = Taps(student, dict.fromkeys([*own, *self._supplier.student_taps]), "student")
             except BaseException:
-                self._taps.close()
+                self.close()
                 raise
         self._set_weights()
 
@@ -155,7 +167,7 @@ class Distiller(nn.Module):
         names, values = [], []
         if self.task_weight > 0:
             names.append("task")
-            values.append(self._task(run.output, batch))
+            values.append(self._task_loss(run))
         for term in self._active:
             names.append(term.name)
             values.append(term.forward(run))  # not through nn.Module.__call__: terms have no hooks
@@ -166,7 +178,9 @@ class Distiller(nn.Module):
             values[0] = values[0] + 0.0 * sum(p.sum() for p in self._idle_parameters)
         dtypes = {v.dtype for v in values}
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        return names, [v if v.dtype == dtype and v.ndim == 0 else v.to(dtype).reshape(()) for v in values]
+        if len(dtypes) > 1 or dtype not in dtypes or any(v.ndim for v in values):
+            values = [_scalar(n, v).to(dtype) for n, v in zip(names, values, strict=True)]
+        return names, values
 
     def _student_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         inputs = self._accepted(batch)
@@ -175,7 +189,7 @@ class Distiller(nn.Module):
         return inputs
 
     def _run(self, batch: Mapping[str, Any], prepare: bool = False) -> Run:
-        teacher: Teacher | None = self.teacher if self._uses_teacher and self._active else None
+        teacher: Teacher | None = self.teacher if self._calls_teacher or (prepare and self._uses_teacher) else None
         early = None
         if teacher is not None and self._teacher_first and self.prepared and not prepare:
             early, teacher = teacher(batch), None
@@ -207,9 +221,24 @@ class Distiller(nn.Module):
                     "`use_reentrant=False`; otherwise the tapped part is frozen or runs without gradient."
                 )
 
+    def _task_loss(self, run: Run) -> Tensor:
+        """The student's task loss and those of networks that learn with it."""
+        loss = self._task(run.output, run.batch)
+        others = None if self._supplier is None or not self._uses_teacher else self._supplier.task(run, self._task)
+        return loss if others is None else loss + others
+
     def _task(self, output: Any, batch: Mapping[str, Any]) -> Tensor:
         if self.task_loss is not None:
-            return self.task_loss(output, batch)
+            try:
+                return self.task_loss(output, batch)
+            except KeyError as error:
+                if error.args[0] in batch or not isinstance(error.args[0], str):
+                    raise
+                raise TaskkdError(
+                    f"`task_loss` reads {error.args[0]!r}, which is neither in the batch ({', '.join(batch)}) nor in "
+                    f"the output ({describe(output)}){nearest(error.args[0], batch)}; a column that no model takes is "
+                    "kept by `remove_unused_columns=False` in the training arguments."
+                ) from error
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if (
             loss is None
@@ -229,13 +258,20 @@ class Distiller(nn.Module):
 
     def _set_weights(self) -> None:
         """Read the schedules at the present progress; which terms are active, and with which weight."""
-        weights = {t.name: self._automatic.get(t.name, 1.0) * self._scheduled(t) for t in self._term_list}
+        for term in self._term_list:
+            term.advance(self.progress)
+        weights = self.weights()
         active = [t for t in self._term_list if weights[t.name] > 0]
-        self._lacks_total = self.progress.total is None and any(t.schedule.needs_total for t in self._term_list)
+        self._lacks_total = self.progress.total is None and any(t.needs_total for t in self._term_list)
         numbers = [self.task_weight] if self.task_weight > 0 else []
         numbers += [weights[t.name] for t in active]
         self._active = active
-        self._idle_parameters = [p for t in self._term_list if t not in active for p in t.parameters()]
+        idle = [t for t in self._term_list if t not in active]
+        self._idle_parameters = [p for t in idle for p in t.parameters()]
+        learns = hasattr(self, "supplier")
+        if learns and any(t.teacher_taps for t in idle):
+            self._idle_parameters += self.supplier.parameters()
+        self._calls_teacher = self._uses_teacher and (learns or any(t.teacher_taps for t in active))
         current = getattr(self, "_weights", None)
         if current is None or len(current) != len(numbers):
             self._weights = torch.tensor(numbers)
@@ -244,6 +280,8 @@ class Distiller(nn.Module):
         self._numbers = numbers
 
     def _scheduled(self, term: Term) -> float:
+        if self._supplier is not None and not all(self._supplier.supplies(t) for t in term.teacher_taps):
+            return 0.0
         if term.schedule.needs_total and self.progress.total is None:
             return term.schedule.value  # before `set_total`: the full weight, for reports; `forward` refuses
         return term.weight(self.progress)
@@ -282,7 +320,8 @@ class Distiller(nn.Module):
             )
         # past nn.Module.__setattr__, which looks for parameters, modules and buffers of that name in every step
         object.__setattr__(self, "progress", Progress(self.progress.step + 1, self.progress.total))
-        if self._scheduled_terms:
+        changed = self._supplier is not None and self._supplier.step(self.progress)
+        if self._scheduled_terms or changed:
             self._set_weights()
 
     def auxiliary_step(self) -> dict[str, Tensor]:
@@ -434,9 +473,10 @@ class Distiller(nn.Module):
     def _measure(self, run: Run, batch: Mapping[str, Any]) -> list[TermReport]:
         losses: list[tuple[str, Tensor, Term | None]] = []
         if self.task_weight > 0:
-            losses.append(("task", self._task(run.output, batch), None))
+            losses.append(("task", self._task_loss(run), None))
         losses += [(t.name, t(run), t) for t in self._term_list]
-        return measure(losses, [p for p in self.student.parameters() if p.requires_grad], self.weights(), run)
+        learning = [self.student, *([self.supplier] if self._claimed else [])]  # a term may train a peer alone
+        return measure(losses, [p for m in learning for p in m.parameters() if p.requires_grad], self.weights(), run)
 
     # ---- what checkpoints, copies and engines see
 
@@ -455,6 +495,27 @@ class Distiller(nn.Module):
         pairs = zip(self._term_list, automatic, strict=True)
         self._automatic = {t.name: w for t, w in pairs if w >= 0}
         self._set_weights()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._supplier is not None:  # averages and snapshots: outside the module tree, but of the run
+            destination.update({f"{prefix}teacher.{k}": v for k, v in self._supplier.state().items()})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self._supplier is not None and (names := self._supplier.state()):
+            start = f"{prefix}teacher."
+            found = {k: state_dict.pop(start + k) for k in names if start + k in state_dict}
+            missing = [start + k for k in names if k not in found]
+            if missing:
+                args[2].extend(missing)
+            else:
+                self._supplier.load(found)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """What is trained beside the student: adapters, learned losses, gates, peers."""
+        modules = [self.terms, *([self.supplier] if hasattr(self, "supplier") else [])]
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
 
     def close(self) -> None:
         """Remove every hook from student and teacher; `distiller.student` is then a plain model."""
@@ -483,3 +544,9 @@ class Distiller(nn.Module):
         if self.teacher is not None:
             names |= self.teacher.columns()
         return names | {tap.selectors[0] for tap in self._taps.taps.values() if tap.root == "batch" and tap.selectors}  # type: ignore[misc]
+
+
+def _scalar(name: str, value: Tensor) -> Tensor:
+    if value.numel() != 1:
+        raise TaskkdError(f"term {name!r} gave a tensor of shape {tuple(value.shape)}, expected a scalar loss.")
+    return value.reshape(())

@@ -125,7 +125,7 @@ def build_terms(recipe: Any) -> list[Match]:
     """
     from taskkd import losses
     from taskkd.adapters import ADAPTERS
-    from taskkd.schedules import warmup
+    from taskkd.schedules import from_config
     from taskkd.terms import Match
 
     built = []
@@ -135,19 +135,20 @@ def build_terms(recipe: Any) -> list[Match]:
             raise RecipeError(
                 f"term {term.name!r}: no loss {term.loss!r}{nearest(term.loss, losses.__all__)}; known: {known}."
             )
-        if term.adapter is not None and term.adapter not in ADAPTERS:
-            known = ", ".join(ADAPTERS)
-            raise RecipeError(
-                f"term {term.name!r}: no adapter {term.adapter!r}{nearest(term.adapter, ADAPTERS)}; known: {known}."
-            )
-        weight: Any = (
-            term.weight
-            if isinstance(term.weight, float | str)
-            else warmup(term.weight.value, fraction=term.weight.fraction)
-        )
-        for option, value in (term.model_extra or {}).items():
+        for adapter in (term.adapter, term.teacher_adapter):
+            if adapter is not None and adapter not in ADAPTERS:
+                known = ", ".join(ADAPTERS)
+                raise RecipeError(
+                    f"term {term.name!r}: no adapter {adapter!r}{nearest(adapter, ADAPTERS)}; known: {known}."
+                )
+        options = dict(term.model_extra or {})
+        for option, value in options.items():
             default = inspect.signature(getattr(losses, term.loss)).parameters.get(option)
-            if default is not None and isinstance(default.default, int | float) and not isinstance(value, int | float):
+            if isinstance(value, dict):
+                options[option] = from_config(value)
+            elif (
+                default is not None and isinstance(default.default, int | float) and not isinstance(value, int | float)
+            ):
                 raise RecipeError(f"term {term.name!r}: {option} must be a number, got {value!r}.")
         built.append(
             Match(
@@ -156,9 +157,10 @@ def build_terms(recipe: Any) -> list[Match]:
                 term.student,
                 term.teacher,
                 adapter=term.adapter,
+                teacher_adapter=term.teacher_adapter,
                 mask=term.mask,
-                weight=weight,
-                **(term.model_extra or {}),
+                weight=from_config(term.weight) if isinstance(term.weight, dict) else term.weight,
+                **options,
             )
         )
     return built

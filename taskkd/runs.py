@@ -59,8 +59,8 @@ def _claim(folder: Path, text: str) -> None:
             pairs = [(a, b) for a, b in zip(old, new, strict=False) if a != b]
             shown = f"{pairs[0][0].strip()!r} there, {pairs[0][1].strip()!r} now" if pairs else "keys were added"
             raise RecipeError(
-                f"{folder} holds a run of another recipe ({shown}); give another --output-dir, or --restart to "
-                "delete it."
+                f"{folder} holds a run of another recipe ({shown}); give another folder (--output-dir), or "
+                "delete it (--restart)."
             )
     path.write_text(text, encoding="utf-8")
 
@@ -150,7 +150,7 @@ def _same_inputs(session: Session) -> None:
         if before != now[name]:
             raise RecipeError(
                 f"{session.folder} was started with another {name}: what the recipe names has changed since; give "
-                "another --output-dir, or --restart to delete it."
+                "another folder (--output-dir), or delete it (--restart)."
             )
 
 
@@ -331,8 +331,8 @@ def evaluate(run: Path, data: str | None = None) -> dict[str, float]:
     return strip(trainer.evaluate(table, metric_key_prefix="test"))
 
 
-def predict(run: Path, inputs: Sequence[str]) -> Iterator[tuple[str, float, str]]:
-    """(label, probability, input) for each input, with a run's student."""
+def predict(run: Path, inputs: Sequence[str]) -> Iterator[tuple[str, float | None, str]]:
+    """(label, probability, input) for each input, with a run's student; (value, None, input) for regression."""
     recipe, task, student, tokenizer = _trained(run)
     yield from task.predict(recipe, student, tokenizer, inputs)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+
+from taskkd.schedules import from_config
 
 __all__ = [
     "Baseline",
@@ -16,7 +18,6 @@ __all__ = [
     "TeacherConfig",
     "TermConfig",
     "Training",
-    "Warmup",
 ]
 
 
@@ -80,17 +81,27 @@ class MethodConfig(BaseModel):
     name: str
 
 
-class Warmup(Model):
-    """A weight that grows linearly over a share of the training."""
+def _schedule(config: dict[str, Any]) -> dict[str, Any]:
+    """A schedule in plain data, which is one (`taskkd.schedules.from_config`)."""
+    try:
+        from_config(config)
+    except ValueError as error:
+        raise ValueError(str(error).rstrip(".")) from None
+    return config
 
-    value: float = Field(ge=0)
-    fraction: float = Field(ge=0, le=1)
+
+def _weight(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _schedule(value)
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ValueError(f"a weight is a number, 'auto' or a schedule as {{warmup: 2.0, fraction: 0.1}}, got {value!r}")
+    return value if value == "auto" else float(value)
 
 
 class TermConfig(BaseModel):
     """A term by hand, beside or instead of a method's: a loss of `taskkd.losses` on tapped tensors.
 
-    Keys that are none of these are options of the loss.
+    Keys that are none of these are options of the loss; its weight and those that are numbers may be schedules.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -99,8 +110,19 @@ class TermConfig(BaseModel):
     student: str | list[str]
     teacher: str | list[str] | None = None
     adapter: str | None = None
+    teacher_adapter: str | None = None
     mask: str | None = None
-    weight: float | Literal["auto"] | Warmup = 1.0
+    weight: Annotated[float | Literal["auto"] | dict[str, Any], PlainValidator(_weight)] = 1.0
+
+    @model_validator(mode="after")
+    def _check_schedules(self) -> TermConfig:
+        for option, value in (self.model_extra or {}).items():
+            if isinstance(value, dict):
+                try:
+                    _schedule(value)
+                except ValueError as error:
+                    raise ValueError(f"{option}: {error}") from None
+        return self
 
 
 class Recipe(Model):

@@ -60,9 +60,12 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep a second run out of a folder.
 
     Raises:
-        RecipeError: another process is at work in it.
+        RecipeError: another process is at work in it, or it is a file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise RecipeError(f"the run's folder {folder} cannot be made: it, or a part of it, is a file.") from None
     with (folder / "run.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -7,15 +7,16 @@ subclasses `Term` and reads what it needs from the `Run`.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from taskkd.adapters import AdapterSpec, build_adapter
+from taskkd.adapters import AdapterSpec, build_adapter, maps_all_levels
 from taskkd.errors import ShapeError, TapError, TaskkdError, nearest
 from taskkd.schedules import Progress, Schedule, constant
 
@@ -61,8 +62,8 @@ class Term(nn.Module):
         if isinstance(weight, str):
             if weight != "auto":
                 raise TaskkdError(f"term {name!r}: weight {weight!r} is neither a number, a schedule nor 'auto'.")
-        elif not isinstance(weight, Schedule) and not weight >= 0:
-            raise TaskkdError(f"term {name!r}: its weight must not be negative, got {weight}.")
+        elif not 0 <= (full := weight.value if isinstance(weight, Schedule) else weight) < math.inf:
+            raise TaskkdError(f"term {name!r}: its weight must be a finite number >= 0, got {full}.")
         self.name = name
         self.automatic = weight == "auto"
         self.schedule = weight if isinstance(weight, Schedule) else constant(1.0 if weight == "auto" else float(weight))
@@ -71,6 +72,14 @@ class Term(nn.Module):
     def weight(self, progress: Progress) -> float:
         """The weight at this progress."""
         return self.schedule(progress)
+
+    @property
+    def needs_total(self) -> bool:
+        """Whether a schedule of the term needs the total number of steps."""
+        return self.schedule.needs_total
+
+    def advance(self, progress: Progress) -> None:
+        """Take note of the progress; called by the distiller whenever it changes, never in a compiled graph."""
 
     def build(self, run: Run) -> None:
         """Create what depends on shapes (adapters); called once by `prepare`, with a dry run."""
@@ -94,15 +103,21 @@ class Match(Term):
         student: a tap, or several, which the loss then receives as tuples.
         teacher: the teacher's tap or taps; the same as the student's if left out.
         adapter: a kind ("linear", "conv1x1"), a module or a function of both tensors, applied to the student's tensor;
-            one for each tap. None: tensors are compared as they are.
+            one for each tap, or one for all where it maps all levels together ("abf"). None: tensors are compared as
+            they are.
+        teacher_adapter: the same for the teacher's tensor, built first. It is trained too, unless it is a module whose
+            parameters do not require grad, which then stays in eval mode (a paraphraser).
         mask: a tap (`batch.attention_mask`) or `(batch, tensor) -> mask`, handed to the loss as `mask`.
         select: applied to each tensor after the tap: an index such as `(slice(None), 0)`, or a function.
-        gate: `run -> (batch,)` weights in [0, 1] of the samples; the loss is the mean of `gate * loss` over samples.
+        gate: `run -> (batch,)` weights in [0, 1] of the samples (or of their tokens or pixels); the loss is the mean
+            of `gate * loss` over them. See `taskkd.gates`, whose gates say which taps they read.
         weight: see `Term`.
-        **loss_options: further options of the loss, checked against its signature.
+        **loss_options: further options of the loss, checked against its signature. A number may be a schedule:
+            `temperature=schedules.anneal(1.0, 4.0)`. A tensor may be a tap of the student: `labels="batch.labels"`.
 
     Raises:
-        TaskkdError: an option that the loss does not have, or a mask or gate for a loss without `mask`.
+        TaskkdError: an option that the loss does not have or that cannot follow a schedule, or a mask or gate for a
+            loss without `mask`.
         TapError: a tap is malformed, or the numbers of taps differ.
     """
 
@@ -114,6 +129,7 @@ class Match(Term):
         teacher: str | Sequence[str] | None = None,
         *,
         adapter: AdapterSpec | None = None,
+        teacher_adapter: AdapterSpec | None = None,
         mask: Mask | None = None,
         select: Any = None,
         gate: Gate | None = None,
@@ -124,27 +140,47 @@ class Match(Term):
         teacher = student if teacher is None else teacher
         self.several = not isinstance(student, str)
         self.student_pairs = (student,) if isinstance(student, str) else tuple(student)
-        self.teacher_taps = (teacher,) if isinstance(teacher, str) else tuple(teacher)
-        if len(self.student_pairs) != len(self.teacher_taps) or not self.student_pairs:
+        self.teacher_pairs = (teacher,) if isinstance(teacher, str) else tuple(teacher)
+        if len(self.student_pairs) != len(self.teacher_pairs) or not self.student_pairs:
             raise TapError(
-                f"term {name!r}: {len(self.student_pairs)} student taps and {len(self.teacher_taps)} teacher taps; "
+                f"term {name!r}: {len(self.student_pairs)} student taps and {len(self.teacher_pairs)} teacher taps; "
                 "expected as many of each, at least one."
             )
-        self.student_taps = self.student_pairs + ((mask,) if isinstance(mask, str) else ())
+        if gate is not None and not callable(gate):
+            raise TaskkdError(
+                f"term {name!r}: a gate is a function of the run, as those of `taskkd.gates`; got {gate!r}."
+            )
+        masks = (mask,) if isinstance(mask, str) else ()
+        self.option_taps = {n: o for n, o in loss_options.items() if isinstance(o, str) and _takes_tensor(loss, n)}
+        self.student_taps = (
+            *self.student_pairs, *masks, *self.option_taps.values(), *getattr(gate, "student_taps", ())
+        )  # fmt: skip
+        self.teacher_taps = (*self.teacher_pairs, *getattr(gate, "teacher_taps", ()))
         self._check_options(loss, loss_options, masked=mask is not None or gate is not None)
-        self.loss, self.options = loss, loss_options
+        self.loss = loss
+        self.options = {n: o for n, o in loss_options.items() if not isinstance(o, Schedule)}
+        self.option_schedules = {n: o for n, o in loss_options.items() if isinstance(o, Schedule)}
+        self.scheduled = self.scheduled or bool(self.option_schedules)
+        self._numbers: dict[str, float] = {}
+        # What a compiled graph reads: the same tensors in every step, so that it is not compiled anew.
+        self._tensors = {n: torch.zeros(()) for n in self.option_schedules}
+        self.advance(Progress())
         self.mask, self.select, self.gate = mask, select, gate
-        self.adapters = nn.ModuleList()
-        self.adapted = adapter is not None
-        self.adapter_spec: AdapterSpec | None = None
-        if isinstance(adapter, nn.Module):
-            if len(self.student_pairs) > 1:
-                raise TaskkdError(
-                    f"term {name!r}: one adapter module for several taps; name a kind or give a function."
-                )
-            self.adapters.append(adapter)
-        else:
-            self.adapter_spec = adapter
+        self.adapters, self.adapter_spec = self._given(adapter, "adapter")
+        self.teacher_adapters, self.teacher_adapter_spec = self._given(teacher_adapter, "teacher_adapter")
+        # plain flags: attributes that are modules are looked up slowly
+        self.adapts_student, self.adapts_teacher = adapter is not None, teacher_adapter is not None
+        self.train()
+
+    def _given(self, adapter: AdapterSpec | None, side: str) -> tuple[nn.ModuleList, AdapterSpec | None]:
+        """The adapters that exist already, and what is still to be built."""
+        if not isinstance(adapter, nn.Module):
+            return nn.ModuleList(), adapter
+        if len(self.student_pairs) > 1 and not maps_all_levels(adapter):
+            raise TaskkdError(
+                f"term {self.name!r}: one {side} module for several taps; name a kind or give a function."
+            )
+        return nn.ModuleList([adapter]), None
 
     def _check_options(self, loss: Callable[..., Tensor], options: Mapping[str, Any], masked: bool) -> None:
         parameters = inspect.signature(loss).parameters
@@ -163,10 +199,37 @@ class Match(Term):
                 raise TaskkdError(f"term {self.name!r}: `{title}` needs {option!r}, which has no default.")
         if masked and "mask" not in names:
             raise TaskkdError(f"term {self.name!r}: a mask or gate was given, but `{title}` takes no `mask`.")
+        fixed = [n for n in names if parameters[n].default is not inspect.Parameter.empty]
+        fixed = [n for n in fixed if not isinstance(parameters[n].default, float)]
+        for option, value in options.items():
+            if isinstance(value, Schedule) and option in fixed:
+                able = ", ".join(n for n in names if n not in fixed) or "none"
+                raise TaskkdError(
+                    f"term {self.name!r}: {option!r} of `{title}` cannot follow a schedule; those that can: {able}."
+                )
 
     @property
     def built(self) -> bool:
-        return self.adapter_spec is None or len(self.adapters) == len(self.student_pairs)
+        sides = (self.adapter_spec, self.adapters), (self.teacher_adapter_spec, self.teacher_adapters)
+        return all(spec is None or len(adapters) > 0 for spec, adapters in sides)
+
+    @property
+    def needs_total(self) -> bool:
+        return super().needs_total or any(s.needs_total for s in self.option_schedules.values())
+
+    def advance(self, progress: Progress) -> None:
+        for option, schedule in self.option_schedules.items():
+            number = schedule.known(progress)
+            if number != self._numbers.get(option):
+                self._numbers[option] = number
+                self._tensors[option].fill_(number)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for adapter in self.teacher_adapters:
+            if not any(p.requires_grad for p in adapter.parameters()):
+                adapter.eval()
+        return self
 
     def _values(self, values: Mapping[str, Any], taps: Sequence[str]) -> list[Tensor]:
         tensors = []
@@ -188,29 +251,51 @@ class Match(Term):
         return tensors
 
     def build(self, run: Run) -> None:
-        if self.built or self.adapter_spec is None:
+        students = self._values(run.student, self.student_pairs)
+        teachers = self._values(run.teacher, self.teacher_pairs)
+        self._tensors_like(students[0])
+        if self.built:
             return
-        pairs = zip(
-            self._values(run.student, self.student_pairs), self._values(run.teacher, self.teacher_taps), strict=True
-        )
-        adapters = []
-        for tap, (s, t) in zip(self.student_pairs, pairs, strict=True):
+        self._build(self.teacher_adapters, self.teacher_adapter_spec, self.teacher_pairs, teachers, students)
+        with torch.no_grad():  # in eval mode, so that a look at the shapes leaves no trace in its buffers
+            self.teacher_adapters.eval()
+            teachers = _adapt(self.teacher_adapters, teachers, students)
+            self.train(self.training)
+        self._build(self.adapters, self.adapter_spec, self.student_pairs, students, teachers)
+
+    def _build(
+        self,
+        adapters: nn.ModuleList,
+        spec: AdapterSpec | None,
+        taps: Sequence[str],
+        own: Sequence[Tensor],
+        other: Sequence[Tensor],
+    ) -> None:
+        if spec is None or len(adapters) > 0:
+            return
+        pairs: list[Any] = list(zip(own, other, strict=True))
+        if maps_all_levels(spec):
+            taps, pairs = [", ".join(taps)], [(tuple(own), tuple(other))]
+        built = []
+        for tap, (x, y) in zip(taps, pairs, strict=True):
             try:
-                adapter = build_adapter(self.adapter_spec, s, t).to(s.device)
-                adapters.append(adapter.double() if s.dtype == torch.float64 else adapter)
+                adapter = build_adapter(spec, x, y).to(own[0].device)
+                built.append(adapter.double() if own[0].dtype == torch.float64 else adapter)
             except ShapeError as error:
                 raise ShapeError(f"term {self.name!r}, tap {tap!r}: {error}") from None
-        self.adapters.extend(adapters)
+        adapters.extend(built)
 
     def forward(self, run: Run) -> Tensor:
         students = self._values(run.student, self.student_pairs)
-        teachers = self._values(run.teacher, self.teacher_taps)
-        options = self.options
+        teachers = self._values(run.teacher, self.teacher_pairs)
+        options, scale = self._options(run, students[0]), None
         if self.mask is not None or self.gate is not None:
-            options, scale = self._masked(run, students[0])
-        if self.adapted and self.adapters:
-            students = [a(_as_weights(s, a)) for a, s in zip(self.adapters, students, strict=True)]
+            options["mask"], scale = self._masked(run, students[0])
         try:
+            if self.adapts_teacher:
+                teachers = _adapt(self.teacher_adapters, teachers, students)
+            if self.adapts_student:
+                students = _adapt(self.adapters, students, teachers)
             value = (
                 self.loss(tuple(students), tuple(teachers), **options)
                 if self.several
@@ -220,23 +305,66 @@ class Match(Term):
             raise ShapeError(f"term {self.name!r}: {error}") from None
         except ValueError as error:  # an option out of range
             raise TaskkdError(f"term {self.name!r}: {error}") from error
-        return value if self.gate is None else value * scale
+        return value if scale is None else value * scale
 
-    def _masked(self, run: Run, student: Tensor) -> tuple[dict[str, Any], Tensor | float]:
+    def _options(self, run: Run, like: Tensor) -> dict[str, Any]:
+        """The loss's options at this step: numbers, which the loss checks, or in a compiled graph 0-dim tensors."""
+        options = dict(self.options)
+        if self.option_schedules:
+            options |= self._tensors_like(like) if torch.compiler.is_compiling() else self._numbers
+        for name, tap in self.option_taps.items():
+            options[name] = run.student[tap]
+        return options
+
+    def _tensors_like(self, like: Tensor) -> dict[str, Tensor]:
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        for option, tensor in list(self._tensors.items()):
+            if tensor.device == like.device and tensor.dtype == dtype:
+                continue
+            eager = not torch.compiler.is_compiling()  # then exact, also in double precision
+            exact = torch.tensor(self._numbers[option], dtype=torch.float64) if eager else tensor
+            self._tensors[option] = exact.to(like.device, dtype)
+        return self._tensors
+
+    def _masked(self, run: Run, student: Tensor) -> tuple[Tensor | None, Tensor | None]:
         mask: Tensor | None = None
         if isinstance(self.mask, str):
             mask = run.student[self.mask]
         elif self.mask is not None:
             mask = self.mask(run.batch, student)
         if self.gate is None:
-            return {**self.options, "mask": mask}, 1.0
+            return mask, None
         # A loss is a mean over the mask; gated samples must count 0 and still be counted, so the mean over the gated
         # mask is scaled back by the share that the gate leaves.
-        gate = self.gate(run).to(student.device).float()
+        gate = self.gate(run).to(student.device, torch.float64 if student.dtype == torch.float64 else torch.float32)
         full = gate.new_ones(gate.shape) if mask is None else mask.to(gate.dtype)
-        gated = full * gate.reshape(gate.shape + (1,) * (full.ndim - gate.ndim))
-        total = full.sum()
-        return {**self.options, "mask": gated}, gated.sum() / total.clamp(min=1e-12)
+        dimensions = max(gate.ndim, full.ndim)
+        gate, full = (x.reshape(x.shape + (1,) * (dimensions - x.ndim)) for x in (gate, full))
+        try:
+            gated = full * gate
+        except RuntimeError:
+            raise ShapeError(
+                f"term {self.name!r}: a gate of shape {tuple(gate.shape)} does not fit a mask of shape "
+                f"{tuple(full.shape)}."
+            ) from None
+        return gated, gated.sum() / full.expand_as(gated).sum().clamp(min=1e-12)
+
+
+def _takes_tensor(loss: Callable[..., Tensor], option: str) -> bool:
+    """Whether an option of a loss is a tensor, as far as its annotation says."""
+    parameter = inspect.signature(loss).parameters.get(option)
+    return parameter is not None and (parameter.annotation is parameter.empty or "Tensor" in str(parameter.annotation))
+
+
+def _adapt(adapters: nn.ModuleList, own: Sequence[Tensor], other: Sequence[Tensor]) -> list[Any]:
+    """Each tensor through its adapter, or all of them through the one that maps all levels together."""
+    if not len(adapters):
+        return list(own)
+    first = adapters[0]
+    if maps_all_levels(first):
+        return list(first(tuple(_as_weights(x, first) for x in own), tuple(other)))
+    pairs = zip(adapters, own, other, strict=True)
+    return [a(_as_weights(x, a), y) if getattr(a, "takes_target", False) else a(_as_weights(x, a)) for a, x, y in pairs]
 
 
 def _as_weights(x: Tensor, adapter: nn.Module) -> Tensor:

@@ -306,9 +306,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         self.prepare()
         fresh = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        own = {id(p): p for p in self.distiller.terms.parameters() if p.requires_grad}
+        own = {id(p): p for p in self.distiller.own_parameters()}
         if fresh:
-            self._split_groups(optimizer, set(own))
+            self._split_groups(optimizer, {id(p) for p in self.distiller.terms.parameters() if p.requires_grad})
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [p for key, p in own.items() if key not in held]
         if missing:  # an optimiser of the user's own, made before there were adapters

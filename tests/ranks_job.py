@@ -183,6 +183,37 @@ def by_hand(folder: Path, **options) -> dict[str, Any]:
     return {"weights": weights(distiller)}
 
 
+def memories(folder: Path) -> dict[str, Any]:
+    """Contrastive terms with memories under DDP; the last batch is smaller on rank 1."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    def next_ones(ids: torch.Tensor) -> torch.Tensor:  # one process and two must draw the same negatives
+        return (ids[:, None] + torch.arange(1, 4, device=ids.device)) % 24
+
+    options = {"samples": 24, "features": 4, "draw": next_ones}
+    terms = [kd.ContrastiveRepresentation("crd", "body", **options)]
+    distiller = kd.Distiller(Mlp(8), Mlp(12, 1), terms, task_loss=cross_entropy)
+    data = Points(24)
+    batches = [
+        {"id": torch.arange(i, i + n), "x": data.x[i : i + n], "labels": data.labels[i : i + n]}
+        for i, n in ((0, 8), (8, 8), (0, 8), (16, 7))
+    ]
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        distiller.prepare(batches[0])
+    model: nn.Module = DistributedDataParallel(distiller) if WORLD > 1 else distiller
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    share = slice(RANK * BATCH // WORLD, (RANK + 1) * BATCH // WORLD)
+    states = []
+    for batch in batches:
+        model(**{k: v[share] for k, v in batch.items()})["loss"].backward()
+        states.append({n: v.clone() for n, v in weights(distiller).items() if "banks" in n or "log_z" in n})
+        optimizer.step()
+        optimizer.zero_grad()
+        distiller.step()
+    return {"states": states}
+
+
 def with_accelerate(folder: Path) -> dict[str, Any]:
     from accelerate import Accelerator
     from torch.utils.data import DataLoader
@@ -265,6 +296,7 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "cached": cached,
     "by_hand": by_hand,
     "by_hand_with_search": lambda folder: by_hand(folder, find_unused_parameters=True),
+    "memories": memories,
     "with_accelerate": with_accelerate,
     "adversarial": adversarial,
     "adversarial_by_hand": adversarial_by_hand,

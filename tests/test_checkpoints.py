@@ -67,12 +67,21 @@ def everything(trainer: kd.Trainer) -> dict[str, torch.Tensor]:
 
 
 def resumable(folder, *, workers=0, cached=False, augmented=False, accumulate=1, epochs=2, callbacks=(), **options):
-    """Dropout, shuffling, a warm-up in the middle of which the run stops, an automatic weight, an adapter."""
+    """Dropout, shuffling, schedules in the middle of which the run stops, an automatic weight, adapters, a gate."""
     data = Sentences(24)
     teacher = bert(1, width=32)
     terms = [
         logits_term(kd.schedules.warmup(1.0, fraction=0.9)),
         kd.Match("cls", losses.mse, "bert.encoder.layer.1[:, 0]", adapter="linear"),
+        kd.Match(
+            "relations",
+            losses.correlation_congruence,
+            "bert.encoder.layer.1[:, 0]",
+            adapter="embedding",
+            teacher_adapter="embedding",
+            gate=kd.gates.teacher_correct(),
+            gamma=kd.schedules.anneal(0.2, 0.8),
+        ),
         kd.Match(
             "embedding", losses.cosine, "bert.embeddings", adapter="linear", weight="auto", mask="batch.attention_mask"
         ),

@@ -126,6 +126,15 @@ def test_mistakes_are_one_sentence_with_a_code(
     assert "Traceback" not in err
 
 
+def test_a_run_folder_that_is_a_file(taskkd: Any, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    for folder in ("run", "run/deeper"):
+        code, _, err = taskkd("distill", str(recipe), "--output-dir", str(tmp_path / folder))
+        assert code == 2
+        assert "is a file" in err
+        assert "Traceback" not in err
+
+
 def test_debug_shows_the_traceback(taskkd: Any, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from taskkd.errors import RecipeError
 

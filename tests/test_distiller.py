@@ -731,3 +731,18 @@ def test_an_accelerate_loop(conv_pair: tuple[nn.Module, nn.Module], tmp_path: Pa
     assert (module.progress.step, module.progress.total) == (3, 6)
     assert train(pair, module, optimiser, range(3, 6), accelerator.backward) == pytest.approx(expected[3:], rel=1e-6)
     assert accelerator.unwrap_model(pair).student.state_dict().keys() == conv_pair[0].state_dict().keys()
+
+
+def test_a_task_loss_that_reads_a_missing_column(conv_pair: tuple[nn.Module, nn.Module]) -> None:
+    pair = kd.Distiller(*conv_pair, [], task_loss=lambda output, batch: output["logits"].mean() * batch["lables"].sum())
+    with pytest.raises(TaskkdError, match=r"reads 'lables'.*did you mean 'labels'.*remove_unused_columns=False"):
+        pair(**small.conv_batch())
+
+
+def test_a_term_that_is_no_scalar(conv_pair: tuple[nn.Module, nn.Module]) -> None:
+    def per_sample(student: Tensor, teacher: Tensor) -> Tensor:
+        return (student - teacher).square().mean(-1)
+
+    pair = kd.Distiller(*conv_pair, [kd.Match("each", per_sample, "out.logits")])
+    with pytest.raises(TaskkdError, match=r"term 'each' gave a tensor of shape \(\d+,\), expected a scalar"):
+        pair(**small.conv_batch())

@@ -107,6 +107,15 @@ def test_a_discriminator_that_differs_on_two_ranks_becomes_that_of_the_first(ran
     assert distance(first["weights"], second["weights"]) == 0.0
 
 
+def test_memories_take_in_the_samples_of_all_ranks(ranks, alone):
+    one, first, second = alone("memories")["states"], load(ranks, "memories", 0), load(ranks, "memories", 1)
+    assert len(one[0]) == 3  # two memories and the constant
+    for mine, theirs, single in zip(first["states"], second["states"], one, strict=True):
+        assert distance(mine, theirs) == 0.0
+        assert distance(mine, single) <= 1e-5
+    assert distance(one[0], one[1]) > 1e-3
+
+
 @pytest.mark.slow
 def test_nan_on_one_rank_stops_both(tmp_path):
     done = run_job("nan", str(tmp_path), ranks=2, script=RANKS, check=False, timeout=120)

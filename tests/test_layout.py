@@ -27,12 +27,18 @@ CORE = [
     "adversarial",
     "auxiliary",
     "losses.adversarial",
+    "gates",
+    "layer_maps",
     "terms",
     "teachers",
     "caches",
     "distiller",
     "augmentation",
     "stages",
+    "attention",
+    "banks",
+    "contrastive",
+    "mixup",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ class Case:
     cubic: bool = False  # the gradient grows with the cube of the features: at 1000 no fp16 gradient holds it
     labels: bool = False  # takes `labels`: here the classes in turn
     relational: bool = False  # relates the samples of a batch: one alone gives 0, and doubling the batch changes it
+    candidates: bool = False  # the teacher has several candidates along dimension 1, the student the first of them
 
     @property
     def name(self) -> str:
@@ -42,6 +44,8 @@ class Case:
     def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.several:
             student, teacher = student.unbind(1), teacher.unbind(1)  # type: ignore[assignment]
+        if self.candidates:
+            student = student[:, 0]
         if self.beside is not None:
             student = (student, self.beside)  # type: ignore[assignment]
         options = self.options if mask is None else {**self.options, "mask": mask}
@@ -58,6 +62,7 @@ class Case:
         return mask.reshape(mask.shape + (1,) * (len(self.shape) - mask.ndim)).expand(self.shape).bool()
 
 
+ANCHORS = torch.tensor([[0.3, -0.2, 0.5, 0.1, -0.4], [-0.6, 0.4, 0.2, -0.1, 0.3]])
 CASES = [
     Case(losses.kl_divergence, (6, 5), {"temperature": 4.0}, (6,)),
     Case(losses.kl_divergence, (4, 5, 3, 2), {"dim": 1}, (4, 3, 2)),
@@ -114,6 +119,31 @@ CASES = [
     Case(losses.category_structure, (6, 3), {}, (6,), labels=True, relational=True),
     Case(losses.instance_relationship, (6, 4, 4, 2, 2), {"vertices": 0.0}, (6,), several=True, relational=True),
     Case(losses.instance_relationship, (6, 3, 5), {}, (6,), several=True),
+    Case(losses.kl_divergence, (6, 5), {"temperature": 3.0, "target_floor": 1e-3}, (6,), zero_when_equal=False),
+    Case(losses.euclidean, (4, 5, 3, 2), {}, (4,)),
+    Case(losses.channel_weighted, (4, 5, 3, 2), {}, (4,)),
+    Case(losses.channel_weighted, (4, 5, 3, 2), {"channels": torch.arange(1.0, 6.0), "normalise": True}, (4,)),
+    Case(losses.matching_guided, (4, 5, 3, 2), {"margin": -0.5}, (4,)),
+    Case(losses.matching_guided, (4, 4, 3, 2), {"assignment": torch.arange(4)}, (4,)),
+    Case(losses.attention_based_features, (4, 3, 5, 3, 2), {}, (4,), several=True, zero_when_equal=False),
+    Case(losses.attention_based_features, (4, 3, 5, 3, 2), {"attention": torch.eye(3)}, (4,), several=True),
+    Case(losses.singular_vectors, (4, 2, 5, 3, 3), {}, (4,), several=True),
+    Case(losses.singular_vectors, (4, 3, 3, 2, 1), {"count": 2}, (4,), several=True),
+    Case(losses.info_nce, (6, 5), {}, (6,), zero_when_equal=False, relational=True),
+    Case(
+        losses.info_nce, (6, 5), {"symmetric": True, "temperature": 1.0}, (6,), zero_when_equal=False, relational=True
+    ),
+    Case(losses.triplet, (6, 5), {"margin": 4.0}, (6,), zero_when_equal=False, relational=True),
+    Case(losses.triplet, (6, 5), {"margin": 4.0}, (6,), zero_when_equal=False, relational=True, labels=True),
+    Case(losses.noise_contrastive, (4, 3, 5), {"samples": 9}, (4,), zero_when_equal=False, candidates=True),
+    Case(
+        losses.relation_contrastive,
+        (4, 3, 5),
+        {"samples": 9, "anchors": ANCHORS},
+        (4,),
+        zero_when_equal=False,
+        candidates=True,
+    ),
 ]
 every_loss = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -154,6 +184,24 @@ def test_scalar_fp32_with_gradient(case: Case) -> None:
 
 
 @every_loss
+def test_numbers_may_be_tensors_of_no_dimension(case: Case) -> None:
+    """What a schedule gives a compiled graph: the same value in the same precision, and no look at it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    parameters = inspect.signature(case.loss).parameters.values()
+    numbers = {p.name: case.options.get(p.name, p.default) for p in parameters if isinstance(p.default, float)}
+    s, t = pair(case)
+    options = {name: torch.tensor(value) for name, value in numbers.items()}
+    value = replace(case, options={**case.options, **options})(s, t)
+    torch.testing.assert_close(value, case(s, t), rtol=1e-5, atol=1e-6)
+    assert value.dtype == torch.float32
+    finite_with_gradient(value, s)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # reading a number out of a fake tensor raises
+        fakes = {name: mode.from_tensor(option) for name, option in options.items()}
+        replace(case, options={**case.options, **fakes})(mode.from_tensor(s), mode.from_tensor(t))
+
+
+@every_loss
 def test_equal_inputs(case: Case) -> None:
     _, teacher = pair(case)
     student = teacher.clone().requires_grad_()
@@ -184,6 +232,40 @@ def test_half_inputs_are_computed_in_fp32(case: Case, dtype: torch.dtype) -> Non
     finite_with_gradient(value, student)
     exact = case(student.double(), teacher.double()).item()
     assert value.item() == pytest.approx(exact, rel=1e-5)
+
+
+@every_loss
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 1e-3), (torch.bfloat16, 5e-3)], ids=str)
+def test_gradients_of_half_inputs(case: Case, dtype: torch.dtype, bound: float) -> None:
+    """Acceptance A2: with a loss scale, as a GradScaler settles on it, for fp16."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        student, teacher = pair(case, dtype)
+        exact_student = student.detach().double().requires_grad_()
+        exact = case(exact_student, teacher.double())
+        (want,) = torch.autograd.grad(exact, exact_student)
+        value = case(student, teacher)
+        assert value.item() == pytest.approx(exact.item(), rel=1e-5)
+        scale = 2.0**16 if dtype == torch.float16 else 1.0
+        while want.abs().max() * scale > 6e4:
+            scale /= 2
+        (got,) = torch.autograd.grad(value * scale, student)
+        assert got.isfinite().all()
+        assert (got.double() / scale - want).norm() <= bound * want.norm(), seed
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [4.0, 20.0])
+def test_soft_targets_near_convergence_in_half_precision(dtype: torch.dtype, temperature: float) -> None:
+    for seed in range(20):
+        torch.manual_seed(seed)
+        teacher = torch.randn(16, 100)
+        student = (teacher + 0.1 * torch.randn(16, 100)).to(dtype).requires_grad_()
+        teacher = teacher.to(dtype)
+        value = losses.kl_divergence(student, teacher, temperature=temperature)
+        exact = losses.kl_divergence(student.double(), teacher.double(), temperature=temperature)
+        assert value.item() == pytest.approx(exact.item(), rel=1e-2)
+        finite_with_gradient(value, student)
 
 
 @every_loss
@@ -259,6 +341,24 @@ def test_zero_vectors(case: Case, s: float, t: float) -> None:
 
 
 @every_loss
+@pytest.mark.parametrize("where", ["student", "teacher", "both"])
+def test_zero_rows(case: Case, where: str) -> None:
+    student, teacher = (x.detach().clone() for x in pair(case))
+    if where != "teacher":
+        student[0] = 0
+    if where != "student":
+        teacher[0] = 0
+    finite_with_gradient(case(student.requires_grad_(), teacher), student)
+
+
+@every_loss
+def test_samples_that_are_all_alike(case: Case) -> None:
+    student, teacher = (x.detach()[:1].expand(case.shape).clone() for x in pair(case))
+    finite_with_gradient(case(student.requires_grad_(), teacher), student)
+    finite_with_gradient(case(student, student.detach()), student)
+
+
+@every_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_logits_times_thousand(case: Case, dtype: torch.dtype) -> None:
     student, teacher = pair(case, dtype, scale=20.0 if case.cubic and dtype == torch.float16 else 1000.0)
@@ -317,7 +417,7 @@ def test_compiles_to_one_equal_graph(case: Case, fresh_dynamo: None) -> None:
 @every_loss
 def test_shapes_that_would_broadcast_are_refused(case: Case) -> None:
     student, teacher = pair(case)
-    sentence = "(needs student and teacher tensors of one shape|relates the samples of a batch and needs as many)"
+    sentence = "(relates the samples of a batch and )?needs (student and teacher tensors of one shape|as many)"
     with pytest.raises(ShapeError, match=rf"`{case.loss.__name__}` {sentence}"):
         case(student, teacher[:1])
 
@@ -617,7 +717,7 @@ def test_dist_forgets_a_shift_and_scale_of_probabilities() -> None:
 
 def test_student_and_teacher_may_differ_in_features() -> None:
     s, t = torch.randn(6, 5, 2), torch.randn(6, 3)
-    alike = (losses.consecutive_correlation, losses.category_structure)
+    alike = (losses.consecutive_correlation, losses.category_structure, losses.info_nce, losses.triplet)
     for case in CASES:
         if case.relational and not case.several and case.loss not in alike:
             assert case(s, t).isfinite()
@@ -630,7 +730,9 @@ def test_a_confident_teacher_gives_a_finite_divergence() -> None:
     finite_with_gradient(value, s)
 
 
-@pytest.mark.parametrize("module", ["logits", "features", "channels", "layers", "relations", "primitives"])
+@pytest.mark.parametrize(
+    "module", ["logits", "features", "channels", "contrastive", "layers", "relations", "primitives"]
+)
 def test_docstring_examples_run(module: str) -> None:
     assert doctest.testmod(importlib.import_module(f"taskkd.losses.{module}")).failed == 0
 

@@ -4,8 +4,9 @@ from typing import Any
 import pytest
 
 from taskkd import recipes
-from taskkd.errors import RecipeError
+from taskkd.errors import RecipeError, TaskkdError
 from taskkd.nlp import METHODS
+from taskkd.schedules import Progress
 
 GOOD = """schema: 1
 task: nlp
@@ -136,3 +137,63 @@ def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
         recipes.load_recipe("nlp/sentiment-distill")
     with pytest.raises(RecipeError, match="no recipe file"):
         recipes.load_recipe(tmp_path / "none.yaml")
+
+
+# ---- schedules in terms
+
+TERM = "terms:\n  - {name: soft, loss: kl_divergence, student: out.logits, temperature: 2, weight: 3}\n"
+
+
+def test_weights_and_options_may_be_schedules(recipe: Any) -> None:
+    text = TERM.replace("temperature: 2", "temperature: {anneal: [1, 4], steps: 6}")
+    text = text.replace("weight: 3", "weight: {warmup: 3, fraction: 0.5}")
+    loaded = recipes.load_recipe(recipe(GOOD + text))
+    (term,) = recipes.build_terms(loaded)
+    assert [term.weight(Progress(s, 4)) for s in range(3)] == [1.5, 3.0, 3.0]
+    assert [term.option_schedules["temperature"](Progress(s)) for s in (0, 4, 9)] == [1.0, 3.0, 4.0]
+    again = recipes.load_recipe(recipe(recipes.dump_recipe(loaded)))
+    assert again.terms == loaded.terms
+    changed = recipes.load_recipe(recipe(GOOD + text), ["terms.soft.weight={cosine: 2}", "terms.soft.temperature=5"])
+    (term,) = recipes.build_terms(changed)
+    assert (term.weight(Progress(0, 4)), term.weight(Progress(4, 4))) == (2.0, 0.0)
+    assert term.options["temperature"] == 5
+
+
+@pytest.mark.parametrize("weight", ["3", "auto", "0.5"])
+def test_plain_weights_stay(recipe: Any, weight: str) -> None:
+    (term,) = recipes.build_terms(recipes.load_recipe(recipe(GOOD + TERM.replace("weight: 3", f"weight: {weight}"))))
+    assert term.automatic == (weight == "auto")
+    assert weight == "auto" or term.weight(Progress()) == float(weight)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("weight: 3", "weight: {warmp: 3}", r"terms\.0\.weight: a schedule is one name .*did you mean 'warmup'"),
+        ("weight: 3", "weight: {warmup: 3, frac: 1}", r"no option 'frac' \(did you mean 'fraction'\?\)"),
+        ("weight: 3", "weight: {warmup: 3, fraction: 2}", r"`fraction` must be in \[0, 1\], got 2\.$"),
+        ("weight: 3", "weight: {value: 3, fraction: 1}", r"a schedule is one name with its value"),
+        ("weight: 3", "weight: often", r"terms\.0\.weight: a weight is a number, 'auto' or a schedule .* got 'often'"),
+        ("weight: 3", "weight: yes", r"a weight is a number, 'auto' or a schedule .* got 'yes'"),
+        ("temperature: 2", "temperature: {anneal: 2}", r"terms\.0: temperature: schedule 'anneal' takes start and end"),
+        ("temperature: 2", "temperature: {aneal: [1, 2]}", r"temperature: a schedule .*did you mean 'anneal'"),
+    ],
+)
+def test_bad_schedules_end_in_a_sentence(recipe: Any, old: str, new: str, sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        recipes.load_recipe(recipe(GOOD + TERM.replace(old, new)))
+
+
+@pytest.mark.parametrize("side", ["adapter", "teacher_adapter"])
+def test_adapters_are_named_by_kind(recipe: Any, side: str) -> None:
+    text = GOOD + TERM.replace("weight: 3", f"weight: 3, {side}: linear")
+    (term,) = recipes.build_terms(recipes.load_recipe(recipe(text)))
+    assert (term.adapter_spec, term.teacher_adapter_spec)[side == "teacher_adapter"] == "linear"
+    with pytest.raises(RecipeError, match=r"term 'soft': no adapter 'liner' \(did you mean 'linear'"):
+        recipes.build_terms(recipes.load_recipe(recipe(text.replace("linear", "liner"))))
+
+
+def test_what_cannot_follow_a_schedule_is_said(recipe: Any) -> None:
+    loaded = recipes.load_recipe(recipe(GOOD + TERM.replace("temperature: 2", "dim: {constant: 1}")))
+    with pytest.raises(TaskkdError, match="'dim' of `kl_divergence` cannot follow a schedule"):
+        recipes.build_terms(loaded)

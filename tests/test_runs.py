@@ -115,7 +115,7 @@ def test_terms_by_hand_and_a_sweep_of_a_weight(recipe: Path, tmp_path: Path) -> 
         "method: {name: soft_targets, temperature: 2}",
         """terms:
   - {name: hidden, loss: mse, student: "bert.encoder.layer.1", teacher: "bert.encoder.layer.3", adapter: linear,
-     mask: batch.attention_mask, weight: {value: 2, fraction: 0.5}, normalise: true}
+     mask: batch.attention_mask, weight: {warmup: 2, fraction: 0.5}, normalise: true}
   - {name: logits, loss: kl_divergence, student: out.logits, temperature: 2}""",
     )
     path.write_text(text)
@@ -204,6 +204,22 @@ def test_distil_in_one_call_with_models_and_data_in_memory(tmp_path: Path) -> No
         )
     with pytest.raises(RecipeError, match="give the tokenizer"):
         kd.distill(student, teacher, rows, task="nlp")
+
+
+def test_data_in_memory_of_other_kinds(tmp_path: Path) -> None:
+    import numpy
+    import pandas
+
+    rows = [{"text": t, "label": numpy.int64(label == "positive")} for t, label in tiny.sentences(60)]
+    options = {"task": "nlp", "processing_class": tiny.tokenizer(), "training": {"epochs": 1, "batch_size": 16}}
+    teacher, student = tiny.teacher(), tiny.classifier(layers=1, seed=2)
+    plain = kd.distill(student, teacher, rows, rows[:20], output_dir=tmp_path / "rows", **options)
+    frame = pandas.DataFrame(rows)
+    framed = kd.distill(student, teacher, frame, frame[:20], output_dir=tmp_path / "frame", **options)
+    test = [r.report["distilled"]["distilled"]["0"]["test"] for r in (plain, framed)]
+    assert test[0] == test[1]
+    with pytest.raises(DataError, match="one table, not a mapping of 'train', 'test'"):
+        kd.distill(student, teacher, {"train": rows, "test": rows}, output_dir=tmp_path / "no", **options)
 
 
 def test_distil_in_one_call_with_paths(tmp_path: Path, teacher: Path) -> None:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import taskkd as kd
 from taskkd import losses
 from taskkd.errors import ShapeError, TapError, TaskkdError
 from taskkd.schedules import Progress, warmup
 from taskkd.terms import Match, Run, Term
+from tests import small
 
 
 def run_of(student: Any, teacher: Any, tap: str = "x", **batch: Any) -> Run:
@@ -43,11 +45,16 @@ def test_good_names(name: str) -> None:
         (
             {"temprature": 2.0},
             "term 'a': `kl_divergence` has no option 'temprature' (did you mean 'temperature'?); "
-            "it has temperature, direction, dim, mask.",
+            "it has temperature, direction, target_floor, dim, mask.",
         ),
-        ({"weight": -1.0}, "term 'a': its weight must not be negative, got -1.0."),
-        ({"weight": float("nan")}, "term 'a': its weight must not be negative, got nan."),
+        ({"weight": -1.0}, "term 'a': its weight must be a finite number >= 0, got -1.0."),
+        ({"weight": float("nan")}, "term 'a': its weight must be a finite number >= 0, got nan."),
+        ({"weight": float("inf")}, "term 'a': its weight must be a finite number >= 0, got inf."),
         ({"weight": "automatic"}, "term 'a': weight 'automatic' is neither a number, a schedule nor 'auto'."),
+        (
+            {"gate": "teacher_correct"},
+            "term 'a': a gate is a function of the run, as those of `taskkd.gates`; got 'teacher_correct'.",
+        ),
         (
             {"teacher": ["x", "y"]},
             "term 'a': 1 student taps and 2 teacher taps; expected as many of each, at least one.",
@@ -274,3 +281,22 @@ def test_an_adapter_module_needs_no_run() -> None:
     term = Match("a", losses.mse, "x", adapter=module)
     assert term.built
     assert list(term.parameters()) == list(module.parameters())
+
+
+def test_an_option_that_is_a_tap() -> None:
+    batch = small.conv_batch()
+    student, teacher = small.ConvNet(), small.ConvNet()
+    options = {"beta": 2.0, "temperature": 2.0}
+    pair = kd.Distiller(
+        student, teacher, [kd.Match("dkd", losses.decoupled, "out.logits", labels="batch.labels", **options)]
+    )
+    teacher.eval()
+    with torch.no_grad():
+        expected = losses.decoupled(
+            student(batch["image"])["logits"], teacher(batch["image"])["logits"], labels=batch["labels"], **options
+        )
+    torch.testing.assert_close(pair(**batch)["dkd"], expected)
+    with pytest.raises(TapError, match="no item 'lables'"):
+        kd.Distiller(student, teacher, [kd.Match("dkd", losses.decoupled, "out.logits", labels="batch.lables")])(
+            **batch
+        )

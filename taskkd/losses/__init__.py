@@ -1,13 +1,17 @@
 """Distillation losses: pure functions `(student, teacher, *, options) -> scalar`.
 
-One convention: mean over every non-class dimension, `T^2` included, computed in fp32 (fp64 in, fp64 out).
+One convention: mean over every non-class dimension, `T^2` included, computed in fp32 (fp64 in, fp64 out). `targets`
+has what papers make of a teacher's logits first.
 """
 
-from taskkd.losses.channels import channel_wise
+from taskkd.losses import targets as targets
+from taskkd.losses.channels import channel_weighted, channel_wise, matching_guided
+from taskkd.losses.contrastive import info_nce, noise_contrastive, relation_contrastive, triplet
 from taskkd.losses.features import (
     activation_boundaries,
     attention_transfer,
     cosine,
+    euclidean,
     factor,
     mse,
     neuron_selectivity,
@@ -16,7 +20,7 @@ from taskkd.losses.features import (
     prediction_aware,
     variational_information,
 )
-from taskkd.losses.layers import flow_of_solution, patience, pyramid
+from taskkd.losses.layers import attention_based_features, flow_of_solution, patience, pyramid, singular_vectors
 from taskkd.losses.logits import decoupled, dist, kl_divergence, logit_mse, soft_cross_entropy
 from taskkd.losses.relations import (
     category_structure,
@@ -33,8 +37,10 @@ from taskkd.losses.relations import (
 
 __all__ = [
     "activation_boundaries",
+    "attention_based_features",
     "attention_transfer",
     "category_structure",
+    "channel_weighted",
     "channel_wise",
     "consecutive_correlation",
     "correlation_congruence",
@@ -42,23 +48,30 @@ __all__ = [
     "dark_rank",
     "decoupled",
     "dist",
+    "euclidean",
     "factor",
     "flow_of_solution",
+    "info_nce",
     "instance_relationship",
     "kernel_alignment",
     "kl_divergence",
     "logit_mse",
+    "matching_guided",
     "mse",
     "neuron_selectivity",
+    "noise_contrastive",
     "overhaul",
     "partial_mse",
     "patience",
     "prediction_aware",
     "probabilistic_transfer",
     "pyramid",
+    "relation_contrastive",
     "relational_angle",
     "relational_distance",
     "similarity_preserving",
+    "singular_vectors",
     "soft_cross_entropy",
+    "triplet",
     "variational_information",
 ]

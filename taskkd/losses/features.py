@@ -10,15 +10,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taskkd.errors import ShapeError
-from taskkd.losses.primitives import check_same_shape, full_precision, l2_normalise, masked_mean, to_smaller
+from taskkd.losses.primitives import (
+    check_mask,
+    check_same_shape,
+    full_precision,
+    l2_normalise,
+    masked_mean,
+    to_smaller,
+)
 
 __all__ = [
     "activation_boundaries",
     "attention_transfer",
     "cosine",
+    "euclidean",
     "factor",
     "mse",
     "neuron_selectivity",
+    "orthogonal_penalty",
     "overhaul",
     "overhaul_margin",
     "partial_mse",
@@ -83,11 +92,63 @@ def cosine(student: Tensor, teacher: Tensor, *, dim: int = -1, mask: Tensor | No
 
 
 @full_precision
+def euclidean(
+    student: Tensor, teacher: Tensor, *, over: Literal["sample", "batch"] = "sample", mask: Tensor | None = None
+) -> Tensor:
+    """`|s - t|_2` of each sample's features, mean over the batch.
+
+    Source: the feature term of Zhang L., Shi, Shi, Ma, Bao 2020, "Task-Oriented Feature Distillation" (weight 0.05).
+    Their code takes the norm of the whole batch as one vector, `over="batch"`, which grows with the root of the batch.
+
+    Args:
+        student, teacher: tensors of one shape, (batch, ...).
+        over: whose norm: each "sample"'s, or the "batch"'s.
+        mask: weights or booleans over (batch,); for "batch" it only matters whether a weight is 0.
+
+    Raises:
+        ShapeError: the shapes differ.
+        ValueError: `over` is neither.
+    """
+    check_same_shape(student, teacher, "euclidean")
+    if over not in ("sample", "batch"):
+        raise ValueError(f"`over` must be 'sample' or 'batch', got {over!r}.")
+    difference = student.flatten(1) - teacher.flatten(1)
+    if over == "sample":
+        return masked_mean(torch.linalg.vector_norm(difference, dim=1), mask)
+    if mask is not None:
+        check_mask(mask, difference.shape[:1])
+        difference = difference.masked_fill(~(mask > 0)[:, None], 0)
+    norm: Tensor = torch.linalg.vector_norm(difference)
+    return norm
+
+
+def orthogonal_penalty(weight: Tensor) -> Tensor:
+    """`|W W' - 1|_2 + |W' W - 1|_2` of a linear map, so that an adapter keeps what the features hold.
+
+    Source: Zhang L. et al. 2020, "Task-Oriented Feature Distillation" (weight 0.03), from the paper. Not 0 for a map
+    that is not square.
+
+    Args:
+        weight: (out, in).
+
+    Raises:
+        ShapeError: it is no matrix.
+    """
+    if weight.ndim != 2:
+        raise ShapeError(f"`orthogonal_penalty` needs the weight (out, in) of a linear map, got {tuple(weight.shape)}.")
+    norms: list[Tensor] = [
+        torch.linalg.matrix_norm(w @ w.T - torch.eye(len(w), dtype=w.dtype, device=w.device))
+        for w in (weight, weight.T)
+    ]
+    return norms[0] + norms[1]
+
+
+@full_precision
 def attention_transfer(
     student: Tensor,
     teacher: Tensor,
     *,
-    power: float = 2.0,
+    power: float | Tensor = 2.0,
     distance: Literal["squared", "absolute", "euclidean"] = "squared",
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -111,13 +172,14 @@ def attention_transfer(
         ValueError: `power` is below 1, or there is no such `distance`.
     """
     _check_maps(student, teacher, "attention_transfer")
-    if not power >= 1:
+    plain = not isinstance(power, Tensor)  # a schedule's tensor is not looked at: that would stop the device
+    if plain and not power >= 1:
         raise ValueError(f"`power` must be at least 1, got {power}.")
     if distance not in ("squared", "absolute", "euclidean"):
         raise ValueError(f"`distance` must be 'squared', 'absolute' or 'euclidean', got {distance!r}.")
     maps = []
     for x in to_smaller(student, teacher):
-        q = (x.square() if power == 2 else x.abs().pow(power)).mean(1)
+        q = (x.square() if plain and power == 2 else x.abs().pow(power)).mean(1)
         if mask is not None and mask.shape == q.shape:
             q = torch.where(mask > 0, q, torch.zeros_like(q))
         maps.append(l2_normalise(q.flatten(1)).view_as(q))

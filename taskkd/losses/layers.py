@@ -11,9 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taskkd.errors import ShapeError
-from taskkd.losses.primitives import check_same_shape, full_precision, l2_normalise, masked_mean, to_smaller
+from taskkd.losses.primitives import (
+    check_mask,
+    check_same_shape,
+    full_precision,
+    l2_normalise,
+    masked_mean,
+    to_smaller,
+)
 
-__all__ = ["flow_of_solution", "patience", "pyramid"]
+__all__ = ["attention_based_features", "flow_of_solution", "patience", "pyramid", "singular_vectors"]
 
 
 @full_precision
@@ -129,3 +136,137 @@ def pyramid(
             total = total + masked_mean(F.adaptive_avg_pool2d(s - t, size).square(), mask) / 2**k
         levels.append(total / (2 - 0.5 ** len(sizes)))  # the sum of the weights
     return torch.stack(levels).mean()
+
+
+@full_precision
+def attention_based_features(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    attention: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Attention-based feature distillation (AFD): every teacher map against all student maps, weighted by attention.
+
+    `sum_s a_ts mean_hw (Q_s - Q_t)^2` with `Q` the L2-normalised map `mean_c x^2`, the student's average-pooled to the
+    teacher's size before. Source: Ji, Heo, Park 2021, "Show, Attend and Distill"; the attention is learned,
+    `taskkd.attention.LayerAttention` (or the whole term `AttentionBasedFeatures`).
+
+    Scaling: mean over batch and teacher layers. The authors sum over the teacher's layers: `layers` times this (their
+    beta of 200 belongs to it).
+
+    Args:
+        student, teacher: one or more maps (batch, channels, H, W) each; as many as there are, of any size.
+        attention: weights (batch, teacher layers, student layers) or (teacher layers, student layers) that sum to 1
+            over the student's layers; None: all alike.
+        mask: weights or booleans over (batch,).
+
+    Raises:
+        ShapeError: no maps, batches differ, or the attention does not fit.
+    """
+    maps = [*student, *teacher]
+    if not len(student) or not len(teacher) or any(x.ndim != 4 or len(x) != len(maps[0]) for x in maps):
+        raise ShapeError(
+            "`attention_based_features` needs as many samples of the student as of the teacher in maps (batch, "
+            f"channels, height, width), got {[tuple(x.shape) for x in student]} and "
+            f"{[tuple(x.shape) for x in teacher]}."
+        )
+    shape = (len(teacher), len(student))
+    weight = maps[0].new_full(shape, 1 / len(student)) if attention is None else attention
+    if weight.shape[-2:] != shape or weight.shape[:-2] not in ((), maps[0].shape[:1]):
+        raise ShapeError(
+            f"attention of shape {tuple(weight.shape)} for {shape[0]} teacher and {shape[1]} student maps."
+        )
+    energies = [x.square().mean(1, keepdim=True) for x in student]
+    rows = []
+    for t in teacher:
+        q_t = l2_normalise(t.square().mean(1).flatten(1))
+        q_s = [l2_normalise(F.adaptive_avg_pool2d(e, (t.shape[2], t.shape[3])).flatten(1)) for e in energies]
+        rows.append(torch.stack([(q - q_t).square().mean(1) for q in q_s], 1))
+    distances = torch.stack(rows, 1)
+    if mask is not None:  # 0 times what a masked sample holds may be NaN, in the weights too
+        check_mask(mask, distances.shape[:1])
+        weight = weight.expand_as(distances).masked_fill(~(mask > 0)[:, None, None], 0)
+    return masked_mean((weight * distances).sum(2), mask)
+
+
+@full_precision
+def singular_vectors(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    count: int = 1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Knowledge distillation by SVD: how the first right singular vectors of consecutive maps relate.
+
+    A map is a matrix (positions, channels); its first `count` right singular vectors, weighted by the teacher's
+    normalised singular values, are related to those of the next map by `exp(-(a - b)^2 / 8)` of all pairs of channels,
+    and the squared differences of student and teacher are averaged. Source: Lee, Kim, Song 2018, "Self-supervised
+    Knowledge Distillation Using Singular Value Decomposition", as RepDistiller has it. Each teacher vector is compared
+    with the nearest, up to sign, of the student's first `count + 3`. The signs of the teacher's own vectors, on which
+    the value depends, are what the linear algebra library gives, there as here.
+
+    Scaling: mean over batch, pairs of channels, vectors, pairs of maps. RepDistiller sums: `channels^2 * count *
+    (maps - 1)` times this for each sample, where all maps have as many channels. The gradient between singular vectors
+    of equal singular values, infinite in the usual code, is left out.
+
+    Args:
+        student, teacher: two or more maps (batch, channels, H, W) each; map by map of one shape but for their size.
+        count: singular vectors, at least 1.
+        mask: weights or booleans over (batch,).
+
+    Raises:
+        ShapeError: fewer than two maps, or the numbers of maps, batches or channels differ.
+        ValueError: `count` is below 1.
+    """
+    if count < 1:
+        raise ValueError(f"`count` must be at least 1, got {count}.")
+    if len(student) != len(teacher) or len(student) < 2 or any(x.ndim != 4 for x in (*student, *teacher)):
+        raise ShapeError(
+            "`singular_vectors` needs two or more maps (batch, channels, height, width) of each, got "
+            f"{[tuple(x.shape) for x in student]} and {[tuple(x.shape) for x in teacher]}."
+        )
+    aligned = []
+    for s, t in zip(student, teacher, strict=True):
+        check_same_shape(s[..., 0, 0], t[..., 0, 0], "singular_vectors")
+        (v_s, _), (v_t, values) = _right_vectors(_kept(s, mask), count + 3), _right_vectors(_kept(t, mask), count)
+        cosines = v_s.mT @ v_t
+        nearest = cosines.abs().argmax(1, keepdim=True)
+        signs = cosines.gather(1, nearest).detach().sign()
+        v_s = v_s.gather(2, nearest.expand(-1, v_s.shape[1], -1)) * signs
+        aligned.append((v_s * values[:, None], v_t * values[:, None]))
+    relations = []
+    for (s1, t1), (s2, t2) in pairwise(aligned):
+        kernels = [torch.exp(-(b[:, :, None] - a[:, None]).square() / 8) for a, b in ((s1, s2), (t1, t2))]
+        relations.append(masked_mean((kernels[0] - kernels[1]).square(), mask))
+    return torch.stack(relations).mean()
+
+
+def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Maps of samples of weight 0 as zeros, whatever they hold."""
+    if mask is None:
+        return x
+    check_mask(mask, x.shape[:1])
+    return x.masked_fill(~(mask > 0)[:, None, None, None], 0)
+
+
+def _right_vectors(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first right singular vectors (batch, channels, count) of (positions, channels), and normalised values."""
+    matrix = x.flatten(2).mT
+    gram = matrix.mT @ matrix
+    with torch.no_grad():  # in double precision, so that the signs do not depend on the precision of the inputs
+        _, values, rows = (y.to(x.dtype) for y in torch.linalg.svd(matrix.double(), full_matrices=False))
+        vectors, squares = rows.mT, values.square()
+        gaps = squares[:, None] - squares[:, :, None]  # [j, i]: of vector i over vector j
+        apart = gaps.abs() > 1e-6 * squares[:, :1, None]
+        inverse = torch.where(apart, 1 / torch.where(apart, gaps, 1.0), 0.0)[..., :count]
+        first, squares = vectors[..., :count], squares[:, None, :count]
+        rest = torch.where(squares > 1e-6 * squares[..., :1], 1 / torch.where(squares > 0, squares, 1.0), 0.0)
+    # The derivative of vector i is that of sum_j v_j <v_j, gram v_i> / (square of its value - that of j), and what of
+    # gram v_i lies outside of all v_j (fewer positions than channels) over the square of its value.
+    moved = gram @ first
+    moved = moved - moved.detach()
+    inside = vectors.mT @ moved
+    moved = vectors @ (inverse * inside) + rest * (moved - vectors @ inside)
+    return first + moved, l2_normalise(values[:, :count])

@@ -19,6 +19,7 @@ from taskkd.losses.primitives import (
     safe_divide,
     softened_js,
     softened_kl,
+    spread,
 )
 
 __all__ = ["decoupled", "dist", "kl_divergence", "logit_mse", "soft_cross_entropy"]
@@ -50,6 +51,7 @@ def kl_divergence(
     *,
     temperature: float | Tensor = 1.0,
     direction: Direction = "forward",
+    target_floor: float = 0.0,
     dim: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -62,13 +64,17 @@ def kl_divergence(
 
     Scaling: for (batch, classes) equal to the usual `batchmean`. For (batch, classes, H, W) the common code divides by
     the batch alone and is `H * W` times larger; TAKD, DGKD and Patient KD divide by `batch * classes` and are
-    `classes` times smaller; several packages leave out `T^2`.
+    `classes` times smaller; several packages leave out `T^2`. ONE and OKDDip add 1e-7 to the target's probabilities:
+    `target_floor=1e-7`.
 
     Args:
         student: logits, (batch, classes), (batch, classes, H, W) or (batch, tokens, classes).
         teacher: logits of the same shape.
-        temperature: `T`, positive; a number or a tensor that broadcasts against the result.
+        temperature: `T`, positive: a number, or a tensor with the logits' shape without the class dimension or the
+            leading ones of it, such as one for each sample (`targets.dynamic_temperature`).
         direction: "forward", "reverse" or "jensen_shannon".
+        target_floor: added to each of the teacher's probabilities, "forward" only; the loss is then `classes *
+            target_floor * T^2` more than 0 for equal logits. At least 0.
         dim: the class dimension; may be left out for two dimensions only.
         mask: weights or booleans over the non-class dimensions or the leading ones of them.
 
@@ -77,7 +83,8 @@ def kl_divergence(
 
     Raises:
         ShapeError: shapes differ, or `dim` is missing for more than two dimensions.
-        ValueError: `temperature` is not positive, or the direction is none of the three.
+        ValueError: `temperature` is not positive, the direction is none of the three, or `target_floor` is negative or
+            not for the forward direction.
 
     Example:
         >>> import torch
@@ -90,15 +97,19 @@ def kl_divergence(
     dim = _class_dim(student, dim, "kl_divergence")
     if direction not in DIRECTIONS:
         raise ValueError(f"`direction` is one of {', '.join(DIRECTIONS)}, got {direction!r}.")
+    if not target_floor >= 0 or (target_floor and direction != "forward"):
+        raise ValueError(f"`target_floor` must be 0 or, for the forward direction, positive; got {target_floor}.")
     if direction == "jensen_shannon":
         return masked_mean(softened_js(student, teacher, temperature, dim), mask)
     if direction == "reverse":
         student, teacher = teacher, student
-    if mask is None and not isinstance(temperature, Tensor) and student.numel() > 0:  # the same in fewer kernels
+    if (
+        mask is None and not isinstance(temperature, Tensor) and student.numel() > 0 and not target_floor
+    ):  # the same in fewer kernels
         log_s, log_t = log_softmax(student, temperature, dim), log_softmax(teacher, temperature, dim)
         rows = student.numel() // student.shape[dim]
         return F.kl_div(log_s, log_t, reduction="sum", log_target=True) * (temperature**2 / rows)
-    return masked_mean(softened_kl(student, teacher, temperature, dim), mask)
+    return masked_mean(softened_kl(student, teacher, temperature, dim, target_floor), mask)
 
 
 @full_precision
@@ -121,7 +132,7 @@ def soft_cross_entropy(
     _check_temperature(temperature)
     dim = _class_dim(student, dim, "soft_cross_entropy")
     log_s, log_t = log_softmax(student, temperature, dim), log_softmax(teacher, temperature, dim)
-    return masked_mean(-(log_t.exp() * log_s).sum(dim) * temperature**2, mask)
+    return masked_mean(-(log_t.exp() * log_s).sum(dim) * spread(temperature, student, dim) ** 2, mask)
 
 
 @full_precision
@@ -194,7 +205,7 @@ def decoupled(
     if mask is not None:
         check_mask(mask, counts.shape)
         counts = counts * mask.reshape(mask.shape + (1,) * (counts.ndim - mask.ndim))
-    return masked_mean((alpha * tckd + beta * nckd) * temperature**2, counts)
+    return masked_mean((alpha * tckd + beta * nckd) * spread(temperature, student, dim) ** 2, counts)
 
 
 def _split(log_p: Tensor, target: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,16 +240,18 @@ def dist(
     Args:
         student, teacher: logits of one shape, as for `kl_divergence`.
         inter, intra: weights of the two parts.
-        temperature: `T`, positive.
+        temperature: `T`, positive, one for all samples.
         dim: the class dimension; may be left out for two dimensions only.
         mask: weights or booleans over the non-class dimensions or the leading ones of them.
 
     Raises:
         ShapeError: shapes differ, or `dim` is missing for more than two dimensions.
-        ValueError: `temperature` is not positive.
+        ValueError: `temperature` is not positive, or not one number.
     """
     check_same_shape(student, teacher, "dist")
     _check_temperature(temperature)
+    if isinstance(temperature, Tensor) and temperature.ndim > 0:
+        raise ValueError("`dist` relates samples to each other and takes one temperature for all of them.")
     dim = _class_dim(student, dim, "dist")
     p, q = (log_softmax(x, temperature, dim).exp().movedim(dim, -1) for x in (student, teacher))
     shape, classes = p.shape[:-1], p.shape[-1]

@@ -33,6 +33,7 @@ __all__ = [
     "safe_divide",
     "softened_js",
     "softened_kl",
+    "spread",
     "to_smaller",
 ]
 
@@ -138,18 +139,40 @@ def l2_normalise(x: Tensor, dim: int = -1, eps: float = 1e-12) -> Tensor:
 
 def log_softmax(logits: Tensor, temperature: float | Tensor, dim: int) -> Tensor:
     """`log softmax(logits / temperature)`; the division is left out at temperature 1."""
-    if not isinstance(temperature, Tensor) and temperature == 1:
+    if isinstance(temperature, Tensor) and temperature.ndim > 0:
+        temperature = torch.as_tensor(spread(temperature, logits, dim)).unsqueeze(dim)
+    elif not isinstance(temperature, Tensor) and temperature == 1:
         return F.log_softmax(logits, dim)
     return F.log_softmax(logits / temperature, dim)
 
 
-def softened_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor, dim: int) -> Tensor:
+def spread(temperature: float | Tensor, logits: Tensor, dim: int) -> float | Tensor:
+    """A temperature that broadcasts against `logits` without its dimension `dim`.
+
+    Raises:
+        ShapeError: a tensor that has neither that shape nor that of its leading dimensions.
+    """
+    if not isinstance(temperature, Tensor) or temperature.ndim == 0:
+        return temperature
+    shape = logits.select(dim, 0).shape
+    if temperature.shape != shape[: temperature.ndim]:
+        raise ShapeError(
+            f"a temperature of shape {tuple(temperature.shape)} does not fit logits of shape {tuple(logits.shape)}: "
+            f"expected a number, or {tuple(shape)} or its leading dimensions."
+        )
+    return temperature.reshape(temperature.shape + (1,) * (len(shape) - temperature.ndim)).to(logits.dtype)
+
+
+def softened_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor, dim: int, floor: float = 0.0) -> Tensor:
     """`T^2 * KL(softmax(teacher / T) || softmax(student / T))` along `dim`, the other dimensions kept.
 
-    Both sides stay in log space: a separate log of a softmax is -inf for confident teachers.
+    Both sides stay in log space: a separate log of a softmax is -inf for confident teachers. `floor` is added to the
+    teacher's probabilities, which then sum to more than 1.
     """
     log_s, log_t = log_softmax(student, temperature, dim), log_softmax(teacher, temperature, dim)
-    return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim) * temperature**2
+    if floor > 0:
+        log_t = torch.logaddexp(log_t, log_t.new_full((), math.log(floor)))
+    return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim) * spread(temperature, student, dim) ** 2
 
 
 def to_smaller(a: Tensor, b: Tensor, pool: Literal["avg", "max"] = "avg") -> tuple[Tensor, Tensor]:
@@ -165,7 +188,7 @@ def softened_js(student: Tensor, teacher: Tensor, temperature: float | Tensor, d
     log_s, log_t = log_softmax(student, temperature, dim), log_softmax(teacher, temperature, dim)
     log_m = torch.logaddexp(log_s, log_t) - math.log(2)
     both = log_s.exp() * (log_s - log_m) + log_t.exp() * (log_t - log_m)
-    return both.sum(dim) * temperature**2 / 2
+    return both.sum(dim) * spread(temperature, student, dim) ** 2 / 2
 
 
 def pearson(x: Tensor, y: Tensor, dim: int, weight: Tensor | None = None, eps: float = 1e-8) -> Tensor:
@@ -209,12 +232,12 @@ def pairs(weight: Tensor) -> Tensor:
     return weight[:, None] * weight
 
 
-def pairwise_distance(x: Tensor) -> Tensor:
-    """Euclidean distances (batch, batch), exact for near-duplicates, with gradient 0 where the distance is 0.
+def pairwise_distance(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """Euclidean distances of all rows of `x` to all of `y` (itself if left out), with gradient 0 where they are 0.
 
-    The usual `|a|^2 + |b|^2 - 2ab` loses near-duplicates in fp32 to cancellation.
+    Exact for near-duplicates, which the usual `|a|^2 + |b|^2 - 2ab` loses in fp32 to cancellation.
     """
-    return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.cdist(x, x if y is None else y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def cosines(x: Tensor) -> Tensor:

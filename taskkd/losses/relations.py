@@ -131,7 +131,7 @@ def relational_angle(student: Tensor, teacher: Tensor, *, mask: Tensor | None = 
 
 @full_precision
 def correlation_congruence(
-    student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int = 2, mask: Tensor | None = None
+    student: Tensor, teacher: Tensor, *, gamma: float | Tensor = 0.4, order: int = 2, mask: Tensor | None = None
 ) -> Tensor:
     """Correlation congruence: mean squared difference of Gaussian kernels of unit vectors, as Taylor series.
 
@@ -153,7 +153,8 @@ def correlation_congruence(
     """
     s, t, weight = as_samples(student, teacher, mask, "correlation_congruence")
     cos_s, cos_t = cosines(s), cosines(t)
-    factors = [math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) for p in range(1, order + 1)]
+    scale = (-2 * gamma).exp() if isinstance(gamma, Tensor) else math.exp(-2 * gamma)
+    factors = [scale * (2 * gamma) ** p / math.factorial(p) for p in range(1, order + 1)]
     difference = sum((f * (cos_s**p - cos_t**p) for p, f in enumerate(factors, 1)), start=torch.zeros_like(cos_s))
     return masked_mean(difference.square(), pairs(weight))  # order 0 is the same on both sides
 

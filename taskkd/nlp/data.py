@@ -208,6 +208,24 @@ def same_text(text: str) -> str:
 # ---- splitting and labels
 
 
+def shared_texts(splits: Splits) -> list[str]:
+    """A sentence for each held-out part that has texts which are also trained on."""
+
+    def keys(rows: Sequence[Row]) -> set[tuple[str, str]]:
+        return {(same_text(r.text), same_text(r.pair or "")) for r in rows}
+
+    trained = keys(splits.train) | keys(splits.unlabelled)
+    lines = []
+    for part in ("validation", "test"):
+        both = len(keys(getattr(splits, part)) & trained)
+        if both:
+            total = len(getattr(splits, part))
+            lines.append(
+                f"{both} of the {total} {part} texts are in the training data too; the figures may be too good."
+            )
+    return lines
+
+
 def holdout(rows: list[Row], sizes: Sequence[int], seed: int) -> list[list[Row]]:
     """Shuffle from `seed` and cut into parts of these sizes; the rest is the last part.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ __all__ = ["GivenTask"]
 
 
 class GivenTask(NlpTask):
-    """The NLP task with a given student and teacher, and data as paths, lists of dicts, or HF `Dataset`s.
+    """The NLP task with a given student and teacher; data as paths, lists of dicts, data frames, or HF `Dataset`s.
 
     A `Dataset` with `input_ids` is used as it is (`labels` or the label column, `id` added if missing); other sources
     have a text and a label column and are tokenized. Every training starts from a copy of the given student.
@@ -114,13 +115,17 @@ class GivenTask(NlpTask):
     def _rows(self, source: Any, column: str | Sequence[str], label: str | None) -> list[text.Row]:
         if isinstance(source, str | Path):
             return text.read_rows(source, column, label)
+        if isinstance(source, Mapping):
+            raise DataError(f"data are one table, not a mapping of {', '.join(map(repr, source))}; give one of them.")
+        if hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas, polars
+            source = source.to_dict("records") if hasattr(source, "iloc") else source.to_dicts()
         rows = []
         for number, row in enumerate(source):
             if not isinstance(row, Mapping):
                 raise DataError(f"sample {number}: expected a dict with text and label, got {type(row).__name__}.")
             value = dict(row)
             # Class numbers in memory mean the model's labels by position.
-            if label is not None and self._names is not None and isinstance(value.get(label), int):
+            if label is not None and self._names is not None and isinstance(value.get(label), Integral):
                 if not 0 <= value[label] < len(self._names):
                     raise DataError(f"sample {number}: label {value[label]} is not in 0 .. {len(self._names) - 1}.")
                 value[label] = self._names[value[label]]

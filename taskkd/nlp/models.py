@@ -109,7 +109,8 @@ def load_model(
         classifier = any("Classification" in a for a in trained.get("architectures") or [])
         known = len(trained.get("id2label") or {}) or 2
         if classifier and known != options["num_labels"]:
-            raise DataError(f"model {source!r} has {known} labels, the data {options['num_labels']}: {list(labels)}.")
+            wanted = f"has {len(labels)}: {', '.join(labels)}" if labels else "is regression (one number)"
+            raise DataError(f"model {source!r} is a classifier of {known} labels, the data {wanted}.")
     with torch.random.fork_rng([]), _quiet():
         torch.manual_seed(seed)
         model: nn.Module = _from_pretrained(AutoModelForSequenceClassification, folder, dtype=torch.float32, **options)

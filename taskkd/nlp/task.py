@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +177,9 @@ def task_loss(output: Any, batch: Mapping[str, Any]) -> Tensor:
     return loss
 
 
+logger = logging.getLogger(__name__)
+
+
 class NlpTask:
     """The glue between recipes and this package."""
 
@@ -192,6 +196,8 @@ class NlpTask:
         """
         config = recipe.data
         splits = _splits(config)
+        for line in text.shared_texts(splits):
+            logger.warning(line)
         names: list[str] | None = None
         if config.type == "classification":
             names = config.labels or text.label_names(splits.train)
@@ -259,8 +265,8 @@ class NlpTask:
 
     def predict(
         self, recipe: NlpRecipe, student: Any, tokenizer: Any, inputs: Sequence[str]
-    ) -> Iterator[tuple[str, float, str]]:
-        """(label, probability, text) of each text, or (value, value, text) for regression; pairs are tab-separated."""
+    ) -> Iterator[tuple[str, float | None, str]]:
+        """(label, probability, text) of each text, or (value, None, text) for regression; pairs are tab-separated."""
         for start in range(0, len(inputs), 32):
             chunk = list(inputs[start : start + 32])
             first, second = chunk, None
@@ -273,7 +279,7 @@ class NlpTask:
                 logits = student(**batch).logits.float()
             if models.is_regression(student):
                 for content, value in zip(chunk, logits.reshape(-1).tolist(), strict=True):
-                    yield f"{value:.4f}", value, content
+                    yield f"{value:.4f}", None, content
             else:
                 for content, row in zip(chunk, logits.softmax(-1), strict=True):
                     best = int(row.argmax())

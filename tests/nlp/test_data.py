@@ -124,3 +124,13 @@ def test_a_hub_data_set_from_a_local_folder(tmp_path: Path) -> None:
     assert [(r.text, r.label) for r in found] == tiny.sentences(9)
     with pytest.raises(DataError, match="cannot be loaded"):
         data.hub_rows(str(tmp_path / "nothing"), None, "train", "text", "label")
+
+
+def test_texts_on_both_sides_are_told() -> None:
+    train, test = rows(5), rows(3)
+    lines = data.shared_texts(data.Splits(train=train, validation=[data.Row("new", None, "a", "")], test=test))
+    assert lines == ["3 of the 3 test texts are in the training data too; the figures may be too good."]
+    assert (
+        data.shared_texts(data.Splits(train=[data.Row("one", "two", "a", "")], test=[data.Row("one", "x", "a", "")]))
+        == []
+    )

@@ -110,7 +110,7 @@ def test_loading_from_a_folder(tmp_path: Path) -> None:
     folder = str(tiny.save_teacher(tmp_path / "teacher"))
     model = models.load_model(folder, ["negative", "positive"])
     assert torch.equal(model.eval()(**BATCH).logits, tiny.teacher()(**BATCH).logits)
-    with pytest.raises(DataError, match="has 2 labels, the data 3"):
+    with pytest.raises(DataError, match="a classifier of 2 labels, the data has 3: a, b, c"):
         models.load_model(folder, ["a", "b", "c"])
     with pytest.raises(DataError, match="cannot be loaded"):
         models.load_model(str(tmp_path / "nothing"), ["a", "b"])

@@ -9,12 +9,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from taskkd import losses
+from taskkd.adapters import ABF, ChannelAssign, Conv1x1, ConvReg, Variational
+from taskkd.attention import ChannelAttention, LayerAttention
+from taskkd.contrastive import ContrastiveRelation, ContrastiveRepresentation
+from taskkd.losses import targets
+from taskkd.losses.channels import reduce_channels
 from taskkd.losses.features import overhaul_margin
+from taskkd.mixup import mixing_shares
 from taskkd.schedules import Progress, warmup
+from taskkd.terms import Run
 
 Arrays = Mapping[str, Tensor]
 Params = Mapping[str, Any]
@@ -71,8 +78,36 @@ def flow_of_solution(arrays: Arrays, params: Params) -> dict[str, Tensor]:
     return {"loss": value * (len(students) - 1) * columns}  # they sum over pairs, and over columns if not squared
 
 
+def loaded(module: nn.Module, arrays: Arrays, names: Mapping[str, str]) -> nn.Module:
+    """`module` in float64 with their weights; `names` are their prefixes by ours."""
+    state = {}
+    for ours, theirs in names.items():
+        found = {n.removeprefix(f"w_{theirs}."): v for n, v in arrays.items() if n.startswith(f"w_{theirs}.")}
+        state |= {f"{ours}.{name}": value for name, value in found.items()}
+    module.double().load_state_dict(state)
+    return module
+
+
 def hint(arrays: Arrays, params: Params) -> dict[str, Tensor]:
-    return {"loss": losses.mse(arrays["in_student"], arrays["in_teacher"])}
+    s, t = arrays["in_student"], arrays["in_teacher"]
+    if "w_conv.weight" not in arrays:
+        return {"loss": losses.mse(s, t)}
+    regressor = loaded(ConvReg(s.shape[1:], t.shape[1:]), arrays, {"map": "conv", "norm": "bn"})
+    mapped = regressor(s, t)
+    return {"loss": losses.mse(mapped, t), "reg": mapped}
+
+
+def review(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    students, teachers = levels(arrays, "s"), levels(arrays, "t")
+    fusion = ABF(params["in_channels"], params["out_channels"], mid=params["mid_channel"])
+    names, deepest = {}, len(students) - 1  # they count from the deepest
+    for level in range(len(students)):
+        parts = {"reduce": "conv1", "expand": "conv2"}
+        names |= {f"{ours}.{level}": f"abf{deepest - level}.{theirs}" for ours, theirs in parts.items()}
+        if level < deepest:
+            names[f"attention.{level}"] = f"abf{deepest - level}.att_conv.0"
+    mapped = loaded(fusion, arrays, names)(students, teachers)
+    return {"loss": losses.pyramid(mapped, teachers) * len(students)}  # they sum over levels
 
 
 def overhaul(arrays: Arrays, params: Params) -> dict[str, Tensor]:
@@ -92,11 +127,13 @@ def neuron_selectivity(arrays: Arrays, params: Params) -> dict[str, Tensor]:
 
 
 def variational_information(arrays: Arrays, params: Params) -> dict[str, Tensor]:
-    mean = arrays["in_student"]  # through their network of 1x1 convolutions
-    for i in (0, 2, 4):
-        mean = F.conv2d(mean.relu() if i else mean, arrays[f"w_regressor.{i}.weight"])
-    pair = (mean, arrays["w_log_scale"])
-    return {"loss": losses.variational_information(pair, arrays["in_teacher"], eps=params["eps"])}
+    s, t = arrays["in_student"], arrays["in_teacher"]
+    mid = arrays["w_regressor.0.weight"].shape[0]
+    adapter = Variational(s.shape[1], t.shape[1], mid=mid, variance=params["init_pred_var"], eps=params["eps"]).double()
+    # `functional_call`, so that the gradients arrive at their weights
+    weights = {f"mean.{i}.weight": arrays[f"w_regressor.{i}.weight"] for i in (0, 2, 4)}
+    pair = torch.func.functional_call(adapter, {**weights, "scale": arrays["w_log_scale"]}, (s, t))
+    return {"loss": losses.variational_information(pair, t, eps=params["eps"])}
 
 
 def prediction_aware(arrays: Arrays, params: Params) -> dict[str, Tensor]:
@@ -230,12 +267,141 @@ def fr_kd(arrays: Arrays, params: Params) -> dict[str, Tensor]:
     return {"loss": losses.kl_divergence(*pair(arrays), temperature=params["t"])}
 
 
+def peers(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    s, t = arrays["in_student"], arrays["in_teacher"]
+    if "in_labels" in arrays:  # their plain KD: T instead of T^2, and the hard loss at temperature T too
+        soft = losses.kl_divergence(s, t, temperature=params["T"]) / params["T"]
+        hard = F.cross_entropy(s / params["T"], arrays["in_labels"])
+        return {"loss": params["alpha"] * soft + (1 - params["alpha"]) * hard}
+    return {"loss": losses.kl_divergence(s, t, temperature=params["T"], target_floor=1e-7)}
+
+
+def bake(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    logits, options = arrays["in_logits"], {"temperature": params["T"]}
+    ensemble = targets.batch_ensemble(logits, arrays["in_feats"], omega=params["omega"], **options)
+    loss = params["lamda"] * losses.kl_divergence(logits, ensemble, **options)
+    return {"loss": loss, "targets": torch.softmax(ensemble / params["T"], 1)}
+
+
+def task_oriented(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    s, t = arrays["in_student"], arrays["in_teacher"]
+    # The authors leave out T^2 (docstring of soft_cross_entropy).
+    return {"loss": losses.soft_cross_entropy(s, t, temperature=params["T"]) / params["T"] ** 2}
+
+
+def singular_vectors(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    students, teachers = levels(arrays, "s"), levels(arrays, "t")
+    value = losses.singular_vectors(students, teachers, count=params["k"])
+    # They sum (docstring of singular_vectors).
+    return {"loss": value * students[0].shape[1] ** 2 * params["k"] * (len(students) - 1)}
+
+
+def weighted_features(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    student, teacher = arrays["in_s0"], arrays["in_t0"]
+    adapter = Conv1x1(student.shape[1], teacher.shape[1])
+    state = {f"map.{name}": arrays[f"w_0.{name}"] for name in ("weight", "bias")}
+    mapped = torch.func.functional_call(adapter, state, (student,))
+    return {"loss": params["beta"] * losses.channel_weighted(mapped, teacher)}
+
+
+def matching_guided(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    s, t, flow, margin = arrays["in_student"], arrays["in_teacher"], arrays["in_flow"], arrays["in_margin"]
+    value = losses.matching_guided(s, t, assignment=flow, margin=margin) * s.numel()  # they sum
+    reduced = ChannelAssign(flow, s.shape[1])(t)
+    torch.testing.assert_close(reduced, reduce_channels(t, s.shape[1], flow))
+    mean = ChannelAssign(flow, s.shape[1], reduce="mean")(margin)
+    return {"loss": value, "teacher_reduced": reduced, "margin_reduced": mean}
+
+
+def noise_contrast(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    likelihoods = arrays["in_x"][..., 0]
+    one = torch.ones_like(likelihoods[:, :1])  # ours takes embeddings: of one dimension, so that they are the scores
+    options = {"samples": params["n_data"], "temperature": 1.0}
+    return {"loss": losses.noise_contrastive(one, likelihoods.log()[..., None], **options)}
+
+
+def contrastive_term(term: Any, arrays: Arrays, samples: int) -> Any:
+    """The term with the case's weights: embeddings and memories."""
+    first = {n.rstrip("0"): v for n, v in arrays.items()}
+    run = Run({"id": first["in_idx"]}, None, {"out": first["in_student"]}, {"out": first["in_teacher"]})
+    term.build(run)
+    for which, side, memory in zip((0, 1), "st", ("w_memory_v1_0", "w_memory_v2_0"), strict=True):
+        state = {"map.weight": arrays[f"w_embed_{side}.weight"], "map.bias": arrays[f"w_embed_{side}.bias"]}
+        term.embeddings[which].load_state_dict(state)
+        term.banks[which].load_state_dict({"rows": arrays[memory].detach()})
+    return term
+
+
+def crd(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    steps = sum(name.startswith("in_idx") for name in arrays)
+    drawn = iter(arrays[f"in_contrast_idx{i}"][:, 1:] for i in range(steps))
+    options = {"temperature": params["nce_t"], "momentum": params["nce_m"], "features": params["feat_dim"]}
+    term = ContrastiveRepresentation("crd", "out", samples=params["n_data"], draw=lambda ids: next(drawn), **options)
+    term = contrastive_term(term, arrays, params["n_data"])
+    values = []
+    for i in range(steps):
+        student, teacher = {"out": arrays[f"in_student{i}"]}, {"out": arrays[f"in_teacher{i}"]}
+        values.append(term(Run({"id": arrays[f"in_idx{i}"]}, None, student, teacher)))
+    memories = {"memory_v1": term.banks[0].rows, "memory_v2": term.banks[1].rows}
+    return {"loss": torch.stack(values), "Z": term.log_z.exp(), **memories}
+
+
+def crcd(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    memory = arrays["w_memory_v1_0"]
+    options = {"temperature": params["T"], "features": memory.shape[1], "negatives": params["K"]}
+    draw = lambda ids: arrays["in_contrast_idx"][:, 1:]  # noqa: E731
+    term = ContrastiveRelation("crcd", "out", samples=len(memory), draw=draw, **options)
+    term = contrastive_term(term, arrays, len(memory))
+    run = Run({"id": arrays["in_idx"]}, None, {"out": arrays["in_student"]}, {"out": arrays["in_teacher"]})
+    return {"loss": term(run), "memory_v1": term.banks[0].rows, "memory_v2": term.banks[1].rows}
+
+
+def attention_based_features(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    students, teachers = levels(arrays, "s"), levels(arrays, "t")
+    channels = [[x.shape[1] for x in maps] for maps in (students, teachers)]
+    attention = LayerAttention(*channels, features=params["qk_dim"]).double().train(params["bn"] != "eval")
+    names = {
+        "p_s": "student_positions", "p_t": "teacher_positions", "linear_trans_s.key_layer": "keys",
+        "linear_trans_s.bilinear": "bilinear", "linear_trans_t.query_layer": "queries", ".bn.": ".norm.",
+    }  # fmt: skip
+    state = {}
+    for name, value in arrays.items():
+        if name.startswith("w_attention."):
+            ours = name.removeprefix("w_attention.")
+            for theirs, own in names.items():
+                ours = ours.replace(theirs, own)
+            state[ours] = value
+    weights = torch.func.functional_call(attention, state, (students, teachers))
+    # They sum over the teacher's layers.
+    return {"loss": losses.attention_based_features(students, teachers, attention=weights) * len(teachers)}
+
+
+def channel_attention(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    s, t = arrays["in_student"], arrays["in_teacher"]
+    attention = ChannelAttention(t.shape[1], reduction=params["att_f"])
+    state = {}
+    for i in (0, 2):
+        state[f"gate.{i}.weight"] = arrays[f"w_attention.{i}.weight"].flatten(1)  # a 1x1 convolution of means
+        state[f"gate.{i}.bias"] = arrays[f"w_attention.{i}.bias"]
+    weights = torch.func.functional_call(attention, state, (t,))
+    return {"loss": losses.channel_weighted(s, t, channels=weights, normalise=True)}
+
+
+def uncertainty_mixup(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    return {"loss": mixing_shares(params["batch_size"], turning=params["b"], steepness=params["w"])}
+
+
 ADAPTERS: dict[str, Callable[[Arrays, Params], Mapping[str, Tensor]]] = {
     "core/ab": activation_boundaries,
+    "core/afd": attention_based_features,
+    "core/afds": channel_attention,
     "core/at": attention_transfer,
+    "core/bake": bake,
     "core/byot": own_teacher,
     "core/cat_ka": cat_ka,
     "core/cc": cc,
+    "core/crcd": crcd,
+    "core/crd": crd,
     "core/cskd": cskd,
     "core/darkrank": darkrank,
     "core/dist": dist,
@@ -246,16 +412,25 @@ ADAPTERS: dict[str, Callable[[Arrays, Params], Mapping[str, Tensor]]] = {
     "core/ft": factor_transfer,
     "core/irg": irg,
     "core/kd": kd,
+    "core/kdsvd": singular_vectors,
+    "core/l2tww": weighted_features,
+    "core/mgd_match": matching_guided,
+    "core/nce": noise_contrast,
     "core/nst": neuron_selectivity,
     "core/ofd": overhaul,
+    "core/okddip": peers,
+    "core/one": peers,
     "core/pad": prediction_aware,
     "core/pkt": pkt,
+    "core/reviewkd": review,
     "core/reviewkd_hcl": pyramid,
     "core/rkd": rkd,
     "core/rkd_a": rkd_angle,
     "core/rkd_d": rkd_distance,
     "core/schedule": schedule,
     "core/sp": sp,
+    "core/tofd": task_oriented,
+    "core/unixkd": uncertainty_mixup,
     "core/vid": variational_information,
     "face/fr_cc": fr_cc,
     "face/fr_cosine": fr_cosine,

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Interval
 from torch import nn
 
-from taskkd import losses
-from taskkd.errors import RecipeError
+from taskkd import layer_maps, losses
+from taskkd.errors import RecipeError, TaskkdError
 from taskkd.nlp.models import check_same_labels, is_regression, layer_taps, number_of_labels
 from taskkd.stages import Method, Stage
 from taskkd.terms import Match, Term
@@ -29,17 +29,11 @@ def patient_layers(student: int, teacher: int, strategy: Literal["skip", "last"]
         raise RecipeError(
             f"patient_kd needs a student of two layers or more, got {student}: its last layer is not matched."
         )
-    if student > teacher:
-        raise RecipeError(f"patient_kd: the student has {student} layers, the teacher only {teacher}.")
-    if strategy == "last":
-        return list(range(teacher - student, teacher - 1))
-    if teacher % student:
-        raise RecipeError(
-            f"patient_kd: {teacher} teacher layers are no multiple of {student} student layers; "
-            "give teacher_layers, or layers='last'."
-        )
-    step = teacher // student
-    return [step * (i + 1) - 1 for i in range(student - 1)]
+    try:
+        pairs = layer_maps.last(student, teacher) if strategy == "last" else layer_maps.skip(student, teacher)
+    except TaskkdError as error:
+        raise RecipeError(f"patient_kd: {error} Or give teacher_layers.") from None
+    return [j for _, j in pairs[:-1]]
 
 
 def patient_kd(
