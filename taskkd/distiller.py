@@ -96,9 +96,9 @@ class Distiller(nn.Module):
         self._accepted = accepted_arguments(student.forward)
         self._automatic: dict[str, float] = {}
         self._pending: list[tuple[Mapping[str, Tensor], Any]] = []
+        student_taps = dict.fromkeys(t for term in self._term_list for t in term.student_taps)
         #: losses of the last auxiliary step, for the next look
         self._auxiliary_losses: dict[str, Tensor] = {}
-        student_taps = dict.fromkeys(t for term in self._term_list for t in term.student_taps)
         teacher_taps = dict.fromkeys(t for term in self._term_list for t in term.teacher_taps)
         if teacher_taps and teacher is None:
             raise TaskkdError("there are terms that compare with a teacher, but `teacher` is None.")

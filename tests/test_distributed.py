@@ -87,6 +87,15 @@ def test_loops_without_the_trainer(ranks, alone, name):
     assert distance(first, one) <= 1e-6
 
 
+def test_memories_take_in_the_samples_of_all_ranks(ranks, alone):
+    one, first, second = alone("memories")["states"], load(ranks, "memories", 0), load(ranks, "memories", 1)
+    assert len(one[0]) == 3  # two memories and the constant
+    for mine, theirs, single in zip(first["states"], second["states"], one, strict=True):
+        assert distance(mine, theirs) == 0.0
+        assert distance(mine, single) <= 1e-5
+    assert distance(one[0], one[1]) > 1e-3
+
+
 def test_a_discriminator_is_the_same_on_both_ranks_and_trains_as_in_one_process(ranks, alone):
     one, first, second = alone("adversarial"), load(ranks, "adversarial", 0), load(ranks, "adversarial", 1)
     assert len(one["steps"]) == len(first["steps"]) == 4
@@ -105,15 +114,6 @@ def test_a_discriminator_that_differs_on_two_ranks_becomes_that_of_the_first(ran
     for here, there in zip(first["steps"], second["steps"], strict=True):
         assert distance(here, there) == 0.0
     assert distance(first["weights"], second["weights"]) == 0.0
-
-
-def test_memories_take_in_the_samples_of_all_ranks(ranks, alone):
-    one, first, second = alone("memories")["states"], load(ranks, "memories", 0), load(ranks, "memories", 1)
-    assert len(one[0]) == 3  # two memories and the constant
-    for mine, theirs, single in zip(first["states"], second["states"], one, strict=True):
-        assert distance(mine, theirs) == 0.0
-        assert distance(mine, single) <= 1e-5
-    assert distance(one[0], one[1]) > 1e-3
 
 
 @pytest.mark.slow

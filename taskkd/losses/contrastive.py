@@ -14,6 +14,7 @@ from taskkd.losses.primitives import (
     as_samples,
     check_mask,
     check_same_shape,
+    check_temperature,
     full_precision,
     l2_normalise,
     masked_mean,
@@ -37,7 +38,12 @@ Candidates: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 
 @full_precision
 def info_nce(
-    student: Tensor, teacher: Tensor, *, temperature: float = 0.07, symmetric: bool = False, mask: Tensor | None = None
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float | Tensor = 0.07,
+    symmetric: bool = False,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """InfoNCE within the batch: `-log softmax(cos(student_i, teacher_j) / T)` at `j = i`, mean over samples.
 
@@ -57,7 +63,7 @@ def info_nce(
         ValueError: `temperature` is not positive.
     """
     check_same_shape(student, teacher, "info_nce")
-    _check_temperature(temperature)
+    check_temperature(temperature)
     s, t, weight = as_samples(student, teacher, mask, "info_nce")
     scores = l2_normalise(s) @ l2_normalise(t).T / temperature
     out = ~(weight > 0)
@@ -73,7 +79,7 @@ def triplet(
     student: Tensor,
     teacher: Tensor,
     *,
-    margin: float = 1.0,
+    margin: float | Tensor = 1.0,
     labels: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -94,7 +100,7 @@ def triplet(
         ValueError: `margin` is negative.
     """
     check_same_shape(student, teacher, "triplet")
-    if not margin >= 0:
+    if not isinstance(margin, Tensor) and not margin >= 0:
         raise ValueError(f"`margin` must not be negative, got {margin}.")
     s, t, weight = as_samples(student, teacher, mask, "triplet")
     different = ~torch.eye(len(s), dtype=torch.bool, device=s.device)
@@ -113,7 +119,7 @@ def noise_contrastive(
     teacher: Candidates,
     *,
     samples: int,
-    temperature: float = 0.07,
+    temperature: float | Tensor = 0.07,
     log_z: float | Tensor = 0.0,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -150,7 +156,7 @@ def relation_contrastive(
     *,
     anchors: Tensor,
     samples: int,
-    temperature: float = 0.05,
+    temperature: float | Tensor = 0.05,
     log_z: float | Tensor = 0.0,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -179,10 +185,10 @@ def relation_contrastive(
 
 @full_precision
 def similarities(
-    student: Tensor, teacher: Candidates, *, temperature: float = 0.07, mask: Tensor | None = None
+    student: Tensor, teacher: Candidates, *, temperature: float | Tensor = 0.07, mask: Tensor | None = None
 ) -> Tensor:
     """`<student, candidate> / T`, (batch, 1 + K); arguments as for `noise_contrastive`."""
-    _check_temperature(temperature)
+    check_temperature(temperature)
     student, teacher = _kept(student, teacher, mask, "noise_contrastive")
     if isinstance(teacher, tuple):
         bank, rows = teacher
@@ -196,10 +202,15 @@ def similarities(
 
 @full_precision
 def relation_similarities(
-    student: Tensor, teacher: Candidates, *, anchors: Tensor, temperature: float = 0.05, mask: Tensor | None = None
+    student: Tensor,
+    teacher: Candidates,
+    *,
+    anchors: Tensor,
+    temperature: float | Tensor = 0.05,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """`<relation of the student, relation of a candidate> / T`, (batch, anchors, 1 + K); see `relation_contrastive`."""
-    _check_temperature(temperature)
+    check_temperature(temperature)
     student, teacher = _kept(student, teacher, mask, "relation_contrastive")
     candidates = teacher[0][teacher[1]] if isinstance(teacher, tuple) else teacher
     if anchors.ndim != 2 or anchors.shape[1] != student.shape[1]:
@@ -236,11 +247,6 @@ def noise_contrast(scores: Tensor, log_z: float | Tensor, samples: int) -> Tenso
     log_all = torch.logaddexp(log_p, log_p.new_full((), math.log(noise + 1e-7)))  # their eps
     positive = log_all[..., 0] - log_p[..., 0]
     return positive + (log_all[..., 1:] - math.log(noise)).sum(-1)
-
-
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"`temperature` must be positive, got {temperature}.")
 
 
 def _kept(student: Tensor, teacher: Candidates, mask: Tensor | None, loss: str) -> tuple[Tensor, Candidates]:

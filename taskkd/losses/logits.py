@@ -12,6 +12,7 @@ from taskkd.errors import ShapeError
 from taskkd.losses.primitives import (
     check_mask,
     check_same_shape,
+    check_temperature,
     full_precision,
     log_softmax,
     masked_mean,
@@ -39,11 +40,6 @@ def _class_dim(student: Tensor, dim: int | None, loss: str) -> int:
     )
 
 
-def _check_temperature(temperature: float | Tensor) -> None:
-    if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise ValueError(f"`temperature` must be positive, got {temperature}.")
-
-
 @full_precision
 def kl_divergence(
     student: Tensor,
@@ -51,7 +47,7 @@ def kl_divergence(
     *,
     temperature: float | Tensor = 1.0,
     direction: Direction = "forward",
-    target_floor: float = 0.0,
+    target_floor: float | None = None,
     dim: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -74,7 +70,7 @@ def kl_divergence(
             leading ones of it, such as one for each sample (`targets.dynamic_temperature`).
         direction: "forward", "reverse" or "jensen_shannon".
         target_floor: added to each of the teacher's probabilities, "forward" only; the loss is then `classes *
-            target_floor * T^2` more than 0 for equal logits. At least 0.
+            target_floor * T^2` more than 0 for equal logits. Positive, or None.
         dim: the class dimension; may be left out for two dimensions only.
         mask: weights or booleans over the non-class dimensions or the leading ones of them.
 
@@ -83,8 +79,8 @@ def kl_divergence(
 
     Raises:
         ShapeError: shapes differ, or `dim` is missing for more than two dimensions.
-        ValueError: `temperature` is not positive, the direction is none of the three, or `target_floor` is negative or
-            not for the forward direction.
+        ValueError: `temperature` or `target_floor` is not positive, the direction is none of the three, or not forward
+            with a `target_floor`.
 
     Example:
         >>> import torch
@@ -93,19 +89,18 @@ def kl_divergence(
         1.8485
     """
     check_same_shape(student, teacher, "kl_divergence")
-    _check_temperature(temperature)
+    check_temperature(temperature)
     dim = _class_dim(student, dim, "kl_divergence")
     if direction not in DIRECTIONS:
         raise ValueError(f"`direction` is one of {', '.join(DIRECTIONS)}, got {direction!r}.")
-    if not target_floor >= 0 or (target_floor and direction != "forward"):
-        raise ValueError(f"`target_floor` must be 0 or, for the forward direction, positive; got {target_floor}.")
+    if target_floor is not None and (not target_floor > 0 or direction != "forward"):
+        raise ValueError(f"`target_floor` is positive, and of the forward direction only; got {target_floor}.")
     if direction == "jensen_shannon":
         return masked_mean(softened_js(student, teacher, temperature, dim), mask)
     if direction == "reverse":
         student, teacher = teacher, student
-    if (
-        mask is None and not isinstance(temperature, Tensor) and student.numel() > 0 and not target_floor
-    ):  # the same in fewer kernels
+    number = not isinstance(temperature, Tensor)
+    if mask is None and number and target_floor is None and student.numel() > 0:  # the same in fewer kernels
         log_s, log_t = log_softmax(student, temperature, dim), log_softmax(teacher, temperature, dim)
         rows = student.numel() // student.shape[dim]
         return F.kl_div(log_s, log_t, reduction="sum", log_target=True) * (temperature**2 / rows)
@@ -129,7 +124,7 @@ def soft_cross_entropy(
     Args, returns, raises: as `kl_divergence`.
     """
     check_same_shape(student, teacher, "soft_cross_entropy")
-    _check_temperature(temperature)
+    check_temperature(temperature)
     dim = _class_dim(student, dim, "soft_cross_entropy")
     log_s, log_t = log_softmax(student, temperature, dim), log_softmax(teacher, temperature, dim)
     return masked_mean(-(log_t.exp() * log_s).sum(dim) * spread(temperature, student, dim) ** 2, mask)
@@ -191,7 +186,7 @@ def decoupled(
         ValueError: `temperature` is not positive.
     """
     check_same_shape(student, teacher, "decoupled")
-    _check_temperature(temperature)
+    check_temperature(temperature)
     dim = _class_dim(student, dim, "decoupled")
     counts = (labels != ignore_index).to(student.dtype)
     if counts.shape != student.select(dim, 0).shape:
@@ -249,7 +244,7 @@ def dist(
         ValueError: `temperature` is not positive, or not one number.
     """
     check_same_shape(student, teacher, "dist")
-    _check_temperature(temperature)
+    check_temperature(temperature)
     if isinstance(temperature, Tensor) and temperature.ndim > 0:
         raise ValueError("`dist` relates samples to each other and takes one temperature for all of them.")
     dim = _class_dim(student, dim, "dist")

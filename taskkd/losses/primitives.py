@@ -22,6 +22,7 @@ __all__ = [
     "as_samples",
     "check_mask",
     "check_same_shape",
+    "check_temperature",
     "cosines",
     "full_precision",
     "l2_normalise",
@@ -101,6 +102,16 @@ def check_mask(mask: Tensor, shape: torch.Size) -> None:
         )
 
 
+def check_temperature(temperature: float | Tensor) -> None:
+    """Refuse a temperature that is not positive; a tensor's is not looked at, which would stop the device.
+
+    Raises:
+        ValueError: it is 0 or less.
+    """
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ValueError(f"`temperature` must be positive, got {temperature}.")
+
+
 def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean of `values` where `mask` counts.
 
@@ -163,14 +174,16 @@ def spread(temperature: float | Tensor, logits: Tensor, dim: int) -> float | Ten
     return temperature.reshape(temperature.shape + (1,) * (len(shape) - temperature.ndim)).to(logits.dtype)
 
 
-def softened_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor, dim: int, floor: float = 0.0) -> Tensor:
+def softened_kl(
+    student: Tensor, teacher: Tensor, temperature: float | Tensor, dim: int, floor: float | None = None
+) -> Tensor:
     """`T^2 * KL(softmax(teacher / T) || softmax(student / T))` along `dim`, the other dimensions kept.
 
     Both sides stay in log space: a separate log of a softmax is -inf for confident teachers. `floor` is added to the
     teacher's probabilities, which then sum to more than 1.
     """
     log_s, log_t = log_softmax(student, temperature, dim), log_softmax(teacher, temperature, dim)
-    if floor > 0:
+    if floor is not None:
         log_t = torch.logaddexp(log_t, log_t.new_full((), math.log(floor)))
     return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim) * spread(temperature, student, dim) ** 2
 

@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taskkd.errors import ShapeError
-from taskkd.losses.primitives import check_same_shape, cosines, full_precision, log_softmax, safe_divide
+from taskkd.losses.primitives import (
+    check_same_shape,
+    check_temperature,
+    cosines,
+    full_precision,
+    log_softmax,
+    safe_divide,
+)
 
 __all__ = [
     "batch_ensemble",
@@ -92,7 +99,7 @@ def label_smoothing(
     """
     if not 0 < smoothing <= 1:
         raise ValueError(f"`smoothing` must be in (0, 1], got {smoothing}.")
-    _check_temperature(temperature)
+    check_temperature(temperature)
     true, chosen = _labels(teacher, labels, dim, ignore_index)
     share = smoothing / teacher.shape[dim]
     smooth = torch.full_like(teacher, share).scatter(dim, true, 1 - smoothing + share)
@@ -173,7 +180,7 @@ def batch_ensemble(teacher: Tensor, features: Tensor, *, omega: float = 0.5, tem
         )
     if not 0 <= omega < 1:
         raise ValueError(f"`omega` must be in [0, 1), got {omega}.")
-    _check_temperature(temperature)
+    check_temperature(temperature)
     logits, flat = teacher.detach(), features.detach().flatten(1).to(teacher.dtype)
     itself = torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
     alike = F.softmax(cosines(flat) - 1e9 * itself, 1)  # a batch of one is left with itself
@@ -235,8 +242,3 @@ def group_targets(teacher: Tensor | Sequence[Tensor], queries: Tensor, keys: Ten
         )
     targets = F.softmax(queries @ keys.mT, 2) @ logits
     return targets.detach() if detach else targets
-
-
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"`temperature` must be positive, got {temperature}.")
