@@ -29,6 +29,7 @@ CORE = [
     "losses.adversarial",
     "gates",
     "layer_maps",
+    "ranks",
     "terms",
     "teachers",
     "caches",
@@ -206,3 +207,18 @@ def test_losses_share_one_signature() -> None:
         assert [p.name for p in parameters[:2]] == ["student", "teacher"], name
         assert all(p.kind is p.KEYWORD_ONLY for p in parameters[2:]), name
         assert parameters[-1].name == "mask", name
+
+
+def test_a_named_loss_is_short() -> None:
+    """Acceptance A16: at most 15 lines of code, without docstring and refusals of bad input."""
+    from taskkd import losses
+
+    for name in losses.__all__:
+        loss = inspect.unwrap(getattr(losses, name))
+        (function,) = ast.parse(inspect.getsource(loss)).body
+        assert isinstance(function, ast.FunctionDef)
+        code = {i for part in function.body[1:] for i in range(part.lineno, (part.end_lineno or 0) + 1)}
+        for node in ast.walk(function):
+            if isinstance(node, ast.If) and all(isinstance(n, ast.Raise) for n in node.body) and not node.orelse:
+                code -= set(range(node.lineno, (node.end_lineno or 0) + 1))
+        assert len(code) <= 15, f"{name}: {len(code)} lines"
