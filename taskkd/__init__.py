@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from taskkd.trainer import Trainer
 
 _WHERE = {
-    "AttentionBasedFeatures": "taskkd.attention",
     "Adversarial": "taskkd.adversarial",
+    "AttentionBasedFeatures": "taskkd.attention",
     "Augmented": "taskkd.augmentation",
     "Cached": "taskkd.caches",
     "ChannelAttentive": "taskkd.attention",

@@ -131,6 +131,11 @@ class Adversarial(Match):
     def built(self) -> bool:
         return self.auxiliary is not None and super().built
 
+    @property
+    def needs_total(self) -> bool:
+        rate = self._optimizer[1]
+        return super().needs_total or (isinstance(rate, Schedule) and rate.needs_total)
+
     def build(self, run: Run) -> None:
         """Create adapter and discriminator; every rank gets the discriminator of rank 0."""
         super().build(run)
@@ -163,7 +168,7 @@ class Adversarial(Match):
 
     def _sides(self, run: Run) -> tuple[Tensors, Tensors, Tensors]:
         """The student's tensors after the adapter, the teacher's and the conditions without gradient."""
-        students = self._values(run.student, self.student_pairs)
+        students: Sequence[Tensor] = self._values(run.student, self.student_pairs)
         teachers = [t.detach() for t in self._values(run.teacher, self.teacher_pairs)]
         if self.adapts_student:
             students = _adapt(self.adapters, students, teachers)

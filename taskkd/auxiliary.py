@@ -97,14 +97,9 @@ class Auxiliary:
         if not self._shared:
             self.share()
         rate = self.learning_rate
-        if isinstance(rate, Schedule):
-            try:
-                rate = rate(progress)
-            except ValueError as error:
-                raise TaskkdError(f"term {self.whose!r}, learning rate: {error}") from None
         if rate is not None:
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate(progress) if isinstance(rate, Schedule) else rate
         self._ask_for_gradients(True)
         try:
             with torch.enable_grad():

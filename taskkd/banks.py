@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from taskkd.errors import ShapeError, TaskkdError
 from taskkd.losses.primitives import l2_normalise
+from taskkd.ranks import gather_ranks
 
-__all__ = ["MemoryBank", "gather_ranks", "sample_ids"]
+__all__ = ["MemoryBank", "sample_ids"]
 
 
 def sample_ids(batch: Mapping[str, Any], samples: int, who: str) -> Tensor:
@@ -32,21 +33,6 @@ def sample_ids(batch: Mapping[str, Any], samples: int, who: str) -> Tensor:
             f"{samples - 1}, `samples` is the size of the training set."
         )
     return ids.long()
-
-
-def gather_ranks(x: Tensor) -> Tensor:
-    """The rows of all ranks in order of rank, without gradient; `x` itself where there is one process."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return x
-    world = torch.distributed.get_world_size()
-    count = torch.tensor([len(x)], device=x.device)
-    counts = [torch.empty_like(count) for _ in range(world)]
-    torch.distributed.all_gather(counts, count)
-    sizes = [int(c.item()) for c in counts]
-    padded = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
-    rows = [torch.empty_like(padded) for _ in range(world)]
-    torch.distributed.all_gather(rows, padded)
-    return torch.cat([r[:n] for r, n in zip(rows, sizes, strict=True)])
 
 
 class MemoryBank(nn.Module):

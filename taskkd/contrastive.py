@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from taskkd.adapters import Embedding
-from taskkd.banks import MemoryBank, gather_ranks, sample_ids
+from taskkd.banks import MemoryBank, sample_ids
 from taskkd.errors import ShapeError, TapError, TaskkdError
 from taskkd.losses.contrastive import noise_contrast, relation_similarities, similarities
 from taskkd.losses.primitives import masked_mean
+from taskkd.ranks import gather_ranks
 from taskkd.terms import Run, Term, Weight
 
 __all__ = ["ContrastiveRelation", "ContrastiveRepresentation"]

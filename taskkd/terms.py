@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from taskkd.adapters import AdapterSpec, build_adapter, maps_all_levels
 from taskkd.errors import ShapeError, TapError, TaskkdError, nearest
+from taskkd.ranks import gather_ranks, join_ranks, world_size
 from taskkd.schedules import Progress, Schedule, constant
 
 __all__ = ["Match", "Run", "Term", "Weight"]
@@ -111,6 +112,9 @@ class Match(Term):
         select: applied to each tensor after the tap: an index such as `(slice(None), 0)`, or a function.
         gate: `run -> (batch,)` weights in [0, 1] of the samples (or of their tokens or pixels); the loss is the mean
             of `gate * loss` over them. See `taskkd.gates`, whose gates say which taps they read.
+        gather: on several ranks compute the loss on the samples of all of them, as one process would: for losses that
+            relate the samples of a batch, which otherwise see those of their rank. Tensors of all ranks must be alike
+            but for the batch; not with `torch.compile(fullgraph=True)`.
         weight: see `Term`.
         **loss_options: further options of the loss, checked against its signature. A number may be a schedule:
             `temperature=schedules.anneal(1.0, 4.0)`. A tensor may be a tap of the student: `labels="batch.labels"`.
@@ -133,6 +137,7 @@ class Match(Term):
         mask: Mask | None = None,
         select: Any = None,
         gate: Gate | None = None,
+        gather: bool = False,
         weight: Weight = 1.0,
         **loss_options: Any,
     ) -> None:
@@ -150,6 +155,10 @@ class Match(Term):
             raise TaskkdError(
                 f"term {name!r}: a gate is a function of the run, as those of `taskkd.gates`; got {gate!r}."
             )
+        if gather and gate is not None:
+            raise TaskkdError(
+                f"term {name!r}: `gather` does not go with a gate, which scales by its rank's own samples."
+            )
         masks = (mask,) if isinstance(mask, str) else ()
         self.option_taps = {n: o for n, o in loss_options.items() if isinstance(o, str) and _takes_tensor(loss, n)}
         self.student_taps = (
@@ -165,7 +174,7 @@ class Match(Term):
         # What a compiled graph reads: the same tensors in every step, so that it is not compiled anew.
         self._tensors = {n: torch.zeros(()) for n in self.option_schedules}
         self.advance(Progress())
-        self.mask, self.select, self.gate = mask, select, gate
+        self.mask, self.select, self.gate, self.gather = mask, select, gate, gather
         self.adapters, self.adapter_spec = self._given(adapter, "adapter")
         self.teacher_adapters, self.teacher_adapter_spec = self._given(teacher_adapter, "teacher_adapter")
         # plain flags: attributes that are modules are looked up slowly
@@ -296,6 +305,11 @@ class Match(Term):
                 teachers = _adapt(self.teacher_adapters, teachers, students)
             if self.adapts_student:
                 students = _adapt(self.adapters, students, teachers)
+            ranks = world_size() if self.gather else 1
+            if ranks > 1:
+                students, teachers = [join_ranks(s) for s in students], [gather_ranks(t) for t in teachers]
+                joined = [n for n in options if n == "mask" or n in self.option_taps]
+                options |= {n: gather_ranks(options[n]) for n in joined if options[n] is not None}
             value = (
                 self.loss(tuple(students), tuple(teachers), **options)
                 if self.several
@@ -305,6 +319,8 @@ class Match(Term):
             raise ShapeError(f"term {self.name!r}: {error}") from None
         except ValueError as error:  # an option out of range
             raise TaskkdError(f"term {self.name!r}: {error}") from error
+        if ranks > 1:  # the same loss on every rank, whose gradients, each of its own samples, DDP averages
+            value = value + (ranks - 1) * (value - value.detach())
         return value if scale is None else value * scale
 
     def _options(self, run: Run, like: Tensor) -> dict[str, Any]:

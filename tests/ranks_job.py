@@ -98,6 +98,13 @@ def idle(folder: Path) -> dict[str, Any]:
     return train(folder / "idle", terms=terms, ddp_find_unused_parameters=False)
 
 
+def gathered(folder: Path) -> dict[str, Any]:
+    """A loss that relates the samples of a batch, on those of both ranks."""
+    relations = kd.Match("rkd", losses.relational_distance, "bert.embeddings[:, 0]", gather=True, weight=10.0)
+    labelled = kd.Match("dkd", losses.decoupled, "out.logits", labels="batch.labels", beta=2.0, gather=True)
+    return train(folder / "gathered", terms=[hidden_term(), relations, labelled])
+
+
 def evaluation(folder: Path) -> dict[str, Any]:
     """Eleven samples in batches of two for each rank: the last are not as many on both."""
 
@@ -349,6 +356,7 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "accumulated": accumulated,
     "without_search": without_search,
     "idle": idle,
+    "gathered": gathered,
     "evaluation": evaluation,
     "resumed": resumed,
     "cached": cached,

@@ -303,9 +303,8 @@ def test_steps_and_a_schedule_of_the_learning_rate() -> None:
     assert moved[0] > 0 and moved[1] > 0 and moved[2] == 0
     assert distance(judge_of(pair), judge_of(one)) > 0
     late, _ = prepared(term(learning_rate=kd.schedules.warmup(0.1, fraction=0.5)))
-    late(**small.conv_batch())
     with pytest.raises(TaskkdError, match=r"call `distiller\.set_total"):
-        late.auxiliary_step()
+        late(**small.conv_batch())
 
 
 def test_a_term_of_weight_0_rests_with_its_discriminator() -> None:

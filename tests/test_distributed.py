@@ -30,7 +30,7 @@ def alone(tmp_path_factory):
     return lambda name: ranks_job.CHECKS[name](folder)
 
 
-@pytest.mark.parametrize("name", ["plain", "accumulated", "without_search", "idle"])
+@pytest.mark.parametrize("name", ["plain", "accumulated", "without_search", "idle", "gathered"])
 def test_two_ranks_train_to_the_weights_of_one_process(ranks, alone, name):
     one, first, second = alone(name), load(ranks, name, 0), load(ranks, name, 1)
     assert one["step"] == first["step"] == 3

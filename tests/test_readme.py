@@ -117,16 +117,17 @@ ADVERSARIAL = (Path(__file__).parent.parent / "docs" / "methods" / "adversarial.
 LOOP, *GAMES = re.findall(r"```python\n(.*?)```", ADVERSARIAL, re.S)
 
 
-@pytest.mark.parametrize(("number", "terms"), [(0, ["gan"]), (1, ["map_a", "map_b"]), (2, ["alike"])])
+@pytest.mark.parametrize(("number", "terms"), [(0, ["gan"]), (1, ["map_student", "map_peer"]), (2, ["alike"])])
 def test_the_adversarial_recipes_train(number: int, terms: list[str]) -> None:
     assert len(GAMES) == 3
     assert len([line for line in GAMES[number].splitlines() if line.strip()]) <= 15
     names: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "kd": kd, "losses": losses}
-    student: nn.Module = glyphs.Pair() if number == 1 else glyphs.Net(8, 1)
-    networks = ["a", "b"] if number == 1 else [None]
+    student, peer = glyphs.Net(8, 1), glyphs.Net(12, 2)
+    networks = [student, peer] if number == 1 else [student]
     simple, labels = glyphs.glyphs(400, seed=5, noise=0.1)
     names |= {
         "student": student,
+        "peer": peer,
         "teacher": glyphs.teacher(),
         "loader": [batch for _ in range(8) for batch in glyphs.batches()],
         "synthetic": torch.stack([simple[labels == c][:20] for c in range(glyphs.CLASSES)]),
@@ -135,13 +136,13 @@ def test_the_adversarial_recipes_train(number: int, terms: list[str]) -> None:
     distiller = names["distiller"]
     distiller.prepare(names["loader"][0])
     judges = [{k: v.clone() for k, v in distiller.terms[t].discriminator.state_dict().items()} for t in terms]
-    before = [glyphs.accuracy(student, n) for n in networks]
-    student.train()
+    before = [glyphs.accuracy(network) for network in networks]
+    distiller.train()
     exec(compile(LOOP, "adversarial.md, the loop", "exec"), names)
     assert set(names["game_losses"]) == {f"{t}_discriminator" for t in terms}
     assert all(0 < v.item() < 10 for v in names["game_losses"].values())
     for term, judge in zip(terms, judges, strict=True):
         after = distiller.terms[term].discriminator.state_dict()
         assert all(not torch.equal(v, judge[k]) for k, v in after.items())
-    for name, was in zip(networks, before, strict=True):
-        assert glyphs.accuracy(student, name) > max(0.7, was + 0.3)
+    for network, was in zip(networks, before, strict=True):
+        assert glyphs.accuracy(network) > max(0.7, was + 0.3)

@@ -300,3 +300,8 @@ def test_an_option_that_is_a_tap() -> None:
         kd.Distiller(student, teacher, [kd.Match("dkd", losses.decoupled, "out.logits", labels="batch.lables")])(
             **batch
         )
+
+
+def test_gather_and_gate_do_not_go_together() -> None:
+    with pytest.raises(TaskkdError, match="`gather` does not go with a gate"):
+        Match("a", losses.mse, "out", gather=True, gate=lambda run: torch.ones(2))

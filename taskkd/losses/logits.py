@@ -249,14 +249,13 @@ def dist(
         raise ValueError("`dist` relates samples to each other and takes one temperature for all of them.")
     dim = _class_dim(student, dim, "dist")
     p, q = (log_softmax(x, temperature, dim).exp().movedim(dim, -1) for x in (student, teacher))
-    shape, classes = p.shape[:-1], p.shape[-1]
-    p, q = p.reshape(shape.numel(), classes), q.reshape(shape.numel(), classes)
+    shape = p.shape[:-1]
     weight = p.new_ones(shape)
     if mask is not None:
         check_mask(mask, shape)
         weight = mask.to(p.dtype).reshape(mask.shape + (1,) * (len(shape) - mask.ndim)).expand(shape)
     weight = weight.reshape(-1, 1)
-    p, q = p.masked_fill(weight <= 0, 0), q.masked_fill(weight <= 0, 0)
+    p, q = (x.flatten(0, -2).masked_fill(weight <= 0, 0) for x in (p, q))
     rows = masked_mean(1 - pearson(p, q, 1), weight[:, 0])
     share = safe_divide(weight, masked_mean(weight, weight > 0))  # so that their scale means nothing beside eps
     columns = (1 - pearson(p, q, 0, share)).mean() * (weight > 0).any()
