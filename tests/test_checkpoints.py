@@ -67,7 +67,7 @@ def everything(trainer: kd.Trainer) -> dict[str, torch.Tensor]:
 
 
 def resumable(folder, *, workers=0, cached=False, augmented=False, accumulate=1, epochs=2, callbacks=(), **options):
-    """Dropout, shuffling, schedules in the middle of which the run stops, an automatic weight, adapters, a gate."""
+    """Dropout, shuffling, schedules in the middle of which the run stops, an automatic weight, adapters, memories."""
     data = Sentences(24)
     teacher = bert(1, width=32)
     terms = [
@@ -85,6 +85,7 @@ def resumable(folder, *, workers=0, cached=False, augmented=False, accumulate=1,
         kd.Match(
             "embedding", losses.cosine, "bert.embeddings", adapter="linear", weight="auto", mask="batch.attention_mask"
         ),
+        kd.ContrastiveRepresentation("crd", "bert.encoder.layer.1[:, 0]", samples=24, negatives=4, weight=0.1),
     ]
     return text_trainer(
         folder,
