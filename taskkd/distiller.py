@@ -20,6 +20,8 @@ from taskkd.terms import Run, Term
 
 __all__ = ["Distiller"]
 
+#: dtype and number of dimensions that losses mostly have
+SCALAR = {(torch.float32, 0)}
 TaskLoss = Callable[[Any, Mapping[str, Any]], Tensor]
 
 
@@ -183,9 +185,9 @@ class Distiller(nn.Module):
         if self._idle_parameters and torch.distributed.is_initialized():
             # DDP waits for the gradient of every parameter; those of an idle term's adapter are exactly 0.
             values[0] = values[0] + 0.0 * sum(p.sum() for p in self._idle_parameters)
-        dtypes = {v.dtype for v in values}
-        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        if len(dtypes) > 1 or dtype not in dtypes or any(v.ndim for v in values):
+        kinds = {(v.dtype, v.ndim) for v in values}
+        if kinds != SCALAR:
+            dtype = torch.float64 if any(d == torch.float64 for d, _ in kinds) else torch.float32
             values = [_scalar(n, v).to(dtype) for n, v in zip(names, values, strict=True)]
         return names, values
 

@@ -202,16 +202,11 @@ class _Hook:
     def __init__(self, taps: Taps, slot: _Slot) -> None:
         self.taps, self.slot = taps, slot
 
-    def output(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        if self.taps.recording:
-            self._add(output)
-
-    def input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.taps.recording:
-            self._add({**dict(enumerate(args)), **kwargs})
-
-    def _add(self, value: Any) -> None:
-        taps, slot = self.taps, self.slot
+    def output(self, _module: nn.Module, _args: Any, value: Any) -> None:
+        taps = self.taps
+        if not taps.recording:
+            return
+        slot = self.slot
         if slot.clone:
             value = _clone(value)
         slot.values.append(value)
@@ -221,6 +216,10 @@ class _Hook:
         taps.fired += 1
         if taps.fired == taps.stop_after:
             taps.stop()
+
+    def input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.taps.recording:
+            self.output(module, args, {**dict(enumerate(args)), **kwargs})
 
 
 class _Recording:

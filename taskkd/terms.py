@@ -177,6 +177,8 @@ class Match(Term):
         self.mask, self.select, self.gate, self.gather = mask, select, gate, gather
         self.adapters, self.adapter_spec = self._given(adapter, "adapter")
         self.teacher_adapters, self.teacher_adapter_spec = self._given(teacher_adapter, "teacher_adapter")
+        #: options are the same in every step
+        self.plain = not (self.option_schedules or self.option_taps or mask is not None or gate is not None or gather)
         # plain flags: attributes that are modules are looked up slowly
         self.adapts_student, self.adapts_teacher = adapter is not None, teacher_adapter is not None
         self.train()
@@ -297,7 +299,7 @@ class Match(Term):
     def forward(self, run: Run) -> Tensor:
         students = self._values(run.student, self.student_pairs)
         teachers = self._values(run.teacher, self.teacher_pairs)
-        options, scale = self._options(run, students[0]), None
+        options, scale = self.options if self.plain else self._options(run, students[0]), None
         if self.mask is not None or self.gate is not None:
             options["mask"], scale = self._masked(run, students[0])
         try:
