@@ -189,8 +189,14 @@ class Adversarial(Match):
         """Scores, and with `labels` class logits; in the discriminator's precision, without autocast."""
         auxiliary = self._built()
         tensors = [x.to(auxiliary.dtype) if x.is_floating_point() else x for x in (*side, *conditions)]
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            found = auxiliary.module(*tensors)
+        try:
+            with torch.autocast(tensors[0].device.type, enabled=False):
+                found = auxiliary.module(*tensors)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # torch's words for shapes that do not fit
+            shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
+            raise ShapeError(f"term {self.name!r}: its discriminator does not take {shapes}: {error}") from error
         if self.labels is None and isinstance(found, Tensor):
             return found, None
         if self.labels is not None and isinstance(found, tuple | list) and len(found) == 2:

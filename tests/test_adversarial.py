@@ -686,3 +686,10 @@ def test_the_trainer_stops_at_a_nan_of_the_discriminator(tmp_path: Any) -> None:
         trainer.train()
     assert trainer.state.global_step == 3
     assert all(p.isfinite().all() for p in judge.parameters())
+
+
+def test_a_discriminator_of_another_size() -> None:
+    student, teacher = small.ConvNet(), small.ConvNet()
+    term = kd.Adversarial("game", "out.logits", discriminator=nn.Linear(4, 1))
+    with pytest.raises(ShapeError, match=r"term 'game': its discriminator does not take \(4, 3\)"):
+        kd.Distiller(student, teacher, [term]).prepare(small.conv_batch())
