@@ -97,7 +97,7 @@ def look(recipe: Any, task: Any, data: Any, student: nn.Module, teacher: nn.Modu
             Frozen(teacher),
             stage.terms,
             task_weight=stage.task_weight,
-            task_loss=task.task_loss,
+            task_loss=task.loss(recipe),
             perturbation=stage.perturbation,
         )
         try:
