@@ -22,6 +22,7 @@ from taskkd.losses.features import overhaul_margin
 from taskkd.mixup import mixing_shares
 from taskkd.schedules import Progress, warmup
 from taskkd.terms import Run
+from tests.parity.end_to_end import tinybert_e2e
 
 Arrays = Mapping[str, Tensor]
 Params = Mapping[str, Any]
@@ -519,6 +520,7 @@ ADAPTERS: dict[str, Callable[[Arrays, Params], Mapping[str, Tensor]]] = {
     "nlp/minilmv2": minilm,
     "nlp/pkd_distillation": pkd_distillation,
     "nlp/pkd_patience": pkd_patience,
+    "nlp/tinybert_e2e": tinybert_e2e,
     "nlp/textbrewer_attention_ce": attention_ce,
     "nlp/textbrewer_attention_ce_mean": attention_ce_mean,
     "nlp/textbrewer_attention_mse": attention_mse,
