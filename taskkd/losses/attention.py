@@ -7,7 +7,6 @@ key counts where its weight is not 0.
 
 from __future__ import annotations
 
-import math
 from typing import Literal, get_args
 
 import torch
@@ -238,13 +237,13 @@ def self_attention_relation(
         )
     weight = None if mask is None else token_weights(mask, student)
     each = None if weight is None else weight[:, None, :, None]
-    log_s, log_t = (log_softmax(_kept(_relation(x, heads, each), each), 1.0, -1) for x in (student, teacher))
+    log_s, log_t = (log_softmax(_relation(x, heads, each), 1.0, -1) for x in (student, teacher))
     divergence = F.kl_div(log_s, log_t, reduction="none", log_target=True)
     return mean_of_samples(divergence.sum(-1).mean(1), weight)
 
 
 def _relation(x: Tensor, heads: int | None, weight: Tensor | None) -> Tensor:
-    """`A A' / sqrt(d)` of each relation head, (batch, heads, tokens, tokens); tokens of weight 0 as zeros."""
+    """`A A' / sqrt(d)` of each relation head, (batch, heads, tokens, tokens); keys of weight 0 far below."""
     if weight is not None:
         x = x.masked_fill(weight <= 0, 0)
     if heads is not None and heads != x.shape[1]:
@@ -255,4 +254,7 @@ def _relation(x: Tensor, heads: int | None, weight: Tensor | None) -> Tensor:
                 f"into {heads} relation heads: expected a divisor of {width}."
             )
         x = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], heads, width // heads).transpose(1, 2)
-    return x @ x.mT / math.sqrt(x.shape[3])
+    x = x * x.shape[3] ** -0.25
+    if weight is None:
+        return x @ x.mT
+    return x @ x.mT + torch.zeros_like(weight.mT).masked_fill(weight.mT <= 0, torch.finfo(x.dtype).min)

@@ -46,7 +46,7 @@ def patience(
 
     Scaling: mean over batch, layers and features, as the authors' code (their beta of 10 to 1000 belongs to it); the
     paper writes the sum, `batch * layers * features` times larger. The authors' code rounds the result to fp16; this
-    does not.
+    does not. TextBrewer's `pkd`, of one layer, sums over features: `features` times larger.
 
     Args:
         student: (batch, layers, features), or a sequence of `layers` tensors (batch, features).

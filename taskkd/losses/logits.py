@@ -168,6 +168,9 @@ def soft_cross_entropy(
     Same gradient as `kl_divergence`; the value has the teacher's entropy added, so it is not 0 where they agree.
     Source: Hinton et al. 2015, eq. 2 with soft targets. BYOT and TOFD use this form without the entropy taken off.
 
+    Scaling: as `kl_divergence`; TinyBERT's code (Jiao et al. 2020) is `classes * T^2` times smaller, TextBrewer's `kd_ce`
+    leaves out `T^2`.
+
     Args, returns, raises: as `kl_divergence`.
     """
     check_same_shape(student, teacher, "soft_cross_entropy")
@@ -183,6 +186,8 @@ def logit_mse(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -
 
     Source: Ba & Caruana 2014; the limit of `kl_divergence` for a large temperature is `logit_mse / 2` (of centred
     logits) when both sum over classes.
+
+    Scaling: TextBrewer's `kd_mse`, of logits over `T`, is `T^2` times smaller; DistilBERT's sums over classes.
 
     Args:
         student, teacher: logits of one shape.

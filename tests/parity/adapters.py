@@ -556,7 +556,7 @@ def textbrewer_kd_ce(arrays: Arrays, params: Params) -> dict[str, Tensor]:
 
 
 def textbrewer_kd_mse(arrays: Arrays, params: Params) -> dict[str, Tensor]:
-    return {"loss": losses.logit_mse(*logits(arrays)) / params["temperature"] ** 2}  # of logits over T
+    return {"loss": losses.logit_mse(*logits(arrays)) / params["temperature"] ** 2}  # docstring of logit_mse
 
 
 def textbrewer_pkd(arrays: Arrays, params: Params) -> dict[str, Tensor]:
