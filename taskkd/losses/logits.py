@@ -168,8 +168,8 @@ def soft_cross_entropy(
     Same gradient as `kl_divergence`; the value has the teacher's entropy added, so it is not 0 where they agree.
     Source: Hinton et al. 2015, eq. 2 with soft targets. BYOT and TOFD use this form without the entropy taken off.
 
-    Scaling: as `kl_divergence`; TinyBERT's code (Jiao et al. 2020) is `classes * T^2` times smaller, TextBrewer's `kd_ce`
-    leaves out `T^2`.
+    Scaling: as `kl_divergence`; TinyBERT's code (Jiao et al. 2020) is `classes * T^2` times smaller, TextBrewer's
+    `kd_ce` leaves out `T^2`.
 
     Args, returns, raises: as `kl_divergence`.
     """
