@@ -1,7 +1,8 @@
 """Runs: what a recipe asks for, step by step, each finished step on record so that an interrupted run goes on.
 
-Folder of a run: `recipe.yaml` (resolved), `run.json` (finished steps and their results), `teacher/`, `cache/`,
-`seed-<n>/alone-<lr>/`, `seed-<n>/distilled/stages/<i>-<name>/`, and at the end `student/`, `report.json`, `curves.png`.
+Folder of a run: `recipe.yaml` (resolved), `run.json` (finished steps and their results), `augmented/`,
+`teacher/`, `cache/`, `seed-<n>/alone-<lr>/`, `seed-<n>/distilled/stages/<i>-<name>/`, and at the end `student/`,
+`report.json`, `curves.png`.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def run_recipe(
                 if path.name != "run.lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         _claim(folder, recipes.dump_recipe(recipe))
-        session = Session(recipe, task, task.load(recipe), folder, Record(folder), say)
+        session = Session(recipe, task, task.load(recipe, folder), folder, Record(folder), say)
         say(f"data: {session.data.summary()}")
         _same_inputs(session)
         if "teacher" not in session.record.finished:
@@ -312,7 +313,7 @@ def evaluate(run: Path, data: str | None = None) -> dict[str, float]:
     if data is None:
         if "given:" in (run / "recipe.yaml").read_text(encoding="utf-8"):
             raise RecipeError(f"{run} was given its data in memory; evaluate it on a file with --data.")
-        loaded = task.load(recipe)
+        loaded = task.load(recipe, run)
         if fingerprint(loaded) != Record(run).finished.get("inputs", {}).get("data"):
             raise RecipeError(f"the data of {run} has changed since it was trained; name a file with --data.")
         table = loaded.test

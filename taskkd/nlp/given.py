@@ -150,7 +150,7 @@ class GivenTask(NlpTask):
         """The digest of the given teacher."""
         return weights_sha256(self._teacher)
 
-    def load(self, recipe: Any) -> NlpData:
+    def load(self, recipe: Any, folder: Path | None = None) -> NlpData:
         """The given data."""
         return self._data
 

@@ -18,6 +18,7 @@ from taskkd.checkpoints import load_student
 from taskkd.errors import DataError, RecipeError
 from taskkd.nlp import data as text
 from taskkd.nlp import models
+from taskkd.nlp.augment import Augment, augmented, describe
 from taskkd.nlp.methods import METHODS
 from taskkd.nlp.metrics import Classification, Regression
 from taskkd.schema import Model, Recipe, TeacherConfig
@@ -72,6 +73,7 @@ class Data(Model):
     test_size: Size = Field(0.1, gt=0)
     unlabelled_size: int | None = Field(None, ge=0)
     split_seed: int = 0
+    augment: Augment | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
@@ -115,7 +117,10 @@ class NlpRecipe(Recipe):
 
 @dataclass
 class NlpData:
-    """Tokenized data of a run. `train` is labelled; `unlabelled` has labels -100 or NaN, its ids follow on."""
+    """Tokenized data of a run. `train` is labelled; `unlabelled` has labels -100 or NaN, its ids follow on.
+
+    `copies` says which of the unlabelled texts are augmented ones, for the summary.
+    """
 
     train: Any
     validation: Any
@@ -124,6 +129,7 @@ class NlpData:
     labels: list[str]
     tokenizer: Any
     max_length: int
+    copies: str = ""
 
     @property
     def everything(self) -> Any:
@@ -153,7 +159,7 @@ class NlpData:
         free = 0 if self.unlabelled is None else len(self.unlabelled)
         kind = f"{len(self.labels)} labels" if self.labels else "regression"
         held = f"{len(self.validation)} validation, {len(self.test)} test"
-        return f"{len(self.train)} labelled, {free} unlabelled, {held}; {kind}"
+        return f"{len(self.train)} labelled, {free} unlabelled{self.copies}, {held}; {kind}"
 
 
 def task_loss(output: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -188,8 +194,12 @@ class NlpTask:
     methods = METHODS
     task_loss = staticmethod(task_loss)
 
-    def load(self, recipe: NlpRecipe) -> NlpData:
+    def load(self, recipe: NlpRecipe, folder: Path | None = None) -> NlpData:
         """Read, split and tokenize the data.
+
+        Args:
+            recipe: says which.
+            folder: of the run, where augmented texts are kept; None: a look, none are made.
 
         Raises:
             DataError: a file, column, label or split is wrong.
@@ -198,6 +208,7 @@ class NlpTask:
         splits = _splits(config)
         for line in text.shared_texts(splits):
             logger.warning(line)
+        copies = _augment(config, splits, recipe.teacher.model, folder)
         names: list[str] | None = None
         if config.type == "classification":
             names = config.labels or text.label_names(splits.train)
@@ -213,7 +224,7 @@ class NlpTask:
                 text.tokenized(rows, tokenizer, names, max_length=max_length, first_id=start) if rows else None
             )
             start += len(rows)
-        return NlpData(**tables, labels=names or [], tokenizer=tokenizer, max_length=max_length)
+        return NlpData(**tables, labels=names or [], tokenizer=tokenizer, max_length=max_length, copies=copies)
 
     def fingerprint(self, recipe: NlpRecipe) -> str:
         """What tells that the teacher's files are the ones a run was started with; "" for a hub name."""
@@ -352,6 +363,18 @@ def _splits(config: Data) -> text.Splits:
                 label = None if part == "unlabelled" else config.label
                 setattr(splits, part, text.hub_rows(hub.name, hub.subset, name, config.text, label))
     return _cut(config, splits)
+
+
+def _augment(config: Data, splits: text.Splits, teacher: str, folder: Path | None) -> str:
+    """Add copies of the training texts to the unlabelled ones; words about it for the summary."""
+    if config.augment is None:
+        return ""
+    if folder is None:
+        return f" (a run adds {describe(splits.train, config.augment, teacher)})"
+    held = [*splits.validation, *splits.test]
+    copies = augmented(splits.train, held, config.augment, teacher=teacher, folder=folder)
+    splits.unlabelled = [*splits.unlabelled, *copies]
+    return f" ({len(copies)} of them copies with replaced words)"
 
 
 def _cut(config: Data, splits: text.Splits) -> text.Splits:
