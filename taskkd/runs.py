@@ -184,7 +184,8 @@ def _variants(recipe: Any, sweep: Mapping[str, Sequence[Any]]) -> dict[str, Any]
 
 def _teacher(session: Session) -> nn.Module:
     """The teacher, fine-tuned if the recipe says so, evaluated, and refused at chance level."""
-    recipe, task, data = session.recipe, session.task, session.data
+    recipe, task, data = session.recipe, session.task, session.task.teacher_data(session.data)
+    session = replace(session, data=data)
     finetune = recipe.teacher.finetune
     if finetune is None:
         model = task.teacher(recipe, data)
@@ -236,7 +237,7 @@ def _distilled(session: Session, teacher: nn.Module, seed: int, name: str) -> di
     """The distilled student: the stages of the method one after the other, from the start of the student alone."""
     base = f"seed-{seed}/{name}"
     student = session.student(teacher, seed)
-    method = build_method(session.recipe, student, teacher)
+    method = build_method(session.recipe, session.task, session.data, student, teacher)
     outcome: dict[str, Any] = {}
     model = ""
     for number, stage in enumerate(method.stages):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,19 +14,22 @@ from torch import nn
 
 from taskkd.caches import file_sha256
 from taskkd.checkpoints import load_student
-from taskkd.errors import DataError, RecipeError
+from taskkd.errors import DataError
 from taskkd.nlp import data as text
-from taskkd.nlp import models
+from taskkd.nlp import models, tokenization
 from taskkd.nlp.augment import Augment, augmented, describe
+from taskkd.nlp.heads import TOKENS
 from taskkd.nlp.kinds import KINDS, Encoding, Kind
 from taskkd.nlp.kinds.sequences import task_loss
 from taskkd.nlp.masking import Masked
 from taskkd.nlp.methods import METHODS
 from taskkd.schema import Model, Recipe, TeacherConfig
+from taskkd.terms import Term
 
 __all__ = ["NlpData", "NlpRecipe", "task_loss"]
 
 Size = int | float
+PARTS = ("train", "unlabelled", "validation", "test")
 #: what the embedded sample has labels for
 SAMPLE_TYPES = ("classification", "regression", "masked_lm")
 #: keys of `Data` that are of one type
@@ -171,6 +174,8 @@ class NlpData:
     kind: Kind
     encoding: Encoding
     copies: str = ""
+    #: the same samples as the teacher reads them, where its tokenizer is another one
+    of_teacher: NlpData | None = None
 
     @property
     def everything(self) -> Any:
@@ -187,11 +192,16 @@ class NlpData:
     @property
     def collator(self) -> Any:
         """Pads a batch to its longest text."""
-        return self.kind.collator(self.tokenizer)
+        own = self.kind.collator(self.tokenizer)
+        if self.of_teacher is None:
+            return own
+        return tokenization.TwoCollator(own, self.tokenizer, self.of_teacher.tokenizer)
 
     @property
     def preprocessing(self) -> dict[str, Any]:
         """What the teacher's inputs depend on beside the text, for the key of a cache."""
+        if self.of_teacher is not None:
+            return self.of_teacher.preprocessing
         return {
             "tokenizer": type(self.tokenizer).__name__,
             "vocabulary": len(self.tokenizer),
@@ -235,16 +245,21 @@ class NlpTask:
         names = models.same_order(
             recipe.teacher.model, names, trained=recipe.teacher.finetune is None, head=kind.head
         )  # fmt: skip
-        tokenizer = models.load_tokenizer(recipe.teacher.model, kind.tokenizer_options)
-        encoding = encoding_of(config, tokenizer)
-        start, tables = 0, {}
-        for part in ("train", "unlabelled", "validation", "test"):
-            rows, training = getattr(splits, part), part in ("train", "unlabelled")
-            tables[part] = (
-                kind.encode(rows, tokenizer, names, encoding, first_id=start, training=training) if rows else None
+        teacher, student = _tokenizers(recipe)
+        configs = {"teacher": models.load_config(recipe.teacher.model), "student": _student_config(recipe)}
+        if tokenization.same(teacher, student):
+            encoder, encoding = tokenization.richer(teacher, student), encoding_of(config, student, configs)
+            tables = _encoded(kind, splits, encoder, names, encoding)
+            return NlpData(**tables, labels=names, tokenizer=student, kind=kind, encoding=encoding, copies=copies)
+        tokenization.check_kind(kind.head)
+        found = []
+        for who, tokenizer in (("student", student), ("teacher", teacher)):
+            encoding = encoding_of(config, tokenizer, {who: configs[who]})
+            tables = _encoded(kind, splits, tokenizer, names, encoding)
+            found.append(
+                NlpData(**tables, labels=names, tokenizer=tokenizer, kind=kind, encoding=encoding, copies=copies)
             )
-            start += len(tables[part] or ())
-        return NlpData(**tables, labels=names, tokenizer=tokenizer, kind=kind, encoding=encoding, copies=copies)
+        return with_teacher(found[0], found[1], {part: getattr(splits, part) for part in PARTS})
 
     def fingerprint(self, recipe: NlpRecipe) -> str:
         """What tells that the teacher's files are the ones a run was started with; "" for a hub name."""
@@ -298,6 +313,23 @@ class NlpTask:
         """(answer, its probability or None, text) of each text; the two of a pair are tab-separated."""
         yield from recipe.data.kind.predict(student, tokenizer, inputs, encoding_of(recipe.data, tokenizer))
 
+    def teacher_data(self, data: NlpData) -> NlpData:
+        """The data for what runs the teacher alone."""
+        return data.of_teacher or data
+
+    def fit_terms(self, data: NlpData, terms: Sequence[Term]) -> list[Term]:
+        """A stage's terms as they suit the data: with two tokenizers those over words are aligned by words."""
+        return list(terms) if data.of_teacher is None else [tokenization.by_words(term) for term in terms]
+
+    def check_terms(self, data: NlpData, terms: Sequence[Term], student: nn.Module, batch: Mapping[str, Any]) -> None:
+        """Refuse terms that compare tokens of different tokenizers.
+
+        Raises:
+            RecipeError: there is such a term.
+        """
+        if data.of_teacher is not None:
+            tokenization.check_terms(terms, student, batch)
+
     def loss(self, recipe: NlpRecipe) -> Any:
         """The task loss, `(output, batch) -> scalar`."""
         return recipe.data.kind.loss
@@ -325,17 +357,71 @@ class NlpTask:
     def latency_batches(self, data: NlpData, count: int) -> list[dict[str, Any]]:
         """Real test samples, one by one, as the models' keyword arguments."""
         rows = [data.test[i] for i in range(min(count, len(data.test)))]
-        keep = set(data.tokenizer.model_input_names)
+        keep = {n for name in data.tokenizer.model_input_names for n in (name, f"teacher_{name}")}
         return [dict(data.collator([{k: v for k, v in row.items() if k in keep}])) for row in rows]
 
 
-def encoding_of(config: Data, tokenizer: Any) -> Encoding:
+def with_teacher(data: NlpData, teacher: NlpData, rows: Mapping[str, Sequence[text.Row]]) -> NlpData:
+    """A student's data with the teacher's columns beside it, for different tokenizers.
+
+    Args:
+        data: by the student's tokenizer.
+        teacher: the same samples by the teacher's.
+        rows: the samples, by part.
+    """
+    tables = {}
+    for part in PARTS:
+        own, other = getattr(data, part), getattr(teacher, part)
+        if own is not None:
+            own = tokenization.joined(own, other, teacher.tokenizer.model_input_names)
+            if data.kind.head is TOKENS:
+                words = [row.words or () for row in rows[part]]
+                for name, side in zip(tokenization.WORDS, (data, teacher), strict=True):
+                    index = tokenization.word_index(words, side.tokenizer, side.encoding.max_length)
+                    own = own.add_column(name, index)
+        tables[part] = own
+    return replace(data, **tables, of_teacher=teacher)
+
+
+def _tokenizers(recipe: NlpRecipe) -> tuple[Any, Any]:
+    """The teacher's and the student's; a student that is saved without one takes the teacher's."""
+    options = recipe.data.kind.tokenizer_options
+    teacher, source = models.load_tokenizer(recipe.teacher.model, options), recipe.student.model
+    if source is None or not models.has_tokenizer(source):
+        return teacher, teacher
+    return teacher, models.load_tokenizer(source, options)
+
+
+def _student_config(recipe: NlpRecipe) -> Any:
+    """The student's config, as far as it is known before there is a teacher."""
+    own = recipe.student
+    config = models.load_config(own.model or recipe.teacher.model)
+    if own.config and "max_position_embeddings" in own.config:
+        config.max_position_embeddings = own.config["max_position_embeddings"]
+    return config
+
+
+def _encoded(
+    kind: Kind, splits: text.Splits, tokenizer: Any, names: Sequence[str], encoding: Encoding
+) -> dict[str, Any]:
+    """A table for each part, or None; ids count through."""
+    start, tables = 0, {}
+    for part in PARTS:
+        rows, training = getattr(splits, part), part in ("train", "unlabelled")
+        tables[part] = (
+            kind.encode(rows, tokenizer, names, encoding, first_id=start, training=training) if rows else None
+        )
+        start += len(tables[part] or ())
+    return tables
+
+
+def encoding_of(config: Data, tokenizer: Any, configs: Mapping[str, Any] | None = None) -> Encoding:
     """How the texts of a recipe are encoded.
 
     Raises:
-        RecipeError: `max_length` is more than the model has positions.
+        RecipeError: `max_length` is more than a model has positions.
     """
-    length = fitting_length(config.max_length, tokenizer, config.kind.max_length)
+    length = tokenization.fitting_length(config.max_length, tokenizer, config.kind.max_length, configs)
     return Encoding(
         length,
         pairs=isinstance(config.text, list),
@@ -345,18 +431,6 @@ def encoding_of(config: Data, tokenizer: Any) -> Encoding:
         masking=config.masking,
         mask_share=config.mask_share,
     )
-
-
-def fitting_length(asked: int | None, tokenizer: Any, default: int = 128) -> int:
-    """The length that texts are cut to.
-
-    Raises:
-        RecipeError: more is asked for than the model has positions.
-    """
-    longest = int(min(getattr(tokenizer, "model_max_length", default), 2**31))
-    if asked is not None and asked > longest:
-        raise RecipeError(f"data.max_length {asked} is more than the teacher's {longest} positions.")
-    return asked or min(default, longest)
 
 
 def _splits(config: Data) -> text.Splits:
