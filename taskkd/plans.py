@@ -100,7 +100,12 @@ def look(recipe: Any, task: Any, data: Any, student: nn.Module, teacher: nn.Modu
     for stage in build_method(recipe, task, data, student, teacher).stages:
         task.check_terms(data, stage.terms, student, batch)
         distiller = Distiller(
-            student, Frozen(teacher), stage.terms, task_weight=stage.task_weight, task_loss=task.loss(recipe)
+            student,
+            Frozen(teacher),
+            stage.terms,
+            task_weight=stage.task_weight,
+            task_loss=task.loss(recipe),
+            perturbation=stage.perturbation,
         )
         try:
             found[stage.name] = distiller.prepare(batch)

@@ -239,7 +239,7 @@ def _distilled(session: Session, teacher: nn.Module, seed: int, name: str) -> di
     student = session.student(teacher, seed)
     method = build_method(session.recipe, session.task, session.data, student, teacher)
     outcome: dict[str, Any] = {}
-    model = ""
+    seconds, steps, model = 0.0, 0, ""
     for number, stage in enumerate(method.stages):
         step = f"{base}/stages/{number}-{stage.name}"
         finished = step in session.record.finished
@@ -254,8 +254,13 @@ def _distilled(session: Session, teacher: nn.Module, seed: int, name: str) -> di
             train=session.data.everything,
         )
         model = f"{step}/model"
+        seconds, steps = seconds + outcome["seconds"], steps + outcome["steps"]
         if finished:
             session.task.reload(student, session.folder / model)
+    outcome = outcome | {"seconds": seconds, "steps": steps}
+    if not outcome["validation"]:
+        own = session.record.step(f"{base}/validation", lambda: session.evaluated(student, session.data.validation))
+        outcome["validation"] = own
     test = session.tested(f"{base}/test", lambda: student)
     session.say(f"{name}, seed {seed}: {session.metric} {outcome['validation'][session.metric]:.4f} on validation")
     return {**outcome, "test": test, "model": model}

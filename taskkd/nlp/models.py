@@ -138,6 +138,8 @@ def load_model(
     if head is saved and options.get("num_labels", found.num_labels) != found.num_labels:
         wanted = f"has {len(labels)}: {', '.join(labels)}" if labels else "is regression (one number)"
         raise DataError(f"model {source!r} is a classifier of {found.num_labels} labels, the data {wanted}.")
+    if saved is not None and saved is not head:  # a classifier of something else is no start for this one
+        options["ignore_mismatched_sizes"] = True
     auto = getattr(transformers, f"AutoModel{head.suffix}")
     with torch.random.fork_rng([]), _quiet():
         torch.manual_seed(seed)
