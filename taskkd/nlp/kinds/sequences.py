@@ -61,10 +61,11 @@ class SequenceKind:
     """Classification, or with `name="regression"` regression, of one text or two."""
 
     head = heads.SEQUENCE
-    text: str | list[str] = "text"
+    text: str | tuple[str, str] = "text"
     label = "label"
     max_length = 128
     readers: Mapping[str, Reader] = {}
+    tokenizer_options: Mapping[str, Any] = {}
     row = staticmethod(data.text_row)
     loss = staticmethod(task_loss)
 
@@ -134,7 +135,10 @@ class SequenceKind:
             if encoding.pairs:
                 pairs = [t.partition("\t") for t in chunk]
                 first, second = [p[0] for p in pairs], [p[2] for p in pairs]
-            logits = models.run(student, tokenizer, first, second, max_length=encoding.max_length).logits.float()
+            batch = tokenizer(
+                first, second, truncation=True, max_length=encoding.max_length, padding=True, return_tensors="pt"
+            )
+            logits = models.forward(student, batch).logits.float()
             if self.regression:
                 for content, value in zip(chunk, logits.reshape(-1).tolist(), strict=True):
                     yield f"{value:.4f}", None, content
