@@ -195,8 +195,9 @@ class Session:
                 table = table.with_seed(seed)
             args = training_arguments(folder, training, seed, metric if judged else None)
             args.max_steps = _most_steps(training, stage, len(table), args.world_size)
-            # Short epochs are logged as well: at least once each.
-            args.logging_steps = max(1, min(10, len(table) // (training.batch_size * training.accumulation)))
+            # Short epochs, and short trainings, are logged as well: at least once each.
+            often = min(10, len(table) // (training.batch_size * training.accumulation), training.max_steps or 10)
+            args.logging_steps = max(1, often)
             bar = ProgressBar(f"{title}, seed {seed}", self.metric)
             trainer = Trainer(
                 student,

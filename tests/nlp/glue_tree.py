@@ -11,8 +11,8 @@ import datasets
 from taskkd.nlp.glue import GLUE_TASKS
 from tests import tiny
 
-SPLITS = {"train": 60, "validation": 24, "test": 6}
-MNLI = {"train": 60, "validation_matched": 24, "validation_mismatched": 18, "test_matched": 6, "test_mismatched": 6}
+SPLITS = {"train": 40, "validation": 16, "test": 6}
+MNLI = {"train": 40, "validation_matched": 16, "validation_mismatched": 10, "test_matched": 6, "test_mismatched": 6}
 
 
 def splits(task: str) -> dict[str, int]:
