@@ -149,3 +149,19 @@ def save_teacher(kind: str, folder: Path) -> Path:
     teacher(kind).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def byte_level_tokenizer() -> Any:
+    """As RoBERTa's: pieces hold the space before a word, and there are no token types."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    text = [" ".join(tagged(fact)[0]) for fact in facts(50)]
+    core.train_from_iterator(text, trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet))
+    model = json.loads(core.to_str())["model"]
+    return transformers.RobertaTokenizer(
+        vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], model_max_length=128
+    )

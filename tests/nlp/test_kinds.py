@@ -401,3 +401,28 @@ def test_a_sample_without_labels_for_masked_language_modelling(tmp_path: Path) -
     data = recipes.task_named("nlp").load(loaded)
     assert len(data.train) > 1000
     assert set(data.train[0]) >= {"input_ids", "labels", "id"}
+
+
+def test_a_byte_level_tokenizer(tmp_path: Path) -> None:
+    people.byte_level_tokenizer().save_pretrained(tmp_path)
+    kind = KINDS["token_classification"]
+    tokenizer = models.load_tokenizer(str(tmp_path), kind.tokenizer_options)
+    words, tags = people.tagged(people.facts(1)[0])
+    row = kind.row({"tokens": words, "tags": tags}, "tokens", "tags", "")
+    (sample,) = kind.encode([row], tokenizer, people.TAGS, Encoding(64))
+    assert [people.TAGS[x] for x in sample["labels"] if x >= 0] == tags
+    # Words in a list are read as in a sentence, with the space before them.
+    assert sample["input_ids"] == tokenizer(" ".join(words))["input_ids"]
+    tokenizer.save_pretrained(tmp_path / "student")
+    again = models.load_tokenizer(str(tmp_path / "student"))
+    assert again(words, is_split_into_words=True)["input_ids"] == sample["input_ids"]
+
+    kind, tokenizer = KINDS["question_answering"], models.load_tokenizer(str(tmp_path))
+    rows = people.rows_of("question_answering", 12)
+    answered = kind.encode(rows, tokenizer, [], Encoding(128, stride=8, no_answer=True), training=False)
+    for sample in answered:
+        start, end = sample["start_positions"], sample["end_positions"]
+        found = sample["context"][sample["offsets"][start][0] : sample["offsets"][end][1]] if start else ""
+        assert [found] == (sample["answers"] or [""])
+        assert sample["context_mask"][0] == 1
+        assert sample["context_mask"][-1] == 0
