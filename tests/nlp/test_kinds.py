@@ -65,9 +65,7 @@ def test_labels_of_a_checkpoint_are_checked(tmp_path: Path) -> None:
 
 
 def test_pairs_that_cannot_be_compared() -> None:
-    with pytest.raises(
-        RecipeError, match="the student is for token classification, the teacher for masked language mod"
-    ):
+    with pytest.raises(RecipeError, match="the student is for token classification, the teacher for masked lm"):
         soft_targets(people.model("token_classification"), people.model("masked_lm"))
     other = people.model("masked_lm")
     other.config.vocab_size = 7
@@ -230,7 +228,7 @@ baseline: {{learning_rates: [3e-3], epochs: 1}}
 
 INPUTS = {
     "token_classification": "elena novak works as a baker in prague .",
-    "question_answering": "where does she live ?\telena novak works as a baker . then she came to prague .",
+    "question_answering": "in which city ?\telena novak works as a baker . then she came to prague .",
     "masked_lm": "elena novak works as a baker [MASK] prague .",
 }
 METRICS = {
@@ -401,6 +399,34 @@ def test_a_sample_without_labels_for_masked_language_modelling(tmp_path: Path) -
     data = recipes.task_named("nlp").load(loaded)
     assert len(data.train) > 1000
     assert set(data.train[0]) >= {"input_ids", "labels", "id"}
+
+
+def test_a_bare_encoder_is_fine_tuned_first(tmp_path: Path) -> None:
+    recipe = write_recipe("token_classification", tmp_path)
+    people.teacher("token_classification").bert.save_pretrained(tmp_path / "teacher")
+    overrides = ["teacher.finetune={epochs: 3, learning_rate: 5e-3, batch_size: 8}", "baseline=null"]
+    result = runs.run_recipe(recipes.load_recipe(recipe, overrides), tmp_path / "run", say=lambda _: None)
+    assert result.report["teacher"]["test"]["f1"] > 0.8
+    assert result.student.config.id2label == dict(enumerate(people.TAGS))
+
+
+def test_a_table_that_the_caller_has_tokenized_beside_unlabelled_text(tmp_path: Path) -> None:
+    import datasets
+
+    from taskkd.nlp.given import GivenTask
+
+    kind = KINDS["token_classification"]
+    rows = kind.encode(people.rows_of(kind.name, 12), people.tokenizer(), people.TAGS, ENCODING)
+    own = datasets.Dataset.from_dict({**rows.remove_columns(["id", "word_mask"]).to_dict(), "source": ["x"] * 12})
+    free = people.write(kind.name, tmp_path, "free", people.facts(5))
+    task = GivenTask(
+        [0], people.model(kind.name), own, own, unlabelled=free, processing_class=people.tokenizer()
+    )  # fmt: skip
+    everything = task.load(None).everything
+    assert len(set(everything["id"])) == len(everything) == 17
+    assert list(everything["word_mask"][:12]) == list(rows["word_mask"])
+    assert max(max(row) for row in everything["labels"][12:]) == -100
+    kind.collator(people.tokenizer())([everything[i] for i in (0, 16)])
 
 
 def test_a_byte_level_tokenizer(tmp_path: Path) -> None:
