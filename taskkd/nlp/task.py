@@ -20,12 +20,22 @@ from taskkd.nlp import models
 from taskkd.nlp.collation import FullLength
 from taskkd.nlp.kinds import KINDS, Encoding, Kind
 from taskkd.nlp.kinds.sequences import task_loss
+from taskkd.nlp.masking import Masked
 from taskkd.nlp.methods import METHODS
 from taskkd.schema import Model, Recipe, TeacherConfig
 
 __all__ = ["NlpData", "NlpRecipe", "task_loss"]
 
 Size = int | float
+#: what the embedded sample has labels for
+SAMPLE_TYPES = ("classification", "regression", "masked_lm")
+#: keys of `Data` that are of one type
+OWNED = {
+    "stride": "question_answering",
+    "no_answer": "question_answering",
+    "masking": "masked_lm",
+    "mask_share": "masked_lm",
+}
 
 
 class Files(Model):
@@ -63,11 +73,17 @@ class Data(Model):
     files: Files | None = None
     sample: Sample | None = None
     hub: Hub | None = None
-    type: Literal["classification", "regression"] = "classification"
+    type: Literal["classification", "regression", "token_classification", "question_answering", "masked_lm"] = (
+        "classification"
+    )
     text: str | list[str] = ""  # what is left out is as `type` has it
     label: str = ""
     labels: list[str] | None = None
     max_length: int | None = Field(None, ge=2)  # None: as `type` has it, or what the teacher takes if that is less
+    stride: int | None = Field(None, ge=0)  # tokens that windows of a context share; None: a third of max_length
+    no_answer: bool = False
+    masking: Literal["dynamic", "static"] = "dynamic"
+    mask_share: float = Field(0.15, gt=0, lt=1)
     train_size: int | None = Field(None, ge=1)
     validation_size: Size = Field(0.1, gt=0)
     test_size: Size = Field(0.1, gt=0)
@@ -80,7 +96,14 @@ class Data(Model):
             raise ValueError("exactly one of files, sample and hub must be given")
         if isinstance(self.text, list) and len(self.text) != 2:
             raise ValueError("text takes one column, or a list of two for pairs")
-        self.text, self.label = self.text or self.kind.text, self.label or self.kind.label
+        if self.sample is not None and self.type not in SAMPLE_TYPES:
+            raise ValueError(f"the embedded sample is for {', '.join(SAMPLE_TYPES)}, not for {self.type}")
+        for key, owner in OWNED.items():
+            if self.type != owner and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is for the type {owner}, not for {self.type}")
+        own = self.kind.text
+        self.text = self.text or (own if isinstance(own, str) else list(own))
+        self.label = self.label or self.kind.label
         return self
 
     @property
@@ -119,6 +142,17 @@ class NlpRecipe(Recipe):
     teacher: Teacher
     student: Student
 
+    @model_validator(mode="after")
+    def _no_cache_of_random_masks(self) -> NlpRecipe:
+        if self.data.type == "masked_lm" and self.data.masking == "dynamic" and self.teacher.cache is not None:
+            if "cache" in self.teacher.model_fields_set:
+                raise ValueError(
+                    "the teacher cannot be cached, as masks are drawn anew in each epoch: say `cache: null` in "
+                    "teacher, or `masking: static` in data"
+                )
+            self.teacher.cache = None
+        return self
+
 
 @dataclass
 class NlpData:
@@ -136,9 +170,13 @@ class NlpData:
     @property
     def everything(self) -> Any:
         """Labelled and unlabelled training text as one data set."""
-        import datasets
-
-        return self.train if self.unlabelled is None else datasets.concatenate_datasets([self.train, self.unlabelled])
+        if self.unlabelled is None:
+            return self.train
+        if isinstance(self.train, Masked):
+            return Masked(
+                text.joined(self.train.dataset, self.unlabelled.dataset), self.train.transform, seed=self.train.seed
+            )
+        return text.joined(self.train, self.unlabelled)
 
     @property
     def collator(self) -> Any:
@@ -190,7 +228,7 @@ class NlpTask:
         names = models.same_order(
             recipe.teacher.model, names, trained=recipe.teacher.finetune is None, head=kind.head
         )  # fmt: skip
-        tokenizer = models.load_tokenizer(recipe.teacher.model)
+        tokenizer = models.load_tokenizer(recipe.teacher.model, kind.tokenizer_options)
         encoding = encoding_of(config, tokenizer)
         start, tables = 0, {}
         for part in ("train", "unlabelled", "validation", "test"):
@@ -291,7 +329,15 @@ def encoding_of(config: Data, tokenizer: Any) -> Encoding:
         RecipeError: `max_length` is more than the model has positions.
     """
     length = fitting_length(config.max_length, tokenizer, config.kind.max_length)
-    return Encoding(length, pairs=isinstance(config.text, list), seed=config.split_seed)
+    return Encoding(
+        length,
+        pairs=isinstance(config.text, list),
+        seed=config.split_seed,
+        stride=config.stride,
+        no_answer=config.no_answer,
+        masking=config.masking,
+        mask_share=config.mask_share,
+    )
 
 
 def fitting_length(asked: int | None, tokenizer: Any, default: int = 128) -> int:
@@ -310,7 +356,7 @@ def _splits(config: Data) -> text.Splits:
     splits, kind = text.Splits(), config.kind
     if config.sample is not None:
         own = config.sample
-        splits.train = text.sentiment_rows(own.domains, label=own.label)
+        splits.train = text.sentiment_rows(own.domains, label="none" if config.type == "masked_lm" else own.label)
         taken = {text.same_text(r.text) for r in splits.train}
         extra = text.sentiment_rows(own.unlabelled_domains, label="none") if own.unlabelled_domains else []
         splits.unlabelled = [r for r in extra if text.same_text(r.text) not in taken]
