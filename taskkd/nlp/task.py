@@ -23,12 +23,15 @@ from taskkd.nlp.kinds import KINDS, Encoding, Kind
 from taskkd.nlp.kinds.sequences import task_loss
 from taskkd.nlp.masking import Masked
 from taskkd.nlp.methods import METHODS
+from taskkd.nlp.pairs import describe_pair
 from taskkd.schema import Model, Recipe, TeacherConfig
 from taskkd.terms import Term
 
 __all__ = ["NlpData", "NlpRecipe", "task_loss"]
 
 Size = int | float
+#: kinds whose labels stand at words, which augmentation replaces
+NOT_AUGMENTED = ("token_classification", "question_answering")
 PARTS = ("train", "unlabelled", "validation", "test")
 #: what the embedded sample has labels for
 SAMPLE_TYPES = ("classification", "regression", "masked_lm")
@@ -195,7 +198,8 @@ class NlpData:
         own = self.kind.collator(self.tokenizer)
         if self.of_teacher is None:
             return own
-        return tokenization.TwoCollator(own, self.tokenizer, self.of_teacher.tokenizer)
+        other = self.of_teacher
+        return tokenization.TwoCollator(own, other.collator, (self.tokenizer, other.tokenizer))
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -259,7 +263,7 @@ class NlpTask:
             found.append(
                 NlpData(**tables, labels=names, tokenizer=tokenizer, kind=kind, encoding=encoding, copies=copies)
             )
-        return with_teacher(found[0], found[1], {part: getattr(splits, part) for part in PARTS})
+        return two_tokenizers(found[0], found[1], {part: getattr(splits, part) for part in PARTS})
 
     def fingerprint(self, recipe: NlpRecipe) -> str:
         """What tells that the teacher's files are the ones a run was started with; "" for a hub name."""
@@ -330,6 +334,10 @@ class NlpTask:
         if data.of_teacher is not None:
             tokenization.check_terms(terms, student, batch)
 
+    def pair(self, data: NlpData, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
+        """What is to be known of a pair of models before they are distilled."""
+        return describe_pair(data, student, teacher)
+
     def loss(self, recipe: NlpRecipe) -> Any:
         """The task loss, `(output, batch) -> scalar`."""
         return recipe.data.kind.loss
@@ -361,7 +369,7 @@ class NlpTask:
         return [dict(data.collator([{k: v for k, v in row.items() if k in keep}])) for row in rows]
 
 
-def with_teacher(data: NlpData, teacher: NlpData, rows: Mapping[str, Sequence[text.Row]]) -> NlpData:
+def two_tokenizers(data: NlpData, teacher: NlpData, rows: Mapping[str, Sequence[text.Row]]) -> NlpData:
     """A student's data with the teacher's columns beside it, for different tokenizers.
 
     Args:
