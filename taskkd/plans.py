@@ -97,8 +97,10 @@ def look(recipe: Any, task: Any, data: Any, student: nn.Module, teacher: nn.Modu
     """
     found = {}
     rows = [data.everything[i] for i in range(min(recipe.training.batch_size, len(data.everything)))]
-    batch = dict(data.collator(rows))
-    for stage in build_method(recipe, task, data, student, teacher).stages:
+    method = build_method(recipe, task, data, student, teacher)
+    collator = data.full_length_collator if "full_length" in method.needs else data.collator
+    batch = dict(collator(rows))
+    for stage in method.stages:
         task.check_terms(data, stage.terms, student, batch)
         distiller = Distiller(
             student,

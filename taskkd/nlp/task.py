@@ -18,6 +18,7 @@ from taskkd.errors import DataError
 from taskkd.nlp import data as text
 from taskkd.nlp import models, tokenization
 from taskkd.nlp.augment import Augment, augmented, describe
+from taskkd.nlp.collation import FullLength
 from taskkd.nlp.heads import TOKENS
 from taskkd.nlp.kinds import KINDS, Encoding, Kind
 from taskkd.nlp.kinds.sequences import task_loss
@@ -105,6 +106,8 @@ class Data(Model):
             raise ValueError("text takes one column, or a list of two for pairs")
         if self.sample is not None and self.type not in SAMPLE_TYPES:
             raise ValueError(f"the embedded sample is for {', '.join(SAMPLE_TYPES)}, not for {self.type}")
+        if self.augment is not None and self.type in NOT_AUGMENTED:
+            raise ValueError(f"augment replaces words of whole texts; with {self.type} labels are of words")
         for key, owner in OWNED.items():
             if self.type != owner and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} is for the type {owner}, not for {self.type}")
@@ -200,6 +203,11 @@ class NlpData:
             return own
         other = self.of_teacher
         return tokenization.TwoCollator(own, other.collator, (self.tokenizer, other.tokenizer))
+
+    @property
+    def full_length_collator(self) -> Any:
+        """Pads every batch to the longest text that there may be."""
+        return FullLength(self.collator, self.tokenizer, self.encoding.max_length)
 
     @property
     def preprocessing(self) -> dict[str, Any]:

@@ -174,6 +174,7 @@ class TwoCollator:
 
     def __init__(self, student: Collate, teacher: Collate, tokenizers: tuple[Any, Any]) -> None:
         self.student, self.teacher, self.tokenizers = student, teacher, tokenizers
+        self.fills = {**getattr(student, "fills", {}), **dict.fromkeys(WORDS, -1)}
         self.inputs = {TEACHER + name: name for name in {*tokenizers[1].model_input_names, "token_type_ids"}}
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

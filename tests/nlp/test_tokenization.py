@@ -253,6 +253,20 @@ def test_kinds_without_a_common_unit_are_refused(folder: Path, tmp_path: Path, t
         )
 
 
+@pytest.mark.parametrize(
+    ("method", "possible"),
+    [("soft_targets", True), ("patient_kd", True), ("lrc_bert", True), ("tinybert", False), ("minilm", False),
+     ("distilbert", False), ("mobilebert", False), ("cofi", False)],
+)  # fmt: skip
+def test_methods_with_two_tokenizers(folder: Path, method: str, possible: bool) -> None:
+    own = recipe(folder, "roberta", method={"name": method})
+    if possible:
+        assert plans.check(own).stages
+        return
+    with pytest.raises(RecipeError, match="but student and teacher have different tokenizers"):
+        plans.check(own)
+
+
 # ---- words
 
 
