@@ -186,14 +186,13 @@ class NlpData:
     @property
     def everything(self) -> Any:
         """Labelled and unlabelled training text as one data set."""
-        import datasets
-
         if self.unlabelled is None:
             return self.train
         if isinstance(self.train, Masked):
-            tables = [self.train.dataset, self.unlabelled.dataset]
-            return Masked(datasets.concatenate_datasets(tables), self.train.transform, seed=self.train.seed)
-        return datasets.concatenate_datasets([self.train, self.unlabelled])
+            return Masked(
+                text.joined(self.train.dataset, self.unlabelled.dataset), self.train.transform, seed=self.train.seed
+            )
+        return text.joined(self.train, self.unlabelled)
 
     @property
     def collator(self) -> Any:
