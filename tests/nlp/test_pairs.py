@@ -64,4 +64,4 @@ def test_regression_and_other_heads(teacher: Any) -> None:
     regressor = wordpieces.model("Bert", LARGE, num_labels=1)
     assert facts(regressor, regressor)["labels"] == "regression"
     masked = wordpieces.model("Bert", LARGE, "ForMaskedLM")
-    assert facts(masked, masked)["labels"] == "none, masked language modelling"
+    assert facts(masked, masked)["labels"] == "none, masked lm"
