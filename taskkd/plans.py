@@ -45,6 +45,7 @@ def check(recipe: Any, *, evaluate: int = 200) -> Plan:
     plan = Plan([("data", data.summary())])
     for title, model in (("teacher", teacher), ("student", student)):
         plan.summary.append((title, f"{type(model).__name__}, {parameters(model):,} parameters"))
+    plan.summary += task.pair(data, student, teacher)
     if recipe.teacher.finetune is None:
         own = task.teacher_data(data)
         few = own.validation.select(range(min(evaluate, len(own.validation))))

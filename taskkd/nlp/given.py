@@ -16,7 +16,7 @@ from taskkd.errors import DataError, RecipeError
 from taskkd.nlp import data as text
 from taskkd.nlp import models, tokenization
 from taskkd.nlp.kinds import Encoding, kind_of
-from taskkd.nlp.task import NlpData, NlpTask, select_by, with_teacher
+from taskkd.nlp.task import NlpData, NlpTask, select_by, two_tokenizers
 from taskkd.nlp.tokenization import fitting_length
 
 __all__ = ["GivenTask"]
@@ -123,7 +123,7 @@ class GivenTask(NlpTask):
             self._tables(sources, tokenizer, {who: configs[who]})
             for who, tokenizer in (("student", student), ("teacher", teacher))
         )
-        return with_teacher(own, other, {"test": sources["validation"], **sources})
+        return two_tokenizers(own, other, {"test": sources["validation"], **sources})
 
     def _tables(self, sources: Mapping[str, Any], tokenizer: Any, configs: Mapping[str, Any]) -> NlpData:
         """The data by one tokenizer."""

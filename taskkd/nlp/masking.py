@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 
 from taskkd.augmentation import Augmented, generator_for
+from taskkd.nlp.data import as_table
 
 __all__ = ["Masked", "Masker", "text_lines"]
+
+#: samples that are held as Python numbers at a time
+CHUNK = 1000
 
 
 def text_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -54,11 +58,17 @@ class Masker:
         kept = {k: v for k, v in sample.items() if k != "special_tokens_mask"}
         return {**kept, "input_ids": masked.tolist(), "labels": _labels(ids, picked)}
 
-    def fixed(self, columns: dict[str, Any], seed: int) -> dict[str, Any]:
-        """Columns of a table masked once, each row from a generator seeded by (seed, 0, its position)."""
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        masked = [self(row, generator_for(seed, 0, i)) for i, row in enumerate(rows)]
-        return {name: [row[name] for row in masked] for name in masked[0]}
+    def fixed(self, table: Any, seed: int) -> Any:
+        """A table masked once, each row from a generator seeded by (seed, 0, its position)."""
+
+        def chunk(start: int) -> dict[str, list[Any]]:
+            columns = {k: v for k, v in table[start : start + CHUNK].items() if k != "id"}
+            rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            masked = [self(row, generator_for(seed, 0, start + i)) for i, row in enumerate(rows)]
+            return {name: [row[name] for row in masked] for name in masked[0]}
+
+        first_id = table[0]["id"] if "id" in table.column_names else 0
+        return as_table((chunk(start) for start in range(0, len(table), CHUNK)), first_id)
 
 
 def _labels(ids: Tensor, picked: Tensor) -> list[int]:

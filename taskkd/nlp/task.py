@@ -25,12 +25,15 @@ from taskkd.nlp.kinds import KINDS, Encoding, Kind
 from taskkd.nlp.kinds.sequences import CLASSIFICATION, task_loss
 from taskkd.nlp.masking import Masked
 from taskkd.nlp.methods import METHODS
+from taskkd.nlp.pairs import describe_pair
 from taskkd.schema import Model, Recipe, TeacherConfig
 from taskkd.terms import Term
 
 __all__ = ["NlpData", "NlpRecipe", "task_loss"]
 
 Size = int | float
+#: kinds whose labels stand at words, which augmentation replaces
+NOT_AUGMENTED = ("token_classification", "question_answering")
 PARTS = ("train", "unlabelled", "validation", "test", "mismatched")
 #: what the embedded sample has labels for
 SAMPLE_TYPES = ("classification", "regression", "masked_lm")
@@ -108,6 +111,8 @@ class Data(Model):
             raise ValueError("text takes one column, or a list of two for pairs")
         if self.sample is not None and self.type not in SAMPLE_TYPES:
             raise ValueError(f"the embedded sample is for {', '.join(SAMPLE_TYPES)}, not for {self.type}")
+        if self.augment is not None and self.type in NOT_AUGMENTED:
+            raise ValueError(f"augment replaces words of whole texts; with {self.type} labels are of words")
         for key, owner in OWNED.items():
             if self.type != owner and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} is for the type {owner}, not for {self.type}")
@@ -202,14 +207,13 @@ class NlpData:
     @property
     def everything(self) -> Any:
         """Labelled and unlabelled training text as one data set."""
-        import datasets
-
         if self.unlabelled is None:
             return self.train
         if isinstance(self.train, Masked):
-            tables = [self.train.dataset, self.unlabelled.dataset]
-            return Masked(datasets.concatenate_datasets(tables), self.train.transform, seed=self.train.seed)
-        return datasets.concatenate_datasets([self.train, self.unlabelled])
+            return Masked(
+                text.joined(self.train.dataset, self.unlabelled.dataset), self.train.transform, seed=self.train.seed
+            )
+        return text.joined(self.train, self.unlabelled)
 
     @property
     def further_tests(self) -> dict[str, Any]:
@@ -222,7 +226,8 @@ class NlpData:
         own = self.kind.collator(self.tokenizer)
         if self.of_teacher is None:
             return own
-        return tokenization.TwoCollator(own, self.tokenizer, self.of_teacher.tokenizer)
+        other = self.of_teacher
+        return tokenization.TwoCollator(own, other.collator, (self.tokenizer, other.tokenizer))
 
     @property
     def full_length_collator(self) -> Any:
@@ -302,7 +307,7 @@ class NlpTask:
             found.append(
                 NlpData(**tables, labels=names, tokenizer=tokenizer, kind=kind, encoding=encoding, copies=copies)
             )
-        return with_teacher(found[0], found[1], {part: getattr(splits, part) for part in PARTS})
+        return two_tokenizers(found[0], found[1], {part: getattr(splits, part) for part in PARTS})
 
     def fingerprint(self, recipe: NlpRecipe) -> str:
         """What tells that the teacher's files are the ones a run was started with; "" for a hub name."""
@@ -373,6 +378,10 @@ class NlpTask:
         if data.of_teacher is not None:
             tokenization.check_terms(terms, student, batch)
 
+    def pair(self, data: NlpData, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
+        """What is to be known of a pair of models before they are distilled."""
+        return describe_pair(data, student, teacher)
+
     def loss(self, recipe: NlpRecipe) -> Any:
         """The task loss, `(output, batch) -> scalar`."""
         return recipe.data.kind.loss
@@ -421,7 +430,7 @@ def select_by(data: NlpData, name: str | None) -> NlpData:
     return replace(data, metric=name, of_teacher=None if other is None else replace(other, metric=name))
 
 
-def with_teacher(data: NlpData, teacher: NlpData, rows: Mapping[str, Sequence[text.Row]]) -> NlpData:
+def two_tokenizers(data: NlpData, teacher: NlpData, rows: Mapping[str, Sequence[text.Row]]) -> NlpData:
     """A student's data with the teacher's columns beside it, for different tokenizers.
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from taskkd.adapters import build_adapter
 from taskkd.errors import RecipeError
 from taskkd.nlp.heads import MASKED_LM, QUESTION_ANSWERING, TOKENS, Head
-from taskkd.taps import Taps, accepted_arguments
+from taskkd.taps import Taps, accepted_arguments, parse_tap
 from taskkd.terms import Match, Term
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "word_index",
 ]
 
+Collate: TypeAlias = Callable[[Any], Mapping[str, Any]]
 TEACHER = "teacher_"
 WORDS = ("word_index", "teacher_word_index")
 #: families whose positions are counted from the padding's number on
@@ -132,8 +133,13 @@ def joined(student: Any, teacher: Any, inputs: Sequence[str]) -> Any:
     table = datasets.concatenate_datasets([student, other], axis=1)
     if "token_type_ids" in student.column_names and "token_type_ids" not in columns:
         # otherwise a teacher that could read the student's would get them
-        table = table.add_column(TEACHER + "token_type_ids", [[0] * len(ids) for ids in other[TEACHER + "input_ids"]])
+        table = table.add_column(TEACHER + "token_type_ids", [_zeros(ids) for ids in other[TEACHER + "input_ids"]])
     return table
+
+
+def _zeros(ids: Sequence[Any]) -> list[Any]:
+    """Zeros for the tokens of a sample, which may be several texts."""
+    return [_zeros(own) if isinstance(own, list) else 0 for own in ids]
 
 
 def word_index(words: Sequence[Sequence[str]], tokenizer: Any, max_length: int) -> list[list[int]]:
@@ -162,35 +168,28 @@ class TwoCollator:
     """Batches for a student and a teacher with different tokenizers.
 
     Args:
-        student: pads the student's columns.
-        tokenizer: the student's.
-        teacher: the teacher's tokenizer, pads `teacher_...`.
+        student, teacher: pad the columns of one tokenizer each.
+        tokenizers: the two.
     """
 
-    def __init__(self, student: Callable[[Any], Mapping[str, Any]], tokenizer: Any, teacher: Any) -> None:
-        self.student, self.tokenizer, self.teacher = student, tokenizer, teacher
+    def __init__(self, student: Collate, teacher: Collate, tokenizers: tuple[Any, Any]) -> None:
+        self.student, self.teacher, self.tokenizers = student, teacher, tokenizers
+        self.fills = {**getattr(student, "fills", {}), **dict.fromkeys(WORDS, -1)}
+        self.inputs = {TEACHER + name: name for name in {*tokenizers[1].model_input_names, "token_type_ids"}}
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of these samples, as tensors."""
-        plain, other, words = [], [], []
-        for sample in samples:
-            words.append({k: v for k, v in sample.items() if k in WORDS})
-            theirs = {k: v for k, v in sample.items() if k.startswith(TEACHER) and k not in WORDS}
-            other.append({k.removeprefix(TEACHER): v for k, v in theirs.items()})
-            plain.append({k: v for k, v in sample.items() if k not in theirs and k not in WORDS})
+        plain = [{k: v for k, v in s.items() if k not in self.inputs and k not in WORDS} for s in samples]
+        other = [{self.inputs[k]: v for k, v in s.items() if k in self.inputs} for s in samples]
         batch = dict(self.student(plain))
         if other[0]:
-            padded = self.teacher.pad(other, return_tensors="pt")
-            batch |= {TEACHER + name: value for name, value in padded.items()}
-        for name, ids, tokenizer in zip(
-            WORDS, ("input_ids", "teacher_input_ids"), (self.tokenizer, self.teacher), strict=True
-        ):
-            if name in words[0]:
-                column = "input_ids" if tokenizer is self.tokenizer else "teacher_input_ids"
+            batch |= {TEACHER + name: value for name, value in self.teacher(other).items()}
+        for name, ids, tokenizer in zip(WORDS, ("input_ids", TEACHER + "input_ids"), self.tokenizers, strict=True):
+            if name in samples[0]:
                 gaps = [0] * len(samples)
                 if tokenizer.padding_side == "left":
-                    gaps = [batch[column].shape[1] - len(sample[ids]) for sample in samples]
-                batch[name] = _padded([w[name] for w in words], gaps)
+                    gaps = [batch[ids].shape[1] - len(sample[ids]) for sample in samples]
+                batch[name] = _padded([sample[name] for sample in samples], gaps)
         return batch
 
 
@@ -262,25 +261,35 @@ def check_terms(terms: Sequence[Term], student: nn.Module, batch: Mapping[str, A
     """Refuse what compares tokens of two tokenizations: terms on what grows with the student's padding.
 
     Args:
-        terms: those of a stage; only `Match` is looked at, other terms know what they do.
+        terms: those of a stage.
         student: run twice, without gradient.
         batch: for two tokenizers.
 
     Raises:
         RecipeError: a term compares token by token.
     """
-    matches = [t for t in terms if isinstance(t, Match) and "teacher_word_index" not in t.option_taps]
-    values = _grown(student, [tap for t in matches for tap in t.student_pairs], batch)
-    for term in matches:
-        for tap in term.student_pairs:
-            one, other = (term._values(v, [tap])[0].shape for v in values)
-            if one != other:
-                words = "; word by word with `mask: batch.word_mask`" if "word_index" in batch else ""
+    read = {term: _compared(term) for term in terms}
+    values = _grown(student, [tap for taps in read.values() for tap in taps], batch)
+    words = "; the first pieces of words with `mask: batch.word_mask`" if "word_index" in batch else ""
+    for term, taps in read.items():
+        for tap in taps:
+            if isinstance(term, Match):
+                one, other = (term._values(v, [tap])[0] for v in values)
+            else:
+                one, other = (v[tap] for v in values)
+            if isinstance(one, Tensor) and one.shape != other.shape:
                 raise RecipeError(
                     f"term {term.name!r} compares the student's {tap!r} token by token, but student and teacher have "
                     "different tokenizers: their tokens are not the same pieces of text. What works: logits, a slice "
-                    f"of one position ('{tap}[:, 0]' is [CLS]), the pooler, a sentence embedding{words}."
+                    f"of one position ('[:, 0]' is [CLS]), the pooler, a sentence embedding{words}."
                 )
+
+
+def _compared(term: Term) -> list[str]:
+    """The student's taps that a term compares with the teacher's; none if it aligns words."""
+    if isinstance(term, Match):
+        return [] if "teacher_word_index" in term.option_taps else list(term.student_pairs)
+    return [tap for tap in term.student_taps if parse_tap(tap).root != "batch"] if term.teacher_taps else []
 
 
 @torch.no_grad()

@@ -137,8 +137,9 @@ def test_check_says_what_copies_would_cost(folder: Path) -> None:
         (["data.augment={n: 4}"], RecipeError, "words need a source: mlm, vectors or neighbours"),
         (["data.augment.p=2"], RecipeError, r"data\.augment\.p: .*less than or equal to 1"),
         (["data.augment.pp=2"], RecipeError, r"unknown key 'data\.augment\.pp' \(did you mean 'p'"),
+        (["data.type=token_classification"], RecipeError, "augment replaces words of whole texts"),
         (["data.augment.vectors=none.txt"], DataError, r"word vectors none\.txt: No such file"),
-        (["data.augment.mlm=none/here"], DataError, "model 'none/here' cannot be loaded"),
+        (["data.augment.mlm=/no/such/model"], DataError, "model '/no/such/model' cannot be loaded"),
     ],
 )
 def test_mistakes_in_recipes(

@@ -65,9 +65,7 @@ def test_labels_of_a_checkpoint_are_checked(tmp_path: Path) -> None:
 
 
 def test_pairs_that_cannot_be_compared() -> None:
-    with pytest.raises(
-        RecipeError, match="the student is for token classification, the teacher for masked language mod"
-    ):
+    with pytest.raises(RecipeError, match="the student is for token classification, the teacher for masked lm"):
         soft_targets(people.model("token_classification"), people.model("masked_lm"))
     other = people.model("masked_lm")
     other.config.vocab_size = 7
@@ -230,7 +228,7 @@ baseline: {{learning_rates: [3e-3], epochs: 1}}
 
 INPUTS = {
     "token_classification": "elena novak works as a baker in prague .",
-    "question_answering": "where does she live ?\telena novak works as a baker . then she came to prague .",
+    "question_answering": "in which city ?\telena novak works as a baker . then she came to prague .",
     "masked_lm": "elena novak works as a baker [MASK] prague .",
 }
 METRICS = {
@@ -389,7 +387,10 @@ def test_a_tag_of_the_validation_file_that_training_has_not(tmp_path: Path) -> N
 @pytest.mark.parametrize("kind", NEW)
 def test_a_teacher_at_chance_is_refused(kind: str, tmp_path: Path) -> None:
     recipe = write_recipe(kind, tmp_path)
-    people.model(kind, seed=8).save_pretrained(tmp_path / "teacher")
+    untrained = people.model(kind)
+    for name in {"token_classification": ["classifier"], "question_answering": ["qa_outputs"]}.get(kind, []):
+        torch.nn.init.zeros_(getattr(untrained, name).weight)  # the same answer whatever the text is
+    untrained.save_pretrained(tmp_path / "teacher")
     with pytest.raises(RecipeError, match="no better than chance"):
         runs.run_recipe(recipes.load_recipe(recipe), tmp_path / "run", say=lambda _: None)
 
@@ -401,3 +402,56 @@ def test_a_sample_without_labels_for_masked_language_modelling(tmp_path: Path) -
     data = recipes.task_named("nlp").load(loaded)
     assert len(data.train) > 1000
     assert set(data.train[0]) >= {"input_ids", "labels", "id"}
+
+
+def test_a_bare_encoder_is_fine_tuned_first(tmp_path: Path) -> None:
+    recipe = write_recipe("token_classification", tmp_path)
+    people.teacher("token_classification").bert.save_pretrained(tmp_path / "teacher")
+    overrides = ["teacher.finetune={epochs: 3, learning_rate: 5e-3, batch_size: 8}", "baseline=null"]
+    result = runs.run_recipe(recipes.load_recipe(recipe, overrides), tmp_path / "run", say=lambda _: None)
+    assert result.report["teacher"]["test"]["f1"] > 0.8
+    assert result.student.config.id2label == dict(enumerate(people.TAGS))
+
+
+def test_a_table_that_the_caller_has_tokenized_beside_unlabelled_text(tmp_path: Path) -> None:
+    import datasets
+
+    from taskkd.nlp.given import GivenTask
+
+    kind = KINDS["token_classification"]
+    rows = kind.encode(people.rows_of(kind.name, 12), people.tokenizer(), people.TAGS, ENCODING)
+    own = datasets.Dataset.from_dict({**rows.remove_columns(["id", "word_mask"]).to_dict(), "source": ["x"] * 12})
+    free = people.write(kind.name, tmp_path, "free", people.facts(5))
+    task = GivenTask(
+        [0], people.model(kind.name), own, own, unlabelled=free, processing_class=people.tokenizer()
+    )  # fmt: skip
+    everything = task.load(None).everything
+    assert len(set(everything["id"])) == len(everything) == 17
+    assert list(everything["word_mask"][:12]) == list(rows["word_mask"])
+    assert max(max(row) for row in everything["labels"][12:]) == -100
+    kind.collator(people.tokenizer())([everything[i] for i in (0, 16)])
+
+
+def test_a_byte_level_tokenizer(tmp_path: Path) -> None:
+    people.byte_level_tokenizer().save_pretrained(tmp_path)
+    kind = KINDS["token_classification"]
+    tokenizer = models.load_tokenizer(str(tmp_path), kind.tokenizer_options)
+    words, tags = people.tagged(people.facts(1)[0])
+    row = kind.row({"tokens": words, "tags": tags}, "tokens", "tags", "")
+    (sample,) = kind.encode([row], tokenizer, people.TAGS, Encoding(64))
+    assert [people.TAGS[x] for x in sample["labels"] if x >= 0] == tags
+    # Words in a list are read as in a sentence, with the space before them.
+    assert sample["input_ids"] == tokenizer(" ".join(words))["input_ids"]
+    tokenizer.save_pretrained(tmp_path / "student")
+    again = models.load_tokenizer(str(tmp_path / "student"))
+    assert again(words, is_split_into_words=True)["input_ids"] == sample["input_ids"]
+
+    kind, tokenizer = KINDS["question_answering"], models.load_tokenizer(str(tmp_path))
+    rows = people.rows_of("question_answering", 12)
+    answered = kind.encode(rows, tokenizer, [], Encoding(128, stride=8, no_answer=True), training=False)
+    for sample in answered:
+        start, end = sample["start_positions"], sample["end_positions"]
+        found = sample["context"][sample["offsets"][start][0] : sample["offsets"][end][1]] if start else ""
+        assert [found] == (sample["answers"] or [""])
+        assert sample["context_mask"][0] == 1
+        assert sample["context_mask"][-1] == 0

@@ -209,7 +209,7 @@ def test_the_loss_counts_labelled_windows_and_no_padding() -> None:
 
 def test_predictions() -> None:
     teacher, encoding = people.teacher(KIND.name), Encoding(48, stride=8)
-    line = "what does she do ?\tclara novak works as a pilot . then she came to oslo ."
+    line = "what job ?\tclara novak works as a pilot . then she came to oslo ."
     ((answer, probability, text),) = KIND.predict(teacher, people.tokenizer(), [line], encoding)
     assert (answer, text) == ("pilot", line)
     assert 0 < probability <= 1

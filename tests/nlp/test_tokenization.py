@@ -253,6 +253,20 @@ def test_kinds_without_a_common_unit_are_refused(folder: Path, tmp_path: Path, t
         )
 
 
+@pytest.mark.parametrize(
+    ("method", "possible"),
+    [("soft_targets", True), ("patient_kd", True), ("lrc_bert", True), ("tinybert", False), ("minilm", False),
+     ("distilbert", False), ("mobilebert", False), ("cofi", False)],
+)  # fmt: skip
+def test_methods_with_two_tokenizers(folder: Path, method: str, possible: bool) -> None:
+    own = recipe(folder, "roberta", method={"name": method})
+    if possible:
+        assert plans.check(own).stages
+        return
+    with pytest.raises(RecipeError, match="but student and teacher have different tokenizers"):
+        plans.check(own)
+
+
 # ---- words
 
 
@@ -311,7 +325,7 @@ def test_left_padding_moves_the_words() -> None:
     ]  # fmt: skip
     from taskkd.nlp.collation import Collator
 
-    batch = tokenization.TwoCollator(Collator(right), right, left)(rows)
+    batch = tokenization.TwoCollator(Collator(right), Collator(left), (right, left))(rows)
     for ids, index, name in (("input_ids", "word_index", 0), ("teacher_input_ids", "teacher_word_index", 1)):
         for i in range(2):
             for word in range(len(words[i])):
@@ -326,7 +340,7 @@ TAGS = {"great": "GOOD", "lovely": "GOOD", "superb": "GOOD", "awful": "BAD", "du
 def test_token_classification_with_two_tokenizers(folder: Path, tmp_path: Path) -> None:
     import json
 
-    rows = [text.split() for text, _ in tiny.sentences(150)]
+    rows = [text.split() for text, _ in tiny.sentences(300)]
     lines = [json.dumps({"tokens": words, "tags": [TAGS.get(w, "O") for w in words]}) for words in rows]
     (tmp_path / "tags.jsonl").write_text("\n".join(lines))
     large, bytes_ = wordpieces.wordpiece(1500), wordpieces.byte_level(900)
@@ -341,18 +355,18 @@ def test_token_classification_with_two_tokenizers(folder: Path, tmp_path: Path) 
     own = recipe(
         tmp_path, "roberta", terms=[hidden],
         data={"files": {"train": str(tmp_path / "tags.jsonl")}, "type": "token_classification"},
-        teacher_options={"finetune": {"epochs": 6, "learning_rate": 1e-2, "batch_size": 16}},
+        teacher_options={"finetune": {"epochs": 8, "learning_rate": 1e-2, "batch_size": 16}},
         method={"name": "soft_targets", "task_weight": 0, "weight": 1},
-        training={**TRAINING, "epochs": 6},
+        training={**TRAINING, "epochs": 12},
     )  # fmt: skip
     result = runs.run_recipe(own, tmp_path / "run", say=lambda _: None)
     outcome = result.report["distilled"]["distilled"]["0"]
     assert {"loss_logits", "loss_hidden"} <= set(outcome["history"][0])
     # from the teacher's answers alone, which only the words align
-    assert result.report["teacher"]["test"]["accuracy"] > 0.95
-    assert outcome["test"]["accuracy"] > 0.9
+    assert result.report["teacher"]["test"]["accuracy"] > 0.98
+    assert outcome["test"]["accuracy"] > 0.98
     answers = [a for a, _, _ in runs.predict(tmp_path / "run", ["the film is great", "a dull plot"])]
     assert answers == ["O O O GOOD", "O BAD O"]
     over_all = own.model_copy(update={"terms": [own.terms[0].model_copy(update={"mask": "batch.attention_mask"})]})
-    with pytest.raises(RecipeError, match=r"word by word with `mask: batch\.word_mask`"):
+    with pytest.raises(RecipeError, match=r"the first pieces of words with `mask: batch\.word_mask`"):
         plans.check(over_all)

@@ -20,6 +20,9 @@ from taskkd.nlp.metrics import MaskedTokens
 
 __all__ = ["MASKED_LM", "MaskedKind"]
 
+#: texts that are tokenized together
+CHUNK = 1000
+
 
 class MaskedKind:
     """Text with masked tokens, whose labels are what they were (-100 elsewhere). Longer texts are cut into pieces.
@@ -73,31 +76,22 @@ class MaskedKind:
         Raises:
             DataError: there are no rows, or the tokenizer has no mask token.
         """
-        import datasets
-
         if not rows:
             raise DataError("there are no rows to tokenize.")
-        found = tokenizer(
-            [r.text for r in rows],
-            truncation=True,
-            max_length=encoding.max_length,
-            return_overflowing_tokens=True,
-            return_special_tokens_mask=True,
+        chunks = (rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK))
+        return self._masked(
+            data.as_table((_pieces(chunk, tokenizer, encoding) for chunk in chunks), first_id),
+            tokenizer,
+            encoding,
+            training,
         )
-        keep = {*tokenizer.model_input_names, "special_tokens_mask"}
-        columns = {k: v for k, v in found.items() if k in keep}
-        columns["id"] = list(range(first_id, first_id + len(columns["input_ids"])))
-        return self._masked(datasets.Dataset.from_dict(columns), tokenizer, encoding, training)
 
     def _masked(self, table: Table, tokenizer: Any, encoding: Encoding, training: bool) -> Table:
-        import datasets
-
         if tokenizer.mask_token_id is None:
             raise DataError("the tokenizer has no mask token; masked language modelling needs one.")
         masker = Masker(tokenizer.mask_token_id, len(tokenizer), encoding.mask_share)
-        if training and encoding.masking == "dynamic":
-            return Masked(table, masker, seed=encoding.seed)
-        return datasets.Dataset.from_dict(masker.fixed(table.to_dict(), encoding.seed))
+        dynamic = training and encoding.masking == "dynamic"
+        return Masked(table, masker, seed=encoding.seed) if dynamic else masker.fixed(table, encoding.seed)
 
     def adopt(
         self,
@@ -150,6 +144,18 @@ class MaskedKind:
                 math.exp(float(best.values.sum())),
                 line,
             )
+
+
+def _pieces(rows: Sequence[Row], tokenizer: Any, encoding: Encoding) -> dict[str, Any]:
+    """The columns of the pieces of these texts."""
+    found = tokenizer(
+        [r.text for r in rows],
+        truncation=True,
+        max_length=encoding.max_length,
+        return_overflowing_tokens=True,
+        return_special_tokens_mask=True,
+    )
+    return {k: v for k, v in found.items() if k in {*tokenizer.model_input_names, "special_tokens_mask"}}
 
 
 MASKED_LM = MaskedKind()

@@ -19,6 +19,8 @@ from taskkd.nlp.kinds.base import Encoding, Prediction, Table
 __all__ = ["QUESTION_ANSWERING", "QuestionKind", "span_loss"]
 
 POSITIONS = ("start_positions", "end_positions")
+#: rows that are tokenized together
+CHUNK = 1000
 
 
 def span_loss(output: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -98,43 +100,20 @@ class QuestionKind:
             DataError: there are no rows, a question leaves no room for its context, or one has no answer although
                 `no_answer` is not set.
         """
-        import datasets
-
         if not rows:
             raise DataError("there are no rows to tokenize.")
-        overlap = encoding.max_length // 3 if encoding.stride is None else encoding.stride
-        self._check(rows, tokenizer, encoding, overlap)
-        found = tokenizer(
-            [r.text for r in rows],
-            [r.pair or "" for r in rows],
-            truncation="only_second",
-            max_length=encoding.max_length,
-            stride=overlap,
-            return_overflowing_tokens=True,
-            return_offsets_mapping=True,
+        self._check(rows, tokenizer, encoding)
+        chunks = [range(i, min(i + CHUNK, len(rows))) for i in range(0, len(rows), CHUNK)]
+        return data.as_table(
+            (
+                _windows([rows[i] for i in chunk], tokenizer, encoding, None if training else first_id + chunk.start)
+                for chunk in chunks
+            ),
+            first_id,
         )
-        columns: dict[str, Any] = {k: v for k, v in found.items() if k in tokenizer.model_input_names}
-        extra: dict[str, list[Any]] = {k: [] for k in ("context_mask", *POSITIONS)}
-        held: dict[str, list[Any]] = {
-            k: [] for k in ("question", "offsets", "cls", "context", "answers", "no_answer")
-        }  # fmt: skip
-        for i, number in enumerate(found["overflow_to_sample_mapping"]):
-            row, ids, inside = rows[number], found["input_ids"][i], [s == 1 for s in found.sequence_ids(i)]
-            cls = ids.index(tokenizer.cls_token_id) if tokenizer.cls_token_id in ids else 0
-            offsets = [list(o) if c else [-1, -1] for o, c in zip(found["offset_mapping"][i], inside, strict=True)]
-            start, end = _positions(row, offsets, cls)
-            values = ([int(c or j == cls) for j, c in enumerate(inside)], start, end)
-            for column, value in zip(extra, values, strict=True):
-                extra[column].append(value)
-            if not training:
-                truths = [answer for answer, _ in row.label or ()]
-                about = (first_id + number, offsets, cls, row.pair or "", truths, encoding.no_answer)
-                for column, value in zip(held, about, strict=True):
-                    held[column].append(value)
-        columns |= {**extra, "id": list(range(first_id, first_id + len(extra["context_mask"])))}
-        return datasets.Dataset.from_dict(columns if training else {**columns, **held})
 
-    def _check(self, rows: Sequence[Row], tokenizer: Any, encoding: Encoding, overlap: int) -> None:
+    def _check(self, rows: Sequence[Row], tokenizer: Any, encoding: Encoding) -> None:
+        overlap = _overlap(encoding)
         lengths = [len(ids) for ids in tokenizer([r.text for r in rows], [""] * len(rows))["input_ids"]]
         for row, length in zip(rows, lengths, strict=True):
             if length + overlap >= encoding.max_length:
@@ -220,6 +199,39 @@ class QuestionKind:
                 metric.update(models.forward(student, batch), batch)
             ((answer, probability),) = metric.answers().values()
             yield " ".join(answer.split()), probability, line
+
+
+def _overlap(encoding: Encoding) -> int:
+    """Tokens that neighbouring windows share."""
+    return encoding.max_length // 3 if encoding.stride is None else encoding.stride
+
+
+def _windows(rows: Sequence[Row], tokenizer: Any, encoding: Encoding, question: int | None) -> dict[str, list[Any]]:
+    """The columns of these rows' windows; with the number of the first question also what leads to answers."""
+    found = tokenizer(
+        [r.text for r in rows],
+        [r.pair or "" for r in rows],
+        truncation="only_second",
+        max_length=encoding.max_length,
+        stride=_overlap(encoding),
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )
+    columns: dict[str, list[Any]] = {k: v for k, v in found.items() if k in tokenizer.model_input_names}
+    own: list[dict[str, Any]] = []
+    for i, number in enumerate(found["overflow_to_sample_mapping"]):
+        row, ids, inside = rows[number], found["input_ids"][i], [s == 1 for s in found.sequence_ids(i)]
+        cls = ids.index(tokenizer.cls_token_id) if tokenizer.cls_token_id in ids else 0
+        offsets = [list(o) if c else [-1, -1] for o, c in zip(found["offset_mapping"][i], inside, strict=True)]
+        start, end = _positions(row, offsets, cls)
+        mask = [int(c or j == cls) for j, c in enumerate(inside)]
+        window = {"context_mask": mask, "start_positions": start, "end_positions": end}
+        if question is not None:
+            truths = [answer for answer, _ in row.label or ()]
+            window |= {"question": question + number, "offsets": offsets, "cls": cls, "context": row.pair or ""}
+            window |= {"answers": truths, "no_answer": encoding.no_answer}
+        own.append(window)
+    return columns | {name: [window[name] for window in own] for name in own[0]}
 
 
 def _answers(value: Any, column: str, where: str) -> list[tuple[str, int]]:

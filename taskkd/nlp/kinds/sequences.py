@@ -47,6 +47,8 @@ def adopt_labels(table: Table, label: str | None, unlabelled: Any) -> Table:
     Raises:
         DataError: there is neither such a column nor `labels`.
     """
+    import datasets
+
     if label is None:
         table = table.remove_columns([c for c in ("labels",) if c in table.column_names])
         return table.add_column("labels", [unlabelled] * len(table))
@@ -54,6 +56,8 @@ def adopt_labels(table: Table, label: str | None, unlabelled: Any) -> Table:
         table = table.rename_column(label, "labels")
     if "labels" not in table.column_names:
         raise DataError(f"a tokenized data set needs the column 'labels' or {label!r}; it has {table.column_names}.")
+    if isinstance(table.features["labels"], datasets.ClassLabel):  # which has no -100
+        table = table.cast_column("labels", datasets.Value("int64"))
     return table
 
 

@@ -84,21 +84,18 @@ class TokenKind:
         Raises:
             DataError: there are no rows, or a tag is not one of the names.
         """
-        import datasets
-
         if not rows:
             raise DataError("there are no rows to tokenize.")
         numbers = [_numbers(row, names) for row in rows]
         found = _tokenized([row.words or () for row in rows], tokenizer, encoding)
         firsts = [_first_pieces(found.word_ids(i)) for i in range(len(rows))]
-        columns = dict(found)
+        columns = {k: v for k, v in found.items() if k in tokenizer.model_input_names}
         columns["word_mask"] = [[int(w is not None) for w in first] for first in firsts]
         columns["labels"] = [
             [-100 if w is None else number[w] for w in first] for first, number in zip(firsts, numbers, strict=True)
         ]
-        columns["id"] = list(range(first_id, first_id + len(rows)))
         _tell_lost(rows, columns["word_mask"], encoding)
-        return datasets.Dataset.from_dict(columns)
+        return data.as_table([columns], first_id)
 
     def adopt(
         self,
