@@ -237,7 +237,7 @@ def _distilled(session: Session, teacher: nn.Module, seed: int, name: str) -> di
     student = session.student(teacher, seed)
     method = build_method(session.recipe, student, teacher)
     outcome: dict[str, Any] = {}
-    model = ""
+    seconds, steps, model = 0.0, 0, ""
     for number, stage in enumerate(method.stages):
         step = f"{base}/stages/{number}-{stage.name}"
         finished = step in session.record.finished
@@ -252,8 +252,13 @@ def _distilled(session: Session, teacher: nn.Module, seed: int, name: str) -> di
             train=session.data.everything,
         )
         model = f"{step}/model"
+        seconds, steps = seconds + outcome["seconds"], steps + outcome["steps"]
         if finished:
             session.task.reload(student, session.folder / model)
+    outcome = outcome | {"seconds": seconds, "steps": steps}
+    if not outcome["validation"]:
+        own = session.record.step(f"{base}/validation", lambda: session.evaluated(student, session.data.validation))
+        outcome["validation"] = own
     test = session.tested(f"{base}/test", lambda: student)
     session.say(f"{name}, seed {seed}: {session.metric} {outcome['validation'][session.metric]:.4f} on validation")
     return {**outcome, "test": test, "model": model}
@@ -318,14 +323,14 @@ def evaluate(run: Path, data: str | None = None) -> dict[str, float]:
         table = loaded.test
     else:
         table = task.read(recipe, data, student, tokenizer)
-    metric = task.metric_of(student)
+    metric = task.metric_of(recipe, student, table)
     trainer = Trainer(
         student,
         metric=metric,
-        task_loss=task.task_loss,
+        task_loss=task.loss(recipe),
         args=training_arguments(run, recipe.training, 0, None),
         processing_class=tokenizer,
-        data_collator=task.collator(tokenizer),
+        data_collator=task.collator(recipe, tokenizer),
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return strip(trainer.evaluate(table, metric_key_prefix="test"))

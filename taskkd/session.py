@@ -153,7 +153,7 @@ class Session:
         teacher: Frozen | Cached | None = None,
         train: Any = None,
     ) -> dict[str, Any]:
-        """One training, unless it is on record: the best epoch on validation is kept in `<step>/model`.
+        """One training, unless it is on record: the epoch that the stage keeps is saved in `<step>/model`.
 
         Returns:
             `validation` metrics, `seconds`, `steps`, and the log `history`.
@@ -161,10 +161,11 @@ class Session:
 
         def work() -> dict[str, Any]:
             folder, metric = self.folder / step, f"eval_{self.metric}"
+            judged = stage.keep == "best"
             if training.dropout is not None:
                 set_dropout(student, training.dropout)
             table = self.data.train if train is None else train
-            args = training_arguments(folder, training, seed, metric)
+            args = training_arguments(folder, training, seed, metric if judged else None)
             # Short epochs are logged as well: at least once each.
             args.logging_steps = max(1, min(10, len(table) // (training.batch_size * training.accumulation)))
             bar = ProgressBar(f"{title}, seed {seed}", self.metric)
@@ -172,7 +173,7 @@ class Session:
                 student,
                 teacher=teacher,
                 method=Method(stage.name, [stage]),
-                task_loss=self.task.task_loss,
+                task_loss=self.task.loss(self.recipe),
                 metric=self.task.metric(self.data),
                 args=args,
                 train_dataset=table,
@@ -194,7 +195,7 @@ class Session:
                 shutil.rmtree(checkpoint, ignore_errors=True)
             # The engine keeps the first best epoch; its validation metrics are in the log already.
             history = trainer.state.log_history
-            best = max((h for h in history if metric in h), key=lambda h: h[metric])
+            best = max((h for h in history if metric in h), key=lambda h: h[metric]) if judged else {}
             steps = trainer.state.global_step
             return {"validation": strip(best), "seconds": seconds, "steps": steps, "history": history}
 

@@ -155,6 +155,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     ) -> None:
         args = copy.copy(args) if args is not None else transformers.TrainingArguments(output_dir="runs/trainer")
         current = _stage(method, stage, tuple(terms), task_weight)
+        if current.share != 1:
+            args.num_train_epochs *= current.share
         if current.overrides:
             args = dataclasses.replace(args, **current.overrides)
         if args.label_smoothing_factor:
@@ -180,6 +182,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             task_weight=current.task_weight,
             task_loss=task_loss,
             on_nonfinite=on_nonfinite,
+            perturbation=current.perturbation,
         )
         self.distiller.check_in_forward = False
         self.metric = metric

@@ -20,7 +20,14 @@ from taskkd.losses.primitives import (
     to_smaller,
 )
 
-__all__ = ["attention_based_features", "flow_of_solution", "patience", "pyramid", "singular_vectors"]
+__all__ = [
+    "attention_based_features",
+    "dynamic_layers",
+    "flow_of_solution",
+    "patience",
+    "pyramid",
+    "singular_vectors",
+]
 
 
 @full_precision
@@ -54,6 +61,51 @@ def patience(
     if normalise:
         s, t = l2_normalise(s), l2_normalise(t)
     return masked_mean((s - t).square(), mask)
+
+
+@full_precision
+def dynamic_layers(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], *, ordered: bool = True, mask: Tensor | None = None
+) -> Tensor:
+    """A dynamic layer map: the squared difference of each teacher layer to the student layer that is nearest now.
+
+    Source: Xia, Zhong, Chen 2022, "Structured Pruning Learns Compact and Accurate Models" (CoFi): teacher layers 3, 6,
+    9 and 12 against all of the student's, through one linear map for all. Which layers match is found anew at every
+    call, without gradient. `ordered` goes from the last teacher layer down, each student layer below the one before
+    (their version 4); where none is left, the one before again.
+
+    Scaling: mean over teacher layers, tokens and features. The authors sum over teacher layers, `layers` times this
+    (their weight of 0.9 belongs to it), and take in the padding, as a call without `mask` does. They leave out pruned
+    layers: give only those that exist.
+
+    Args:
+        student, teacher: one or more states of one shape, (batch, tokens, features) or (batch, ...).
+        ordered: keep the order of layers; False takes the nearest of all (their version 3).
+        mask: weights or booleans over (batch, tokens) or the leading dimensions.
+
+    Raises:
+        ShapeError: no layers, or the shapes differ.
+
+    Example:
+        >>> zero, one, two = (torch.full((1, 3, 2), x) for x in (0.0, 1.0, 2.0))
+        >>> dynamic_layers([one, zero], [zero, one]), dynamic_layers([one, zero], [zero, one], ordered=False)
+        (tensor(0.5000), tensor(0.))
+    """
+    if not len(student) or not len(teacher):
+        raise ShapeError("`dynamic_layers` needs as many layers as you like of both, at least one of each.")
+    for x in (*student, *teacher):
+        check_same_shape(x, teacher[0], "dynamic_layers")
+    with torch.no_grad():
+        rows = [torch.stack([masked_mean((s - t).square(), mask) for s in student]) for t in teacher]
+        nearest: list[Tensor] = []
+        below = torch.full_like(rows[0], len(student), dtype=torch.long)[0]
+        places = torch.arange(len(student), device=below.device)
+        for row in reversed(rows):
+            allowed = (places < below) | (not ordered) | ((below == 0) & (places == 0))
+            below = row.masked_fill(~allowed, torch.inf).argmin()
+            nearest.insert(0, below)
+    chosen = torch.stack(tuple(student))[torch.stack(nearest)]
+    return torch.stack([masked_mean((s - t).square(), mask) for s, t in zip(chosen, teacher, strict=True)]).mean()
 
 
 @full_precision

@@ -28,6 +28,7 @@ __all__ = [
     "l2_normalise",
     "log_softmax",
     "masked_mean",
+    "mean_of_samples",
     "pairs",
     "pairwise_distance",
     "pearson",
@@ -66,7 +67,8 @@ def full_precision(loss: Loss) -> Loss:
         for name, value in options.items():  # this call's own dictionary
             if isinstance(value, (Tensor, tuple, list)):
                 options[name] = _upcast(value)
-        kind = (student if isinstance(student, Tensor) else student[0]).device.type
+        first = student if isinstance(student, Tensor) else student[0] if len(student) else None
+        kind = "cpu" if first is None else first.device.type  # of no layers the loss itself says what it needs
         if torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
                 return loss(student, teacher, *args, **options)
@@ -136,6 +138,24 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     total = weight.sum()
     kept = torch.where(weight > 0, values * weight, torch.zeros((), dtype=values.dtype, device=values.device))
     return safe_divide(kept.sum(), total)
+
+
+def mean_of_samples(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean over what counts of each sample, then over samples: a short one counts as much as a long one.
+
+    Args:
+        values: (batch, tokens).
+        mask: as for `masked_mean`; a sample counts with the largest of its weights, an empty one not at all.
+
+    Raises:
+        ShapeError: the mask fits neither way.
+    """
+    if mask is None:
+        return masked_mean(values)
+    check_mask(mask, values.shape)
+    weight = mask.to(values.dtype).reshape(mask.shape + (1,) * (2 - mask.ndim)).expand_as(values)
+    kept = torch.where(weight > 0, values * weight, torch.zeros_like(values))
+    return masked_mean(safe_divide(kept.sum(1), weight.sum(1)), weight.amax(1))
 
 
 def safe_divide(x: Tensor, by: Tensor) -> Tensor:

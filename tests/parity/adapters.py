@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from taskkd import losses
-from taskkd.adapters import ABF, ChannelAssign, Conv1x1, ConvReg, Variational
+from taskkd import layer_maps, losses
+from taskkd.adapters import ABF, ChannelAssign, Conv1x1, ConvReg, Linear, Variational
 from taskkd.attention import ChannelAttention, LayerAttention
 from taskkd.contrastive import ContrastiveRelation, ContrastiveRepresentation
 from taskkd.losses import targets
@@ -391,6 +391,80 @@ def uncertainty_mixup(arrays: Arrays, params: Params) -> dict[str, Tensor]:
     return {"loss": mixing_shares(params["batch_size"], turning=params["b"], steepness=params["w"])}
 
 
+def projected(x: Tensor, arrays: Arrays, name: str) -> Tensor:
+    """Through a linear map with the weights `w_<name>_weight` and `w_<name>_bias`."""
+    weight, bias = arrays[f"w_{name}_weight"], arrays[f"w_{name}_bias"]
+    adapter = Linear(weight.shape[1], weight.shape[0])
+    return torch.func.functional_call(adapter, {"map.weight": weight, "map.bias": bias}, (x,))
+
+
+def tinybert_intermediate(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    depth, step = params["student_layers"], params["teacher_layers"] // params["student_layers"]
+    scores, states = [], []
+    for i, j in layer_maps.uniform(depth, params["teacher_layers"]):
+        s, t = arrays[f"in_student_att_{i}"], arrays[f"in_teacher_att_{j}"]
+        scores.append(losses.attention_scores(s, t, clip=params["score_clip"]))
+    for i in range(depth + 1):
+        s, t = projected(arrays[f"in_student_hidden_{i}"], arrays, "fit_dense"), arrays[f"in_teacher_hidden_{i * step}"]
+        states.append(losses.mse(s, t))
+    att, rep = torch.stack(scores).sum(), torch.stack(states).sum()  # a term for each, all of weight 1
+    return {"loss": att + rep, "loss_att": att, "loss_rep": rep}
+
+
+def tinybert_prediction(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    student, teacher, temperature = arrays["in_student_logits"], arrays["in_teacher_logits"], params["temperature"]
+    value = losses.soft_cross_entropy(student, teacher, temperature=temperature)
+    # The authors divide by batch * classes and leave out T^2 (docstring of soft_cross_entropy).
+    return {"loss": value / student.shape[1] / temperature**2}
+
+
+def lrc_bert(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    negatives = arrays["in_negatives"] if params["negatives"] == "given" else None
+    return {"loss": losses.cosine_nce(arrays["in_student"], arrays["in_teacher"], negatives=negatives)}
+
+
+def minilm(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    names, total = {"1": "query", "2": "key", "3": "value"}, torch.zeros((), dtype=torch.float64)
+    for pair_of_ids, weight in params["relations"].items():
+        name = names[pair_of_ids[1]]
+        s, t = (projected(arrays[f"in_{who}_hidden"], arrays, f"{who}_{name}") for who in ("student", "teacher"))
+        heads, mask = params["relation_heads"], arrays["in_attention_mask"]
+        # The concatenated heads as one: they are split anew.
+        relation = losses.self_attention_relation(s[:, None], t[:, None], heads=heads, mask=mask)
+        total = total + weight * relation
+    return {"loss": total}
+
+
+def cofi(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    students = [projected(x, arrays, "transform") for x in arrays["in_student_hidden"]]
+    teachers = [arrays["in_teacher_hidden"][i] for i in params["teacher_layers"]]
+    ordered = {3: False, 4: True}[params["version"]]
+    layer = losses.dynamic_layers(students, teachers, ordered=ordered) * len(teachers)  # they sum over them
+    logits = arrays["in_student_logits"], arrays["in_teacher_logits"]
+    ce = losses.kl_divergence(*logits, temperature=params["temperature"])
+    total = params["ce_alpha"] * ce + params["layer_alpha"] * layer
+    return {"loss": total, "loss_layer": layer, "loss_ce": ce}
+
+
+def attention_mse(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    return {"loss": losses.attention_scores(*pair(arrays), mask=arrays["in_mask"])}
+
+
+def attention_mse_sum(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    heads = arrays["in_student"].shape[1]
+    # They sum scores over the heads (docstring of attention_scores).
+    return {"loss": losses.attention_scores(*pair(arrays), heads="mean", mask=arrays["in_mask"]) * heads**2}
+
+
+def attention_ce(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    return {"loss": losses.attention_cross_entropy(*pair(arrays), clip=-1e-3)}  # without a mask they clip
+
+
+def attention_ce_mean(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    options = {"heads": "mean", "keys": "all"}  # their softmax takes in the padding
+    return {"loss": losses.attention_cross_entropy(*pair(arrays), mask=arrays["in_mask"], **options)}
+
+
 ADAPTERS: dict[str, Callable[[Arrays, Params], Mapping[str, Tensor]]] = {
     "core/ab": activation_boundaries,
     "core/afd": attention_based_features,
@@ -440,6 +514,15 @@ ADAPTERS: dict[str, Callable[[Arrays, Params], Mapping[str, Tensor]]] = {
     "face/fr_rkd": rkd,
     "face/fr_sp": fr_sp,
     "face/pkt": pkt,
+    "nlp/cofi_layer": cofi,
+    "nlp/lrc_cos_nce": lrc_bert,
+    "nlp/minilmv2": minilm,
     "nlp/pkd_distillation": pkd_distillation,
     "nlp/pkd_patience": pkd_patience,
+    "nlp/textbrewer_attention_ce": attention_ce,
+    "nlp/textbrewer_attention_ce_mean": attention_ce_mean,
+    "nlp/textbrewer_attention_mse": attention_mse,
+    "nlp/textbrewer_attention_mse_sum": attention_mse_sum,
+    "nlp/tinybert_intermediate": tinybert_intermediate,
+    "nlp/tinybert_prediction": tinybert_prediction,
 }
