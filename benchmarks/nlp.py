@@ -137,16 +137,10 @@ def terms(pair: Pair) -> list[Match]:
     mask = "batch.attention_mask"
     hidden = [Match(f"hidden-{i}", losses.mse, s, t, adapter=adapter, mask=mask) for i, (s, t) in enumerate(taps)]
     scores = [
-        Match(f"scores-{i}", losses.mse, f"attention[{i}].scores", f"attention[{j}].scores", mask=pairs_of_tokens)
+        Match(f"scores-{i}", losses.attention_scores, f"attention[{i}].scores", f"attention[{j}].scores", mask=mask)
         for i, j in pair.layers
     ]
     return [*hidden, *scores, Match("logits", losses.soft_cross_entropy, "out.logits")]
-
-
-def pairs_of_tokens(batch: Any, scores: Tensor) -> Tensor:
-    """The mask of attention scores: both tokens are real."""
-    mask = batch["attention_mask"].bool()
-    return (mask[:, None, :, None] & mask[:, None, None, :]).expand_as(scores)
 
 
 # ---- contenders: trainings that stop before every step
