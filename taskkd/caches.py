@@ -166,7 +166,13 @@ class Cached:
         if self._weights is None:
             self._weights = weights_sha256(self.live.model)
         described = json.dumps(self.preprocessing, sort_keys=True, default=str)
-        return {"format": FORMAT, "weights": self._weights, "preprocessing": described, "dtype": self.dtype}
+        return {
+            "format": FORMAT,
+            "weights": self._weights,
+            "preprocessing": described,
+            "dtype": self.dtype,
+            "teacher dtype": self.live.dtype,
+        }
 
     def _open(self) -> None:
         file = self.path / "index.json"
