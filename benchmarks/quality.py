@@ -46,14 +46,26 @@ LAYERS = {2: [1, 5], 3: [1, 3, 5]}
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 
 
+RATES = {"training.learning_rate": [1e-4, 3e-4, 5e-4]}
+
+
 @dataclass(frozen=True)
 class Row:
-    """A way to distil: title, method section of the recipe, source of text without labels, what to search."""
+    """A way to distil.
+
+    Args:
+        title: in the table.
+        method: section of the recipe.
+        unlabelled: source of text without labels.
+        first: option of the method that takes the epochs of its first stage, and their share of all.
+        search: dotted keys of the recipe -> what `--search` tries.
+    """
 
     title: str
     method: dict[str, Any]
     unlabelled: str | None = None
-    search: dict[str, list[Any]] = field(default_factory=lambda: {"training.learning_rate": [1e-4, 2e-4, 3e-4, 5e-4]})
+    first: tuple[str, float] | None = None
+    search: dict[str, list[Any]] = field(default_factory=lambda: dict(RATES))
 
 
 @dataclass(frozen=True)
@@ -73,11 +85,13 @@ class Table:
 
 KD = {"name": "soft_targets", "temperature": 2, "weight": 0.7, "task_weight": 0.3}
 ANSWERS = {"name": "soft_targets", "temperature": 2, "weight": 1, "task_weight": 0}
+TINYBERT = {"name": "tinybert", "intermediate_learning_rate": None}  # that of the run
+LONG = ("intermediate_epochs", 2 / 3)
 ROWS = {
-    "logits": Row("logits (Hinton 2015)", KD),
-    "patient_kd": Row("Patient KD (Sun 2019)", {"name": "patient_kd"}),
-    "tinybert": Row("TinyBERT (Jiao 2020)", {"name": "tinybert"}),
-    "minilm_v2": Row("MiniLMv2 (Wang 2021)", {"name": "minilm_v2"}),
+    "logits": Row("logits (Hinton 2015)", KD, search={**RATES, "method.temperature": [2, 4]}),
+    "patient_kd": Row("Patient KD (Sun 2019)", {"name": "patient_kd"}, search={**RATES, "method.beta": [10, 100]}),
+    "tinybert": Row("TinyBERT (Jiao 2020)", TINYBERT, first=LONG),
+    "minilm_v2": Row("MiniLMv2 (Wang 2021)", {"name": "minilm_v2"}, first=("relation_epochs", 1 / 2)),
     "lrc_bert": Row("LRC-BERT (Fu 2021)", {"name": "lrc_bert"}),
 }
 
@@ -92,10 +106,14 @@ TABLES = {
             "max_length": 64,
         },
         labelled=1600,
-        epochs=10,
+        epochs=12,
         finetune={"epochs": 3, "learning_rate": 1e-4},
-        alone=[1e-4, 2e-4, 3e-4, 5e-4],
-        rows={**ROWS, "logits-free": Row("logits, 8,000 more sentences (films, products)", ANSWERS, "sentences")},
+        alone=[1e-4, 3e-4, 5e-4],
+        rows={
+            **ROWS,
+            "logits-free": Row("logits, 8,000 more sentences (films, products)", ANSWERS, "sentences"),
+            "tinybert-free": Row("TinyBERT, 8,000 more sentences (films, products)", TINYBERT, "sentences", LONG),
+        },
         unlabelled={"sentences": {"unlabelled_size": 8000}},
         found={},
     ),
@@ -109,11 +127,12 @@ TABLES = {
         labelled=2000,
         epochs=20,
         finetune={"epochs": 12, "learning_rate": 2e-4},
-        alone=[2e-4, 3e-4, 5e-4, 1e-3],
+        alone=[3e-4, 5e-4, 1e-3],
         rows={
             **ROWS,
             "logits-own": Row("logits, 6,000 more questions of BANKING77", ANSWERS, "own"),
             "logits-clinc": Row("logits, 6,000 utterances of CLINC150", ANSWERS, "clinc150"),
+            "tinybert-own": Row("TinyBERT, 6,000 more questions of BANKING77", TINYBERT, "own", LONG),
         },
         unlabelled={
             "own": {"files.unlabelled": "{folder}/banking77_rest.jsonl", "unlabelled_size": 6000},
@@ -197,27 +216,37 @@ class Job:
             "schema": 1,
             "task": "nlp",
             "name": f"{self.name}-{self.layers}-{row or 'alone'}",
-            "data": {**table.data, **({} if "files" in table.data else {"unlabelled_size": 0})},
+            "data": {**table.data, "unlabelled_size": 0},
             "student": {"layers": LAYERS[self.layers], "start": PACKAGE},
-            "training": {"epochs": table.epochs},
+            "training": {"epochs": table.epochs, "learning_rate": 3e-4},
             "seeds": self.seeds,
         }
         if row is None:
             data["teacher"] = {"model": PACKAGE, "sha256": SHA256, "finetune": table.finetune}
             data["baseline"] = {"learning_rates": table.alone, "epochs": table.epochs}
         else:
-            way = table.rows[row]
             data["teacher"] = {"model": str(self.folder / "alone" / "teacher" / "model")}
-            data |= {"baseline": None, "method": way.method}
-            if way.unlabelled is not None:
-                changes = table.unlabelled[way.unlabelled]
-                for key, value in changes.items():
-                    recipes.set_key(data, f"data.{key}", value)
-                data["training"]["epochs"] *= table.labelled / (table.labelled + changes["unlabelled_size"])
-            for key, value in table.found.get(row, {}).items():
-                recipes.set_key(data, key, value)
+            data["baseline"] = None
+            self._distil(data, row)
         text = json.dumps(data).replace("{folder}", str(self.out / "data"))
         return recipes.validate(json.loads(text), data["name"])
+
+    def _distil(self, data: dict[str, Any], row: str) -> None:
+        """Fill in what a row says: its method, its text, as many optimiser steps as the student alone has."""
+        table, way = self.table, self.table.rows[row]
+        data["method"], epochs = dict(way.method), table.epochs
+        if way.unlabelled is not None:
+            changes = table.unlabelled[way.unlabelled]
+            for key, value in changes.items():
+                recipes.set_key(data, f"data.{key}", value)
+            epochs *= table.labelled / (table.labelled + changes["unlabelled_size"])
+        if way.first is not None:
+            option, share = way.first
+            data["method"][option] = epochs * share
+            epochs *= 1 - share
+        data["training"]["epochs"] = epochs
+        for key, value in table.found.get(row, {}).items():
+            recipes.set_key(data, key, value)
 
     def run(self, row: str | None) -> Result:
         """Run it, or go on with it, or read what it gave."""

@@ -62,7 +62,8 @@ class Method:
     Args:
         name: its key in the task's `METHODS`.
         stages: in order; most methods have one.
-        needs: what the data must have, as "labels".
+        needs: what the data must have: "labels"; "full_length", every batch padded to the longest text that there may
+            be, on which the teacher runs live, since the losses look at padding.
     """
 
     name: str

@@ -172,6 +172,14 @@ CASES = [
     Case(losses.feature_statistics, (4, 7, 5), {"mean": 3.0}, (4, 7)),
     Case(losses.dynamic_layers, (4, 3, 5, 6), {}, (4, 5), several=True, where=behind),
     Case(losses.dynamic_layers, (4, 3, 5, 6), {"ordered": False}, (4, 5), several=True, where=behind),
+    Case(losses.generalised_jsd, (6, 5), {"beta": 0.2, "temperature": 3.0}, (6,)),
+    Case(losses.generalised_jsd, (4, 7, 5), {"dim": -1}, (4, 7)),
+    Case(losses.generalised_jsd, (4, 7, 5), {"dim": -1, "beta": 1.0, "temperature": 2.0}, (4, 7)),
+    Case(losses.universal_logits, (4, 7, 5), {"temperature": 2.0}, (4, 7)),
+    Case(losses.margin_mse, (6, 5), {}, (6,)),
+    Case(losses.token_similarity, (4, 7, 5), {}, (4, 7), cubic=True),
+    Case(losses.token_similarity, (4, 2, 7, 5), {}, (4, 7), several=True, where=behind, cubic=True),
+    Case(losses.flow_of_solution, (4, 3, 7, 5), {}, (4, 7), several=True, where=behind, cubic=True),
     Case(losses.cosine_nce, (6, 5), {}, (6,), zero_when_equal=False, relational=True),
     Case(losses.triplet, (6, 5), {"margin": 4.0}, (6,), zero_when_equal=False, relational=True),
     Case(losses.triplet, (6, 5), {"margin": 4.0}, (6,), zero_when_equal=False, relational=True, labels=True),
@@ -773,7 +781,19 @@ def test_a_confident_teacher_gives_a_finite_divergence() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["logits", "features", "channels", "contrastive", "layers", "relations", "primitives", "attention", "tokens"],
+    [
+        "logits",
+        "features",
+        "channels",
+        "contrastive",
+        "layers",
+        "relations",
+        "primitives",
+        "attention",
+        "tokens",
+        "embeddings",
+        "vocabularies",
+    ],
 )
 def test_docstring_examples_run(module: str) -> None:
     assert doctest.testmod(importlib.import_module(f"taskkd.losses.{module}")).failed == 0

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from taskkd import losses
 from taskkd.errors import ShapeError
+from taskkd.losses.embeddings import candidate_scores
 
 LENGTHS = torch.tensor([9, 5, 1])
 
@@ -40,6 +41,9 @@ PADDED: list[tuple[Callable[..., Tensor], dict[str, Any], tuple[int, ...], tuple
     (losses.attention_kl, {}, (4, 9, 9), (2, 3)),
     (losses.self_attention_relation, {"heads": 2}, (4, 9, 6), (2,)),
     (losses.self_attention_relation, {}, (4, 9, 6), (2,)),
+    (losses.token_similarity, {}, (9, 6), (1,)),
+    (losses.universal_logits, {"temperature": 2.0}, (9, 6), (1,)),
+    (losses.generalised_jsd, {"dim": -1, "beta": 0.1}, (9, 6), (1,)),
     (losses.feature_map_transfer, {}, (9, 6), (1,)),
     (losses.feature_statistics, {}, (9, 6), (1,)),
     (losses.mse, {}, (9, 6), (1,)),
@@ -62,6 +66,14 @@ def test_padding_changes_nothing(
         longer = loss(padded(s, length, *dims), padded(t, length, *dims), mask=mask_of(length), **options)
         torch.testing.assert_close(longer, value, rtol=1e-6, atol=0)
         torch.testing.assert_close(torch.autograd.grad(longer, s)[0], gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_padding_does_not_change_the_flow_between_layers() -> None:
+    students, teachers = torch.randn(3, 3, 9, 6), torch.randn(3, 3, 9, 6)
+    value = losses.flow_of_solution(list(students), list(teachers), mask=mask_of(9))
+    for length in (32, 64, 128):
+        longer = [[padded(x, length, 1) for x in layers] for layers in (students, teachers)]
+        torch.testing.assert_close(losses.flow_of_solution(*longer, mask=mask_of(length)), value, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("ordered", [True, False])
@@ -220,6 +232,85 @@ def test_cosine_nce_by_hand() -> None:
     torch.testing.assert_close(masked, losses.cosine_nce(s[[0, 2, 3]], t[[0, 2, 3]]))
     with pytest.raises(ShapeError, match=r"negatives of shape \(4, 3, 4\) for \(4, 5\)"):
         losses.cosine_nce(s, t, negatives=negatives[..., :4])
+
+
+def test_similarities_of_tokens_and_flow_between_layers_by_hand() -> None:
+    s, t = torch.randn(2, 3, 9, 6), torch.randn(2, 3, 9, 4)
+    grams = [s[0] @ s[1].mT / 6, t[0] @ t[1].mT / 4]
+    value = losses.token_similarity(list(s), list(t))
+    torch.testing.assert_close(value, F.mse_loss(*grams))
+    mask = mask_of(9)
+    pairs = mask[:, None] & mask[:, :, None]
+    by_hand = ((grams[0] - grams[1]).square() * pairs).sum() / (LENGTHS**2).sum()
+    torch.testing.assert_close(losses.token_similarity(list(s), list(t), mask=mask), by_hand)
+    one = losses.token_similarity([s[0], s[0]], [t[0], t[0]])
+    torch.testing.assert_close(losses.token_similarity(s[0], t[0]), one)
+    with pytest.raises(ShapeError, match="of one layer or of two"):
+        losses.token_similarity([s[0]], [t[0]])
+    t = torch.randn(2, 3, 9, 6)
+    flows = [
+        torch.stack([x[0, i, :n].T @ x[1, i, :n] / n for i, n in enumerate(LENGTHS.tolist())]) for x in (s, t)
+    ]  # the inner products over the valid tokens
+    torch.testing.assert_close(losses.flow_of_solution(list(s), list(t), mask=mask), F.mse_loss(*flows))
+    with pytest.raises(ShapeError, match=r"or states \(batch, tokens, features\), got"):
+        losses.flow_of_solution([s[0], s[0][..., None]], [t[0], t[0]])
+
+
+def test_generalised_jsd_between_its_ends() -> None:
+    s, t = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    options = {"temperature": 2.0}
+    forward = losses.kl_divergence(s, t, **options)
+    torch.testing.assert_close(losses.generalised_jsd(s, t, beta=0, **options), forward)
+    reverse = losses.kl_divergence(s, t, direction="reverse", **options)
+    torch.testing.assert_close(losses.generalised_jsd(s, t, beta=1, **options), reverse)
+    middle = losses.kl_divergence(s, t, direction="jensen_shannon", **options)
+    torch.testing.assert_close(losses.generalised_jsd(s, t, **options), middle)
+    p, q = (s / 2).softmax(1), (t / 2).softmax(1)
+    m = 0.3 * q + 0.7 * p
+    by_hand = 0.3 * (q * (q / m).log()).sum(1) + 0.7 * (p * (p / m).log()).sum(1)
+    torch.testing.assert_close(losses.generalised_jsd(s, t, beta=0.3, **options), 4 * by_hand.mean())
+    for beta in (0.0, 0.3, 1.0):  # what a schedule gives a compiled graph
+        got = losses.generalised_jsd(s, t, beta=torch.tensor(beta, dtype=torch.float64))
+        torch.testing.assert_close(got, losses.generalised_jsd(s, t, beta=beta))
+    with pytest.raises(ValueError, match=r"`beta` must be in \[0, 1\], got 1.5"):
+        losses.generalised_jsd(s, t, beta=1.5)
+
+
+def test_universal_logits_pairs_the_tokens_that_count_in_their_order() -> None:
+    s, t = torch.randn(2, 6, 9), torch.randn(2, 5, 4)
+    mask = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 0, 0, 0, 0, 0]])
+    others = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 1, 0, 1]])
+
+    def one(i: int, j: int, k: int) -> Tensor:
+        p, q = (x.softmax(-1).sort(descending=True).values for x in (s[i, j], t[i, k]))
+        return (p - F.pad(q, (0, 5))).abs().sum()
+
+    by_hand = ((one(0, 1, 0) + one(0, 3, 2)) / 2 + one(1, 0, 2)) / 2
+    torch.testing.assert_close(losses.universal_logits(s, t, teacher_mask=others, mask=mask), by_hand)
+    plain = torch.stack([one(i, j, j) for i in range(2) for j in range(5)]).mean()  # without masks: in their places
+    torch.testing.assert_close(losses.universal_logits(s, t), plain)
+    with pytest.raises(ShapeError, match="got a mask of 6 tokens of the student; the teacher has 5"):
+        losses.universal_logits(s, t, mask=mask)
+
+
+def test_margins_and_rankings_of_candidates() -> None:
+    query, candidates = torch.randn(4, 6), torch.randn(4, 3, 6)
+    scores = candidate_scores(query, candidates)
+    torch.testing.assert_close(scores, (query[:, None] * candidates).sum(-1))
+    torch.testing.assert_close(candidate_scores(query, candidates.unbind(1)), scores)
+    cosines = candidate_scores(query, candidates, normalise=True)
+    torch.testing.assert_close(cosines, F.cosine_similarity(query[:, None], candidates, dim=-1))
+    teacher = torch.randn(4, 3)
+    margins = teacher[:, :1] - teacher[:, 1:]
+    expected = F.mse_loss(scores[:, :1] - scores[:, 1:], margins)
+    torch.testing.assert_close(losses.margin_mse(scores, teacher), expected)
+    torch.testing.assert_close(losses.margin_mse(scores, margins), expected)
+    one = losses.margin_mse(scores, teacher, mask=torch.tensor([[1, 0], [1, 0], [1, 0], [1, 0]]))
+    torch.testing.assert_close(one, losses.margin_mse(scores[:, :2], teacher[:, :2]))
+    with pytest.raises(ShapeError, match=r"or margins \(batch, negatives\) of the teacher"):
+        losses.margin_mse(scores, torch.randn(4, 1))
+    with pytest.raises(ShapeError, match=r"`candidate_scores` needs queries \(batch, features\)"):
+        candidate_scores(query, candidates[..., :5])
 
 
 @pytest.mark.parametrize(

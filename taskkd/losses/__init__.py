@@ -13,6 +13,7 @@ from taskkd.losses.attention import (
 )
 from taskkd.losses.channels import channel_weighted, channel_wise, matching_guided
 from taskkd.losses.contrastive import cosine_nce, info_nce, noise_contrastive, relation_contrastive, triplet
+from taskkd.losses.embeddings import margin_mse
 from taskkd.losses.features import (
     activation_boundaries,
     attention_transfer,
@@ -34,7 +35,7 @@ from taskkd.losses.layers import (
     pyramid,
     singular_vectors,
 )
-from taskkd.losses.logits import decoupled, dist, kl_divergence, logit_mse, soft_cross_entropy
+from taskkd.losses.logits import decoupled, dist, generalised_jsd, kl_divergence, logit_mse, soft_cross_entropy
 from taskkd.losses.relations import (
     category_structure,
     consecutive_correlation,
@@ -47,7 +48,8 @@ from taskkd.losses.relations import (
     relational_distance,
     similarity_preserving,
 )
-from taskkd.losses.tokens import feature_map_transfer, feature_statistics
+from taskkd.losses.tokens import feature_map_transfer, feature_statistics, token_similarity
+from taskkd.losses.vocabularies import universal_logits
 
 __all__ = [
     "activation_boundaries",
@@ -72,11 +74,13 @@ __all__ = [
     "feature_map_transfer",
     "feature_statistics",
     "flow_of_solution",
+    "generalised_jsd",
     "info_nce",
     "instance_relationship",
     "kernel_alignment",
     "kl_divergence",
     "logit_mse",
+    "margin_mse",
     "matching_guided",
     "mse",
     "neuron_selectivity",
@@ -94,6 +98,8 @@ __all__ = [
     "similarity_preserving",
     "singular_vectors",
     "soft_cross_entropy",
+    "token_similarity",
     "triplet",
+    "universal_logits",
     "variational_information",
 ]

@@ -7,7 +7,6 @@ key counts where its weight is not 0.
 
 from __future__ import annotations
 
-import math
 from typing import Literal, get_args
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taskkd.errors import ShapeError
-from taskkd.losses.primitives import check_mask, full_precision, log_softmax, masked_mean, mean_of_samples
+from taskkd.losses.primitives import full_precision, log_softmax, masked_mean, mean_of_samples, token_weights
 
 __all__ = ["attention_cross_entropy", "attention_kl", "attention_scores", "self_attention_relation"]
 
@@ -39,13 +38,6 @@ def _check_scores(student: Tensor, teacher: Tensor, heads: Heads, loss: str) -> 
             "heads='mean' it compares the means over heads; `self_attention_relation` compares queries, keys or values "
             "of any number of heads."
         )
-
-
-def _tokens(mask: Tensor, x: Tensor) -> Tensor:
-    """The mask as weights (batch, tokens) of the tokens, dimension -2 of `x`."""
-    shape = torch.Size((x.shape[0], x.shape[-2]))
-    check_mask(mask, shape)
-    return mask.to(x.dtype).reshape(mask.shape + (1,) * (2 - mask.ndim)).expand(shape)
 
 
 @full_precision
@@ -99,7 +91,7 @@ def attention_scores(
     difference = student - teacher
     if mask is None:
         return masked_mean(difference.square())
-    weight = _tokens(mask, student)[:, None, :, None]
+    weight = token_weights(mask, student)[:, None, :, None]
     if average == "official":
         return masked_mean(difference.masked_fill(weight.mT <= 0, 0).square())
     pairs = weight * (weight.mT > 0)
@@ -147,7 +139,7 @@ def attention_cross_entropy(
         raise ValueError(f"`keys` is 'valid' or 'all', got {keys!r}.")
     if heads == "mean":
         student, teacher = (x.mean(1, keepdim=True) for x in (student, teacher))
-    weight = None if mask is None else _tokens(mask, student)[:, None, :, None].expand(*student.shape[:3], 1)
+    weight = None if mask is None else token_weights(mask, student)[:, None, :, None].expand(*student.shape[:3], 1)
     s, t = (_kept(x, weight, keys == "valid") for x in (student, teacher))
     p = t.softmax(-1)
     if clip is not None:
@@ -194,7 +186,7 @@ def attention_kl(
     _check_scores(student, teacher, heads, "attention_kl")
     if heads == "mean":
         student, teacher = (x.mean(1, keepdim=True) for x in (student, teacher))
-    weight = None if mask is None else _tokens(mask, student)
+    weight = None if mask is None else token_weights(mask, student)
     each = None if weight is None else weight[:, None, :, None]
     if probabilities:
         log_s, log_t = (_kept(x, each, False).clamp(min=FLOOR).log() for x in (student, teacher))
@@ -243,15 +235,15 @@ def self_attention_relation(
             f"`self_attention_relation` got {student.shape[1]} heads of the student and {teacher.shape[1]} of the "
             "teacher: say how many relation heads both are split into, heads=48."
         )
-    weight = None if mask is None else _tokens(mask, student)
+    weight = None if mask is None else token_weights(mask, student)
     each = None if weight is None else weight[:, None, :, None]
-    log_s, log_t = (log_softmax(_kept(_relation(x, heads, each), each), 1.0, -1) for x in (student, teacher))
+    log_s, log_t = (log_softmax(_relation(x, heads, each), 1.0, -1) for x in (student, teacher))
     divergence = F.kl_div(log_s, log_t, reduction="none", log_target=True)
     return mean_of_samples(divergence.sum(-1).mean(1), weight)
 
 
 def _relation(x: Tensor, heads: int | None, weight: Tensor | None) -> Tensor:
-    """`A A' / sqrt(d)` of each relation head, (batch, heads, tokens, tokens); tokens of weight 0 as zeros."""
+    """`A A' / sqrt(d)` of each relation head, (batch, heads, tokens, tokens); keys of weight 0 far below."""
     if weight is not None:
         x = x.masked_fill(weight <= 0, 0)
     if heads is not None and heads != x.shape[1]:
@@ -262,4 +254,7 @@ def _relation(x: Tensor, heads: int | None, weight: Tensor | None) -> Tensor:
                 f"into {heads} relation heads: expected a divisor of {width}."
             )
         x = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], heads, width // heads).transpose(1, 2)
-    return x @ x.mT / math.sqrt(x.shape[3])
+    x = x * x.shape[3] ** -0.25
+    if weight is None:
+        return x @ x.mT
+    return x @ x.mT + torch.zeros_like(weight.mT).masked_fill(weight.mT <= 0, torch.finfo(x.dtype).min)

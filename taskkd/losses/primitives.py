@@ -37,6 +37,7 @@ __all__ = [
     "softened_kl",
     "spread",
     "to_smaller",
+    "token_weights",
 ]
 
 Loss = TypeVar("Loss", bound=Callable[..., Tensor])
@@ -159,6 +160,17 @@ def mean_of_samples(values: Tensor, mask: Tensor | None = None) -> Tensor:
     return masked_mean(safe_divide(kept.sum(1), weight.sum(1)), weight.amax(1))
 
 
+def token_weights(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask over (batch, tokens) or (batch,) as weights (batch, tokens); tokens are the dimension -2 of `x`.
+
+    Raises:
+        ShapeError: the mask fits neither way.
+    """
+    shape = torch.Size((x.shape[0], x.shape[-2]))
+    check_mask(mask, shape)
+    return mask.to(x.dtype).reshape(mask.shape + (1,) * (2 - mask.ndim)).expand(shape)
+
+
 def safe_divide(x: Tensor, by: Tensor) -> Tensor:
     """`x / by` for a divisor that is not negative; `x` itself where the divisor is 0."""
     return x / torch.where(by > 0, by, torch.ones_like(by))
@@ -217,12 +229,15 @@ def to_smaller(a: Tensor, b: Tensor, pool: Literal["avg", "max"] = "avg") -> tup
     return small[0], small[1]
 
 
-def softened_js(student: Tensor, teacher: Tensor, temperature: float | Tensor, dim: int) -> Tensor:
-    """`T^2 * (KL(t || m) + KL(s || m)) / 2` with `m` the mean of both distributions, in log space throughout."""
+def softened_js(
+    student: Tensor, teacher: Tensor, temperature: float | Tensor, dim: int, beta: float | Tensor = 0.5
+) -> Tensor:
+    """`T^2 * (beta * KL(t || m) + (1 - beta) * KL(s || m))` with `m = beta * t + (1 - beta) * s`, in log space."""
     log_s, log_t = log_softmax(student, temperature, dim), log_softmax(teacher, temperature, dim)
-    log_m = torch.logaddexp(log_s, log_t) - math.log(2)
-    both = log_s.exp() * (log_s - log_m) + log_t.exp() * (log_t - log_m)
-    return both.sum(dim) * spread(temperature, student, dim) ** 2 / 2
+    logs = [x.log() if isinstance(x, Tensor) else math.log(x) for x in (1 - beta, beta)]
+    log_m = torch.logaddexp(log_s + logs[0], log_t + logs[1])
+    both = (1 - beta) * log_s.exp() * (log_s - log_m) + beta * log_t.exp() * (log_t - log_m)
+    return both.sum(dim) * spread(temperature, student, dim) ** 2
 
 
 def pearson(x: Tensor, y: Tensor, dim: int, weight: Tensor | None = None, eps: float = 1e-8) -> Tensor:

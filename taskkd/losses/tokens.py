@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from torch.nn import functional as F
 
-from taskkd.losses.primitives import check_mask, check_same_shape, full_precision, masked_mean
+from taskkd.errors import ShapeError
+from taskkd.losses.primitives import check_mask, check_same_shape, full_precision, masked_mean, token_weights
 
-__all__ = ["feature_map_transfer", "feature_statistics"]
+__all__ = ["feature_map_transfer", "feature_statistics", "token_similarity"]
 
 
 def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -83,3 +86,46 @@ def feature_statistics(
         variances.append((x - means[-1][..., None]).square().mean(-1))
     of_means, of_variances = (means[0] - means[1]).square(), (variances[0] - variances[1]).abs()
     return masked_mean(mean * of_means + variance * of_variances, mask)
+
+
+@full_precision
+def token_similarity(
+    student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor], *, mask: Tensor | None = None
+) -> Tensor:
+    """How similar tokens are to each other: mean squared difference of `a b' / features`, over pairs of valid tokens.
+
+    Source: Yang et al. 2020, "TextBrewer" (`mmd` and `nst`, after Huang & Wang 2017): of two layers, or of one layer
+    with itself. Student and teacher may differ in features, not in tokens.
+
+    Scaling: mean over pairs of tokens of the batch, equal to TextBrewer's. The gradient grows with the cube of the
+    features, so large fp16 features may overflow the fp16 gradient.
+
+    Args:
+        student, teacher: states (batch, tokens, features) of one layer, or a pair of layers.
+        mask: weights or booleans over (batch, tokens) or (batch,).
+
+    Raises:
+        ShapeError: more than two layers, or tokens differ.
+
+    Example:
+        >>> import torch
+        >>> s, t = torch.eye(2)[None], torch.eye(2, 5)[None]
+        >>> round(token_similarity(s, t).item(), 4)  # the diagonal: 1 / 2 and 1 / 5
+        0.045
+    """
+    grams = []
+    for x in (student, teacher):
+        layers = (x, x) if isinstance(x, Tensor) else tuple(x)
+        if len(layers) != 2 or any(y.ndim != 3 for y in layers) or layers[0].shape != layers[1].shape:
+            raise ShapeError(
+                "`token_similarity` needs states (batch, tokens, features) of one layer or of two, got "
+                f"{[tuple(y.shape) for y in layers]}."
+            )
+        grams.append(layers[0] @ layers[1].mT / layers[0].shape[2])
+    check_same_shape(grams[0], grams[1], "token_similarity")
+    difference = grams[0] - grams[1]
+    if mask is None:
+        return masked_mean(difference.square())
+    weight = token_weights(mask, difference)
+    pairs = weight[:, :, None] * (weight[:, None] > 0)
+    return masked_mean(difference.masked_fill(pairs <= 0, 0).square(), pairs)

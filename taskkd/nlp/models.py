@@ -21,7 +21,6 @@ __all__ = [
     "encoder_layers",
     "is_regression",
     "label_names",
-    "layer_taps",
     "load_model",
     "load_tokenizer",
     "number_of_labels",
@@ -250,12 +249,6 @@ def encoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == count and path:
             return path, module
     raise RecipeError(f"{type(model).__name__} has no list of {count} layers to choose from.")
-
-
-def layer_taps(model: nn.Module) -> list[str]:
-    """The taps of the hidden states after each transformer layer, (batch, tokens, features)."""
-    path, layers = encoder_layers(model)
-    return [f"{path}.{i}" for i in range(len(layers))]
 
 
 def student_from_layers(teacher: nn.Module, layers: Sequence[int]) -> nn.Module:
