@@ -305,7 +305,7 @@ def markdown(job: Job, reports: dict[str, dict[str, Any]]) -> str:
         f"| | {first['metric']} on test | gain over alone | |",
         "|---|---|---|---|",
         f"| teacher | {100 * teacher:.2f} | | |",
-        f"| student alone (rates {rates}) | {spread(alone)} | | |",
+        f"| student alone (learning rates {rates}) | {spread(alone)} | | |",
     ]
     for name, row in table.rows.items():
         if name in reports:
