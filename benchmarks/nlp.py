@@ -15,7 +15,7 @@ like length and fused AdamW. TextBrewer 0.2.1.post1 runs as its examples do: tex
 by default, attention by `eager`, whose probabilities stand in for the scores that it cannot get. A second time it is
 given our padding, batches and optimiser, which it takes but does not bring.
 
-    python benchmarks/nlp.py [--only small|base|loss|memory|relations] [--rounds N] [--json FILE]
+    python benchmarks/nlp.py [--only small|base|loss|relations|memory] [--rounds N] [--json FILE]
 """
 
 from __future__ import annotations
@@ -447,6 +447,42 @@ def only_terms(distiller: kd.Distiller, batch: dict[str, Tensor]) -> float:
     return time.process_time() - start
 
 
+def relations(rounds: int | None) -> list[Figure]:
+    """MiniLMv2's loss on one kind, forward and backward, example by example over all at once, on batches as above."""
+    table = texts(128)
+    batches = []
+    for start in range(0, len(table), BATCH):
+        mask = padded([table[i] for i in range(start, start + BATCH)])["attention_mask"]
+        batches.append((*(torch.randn(BATCH, 12, mask.shape[1], 32) for _ in range(2)), mask))
+    ways: dict[str, Callable[..., Tensor]] = {
+        "loop": one_by_one,
+        "vectorised": lambda s, t, mask: losses.self_attention_relation(s, t, heads=12, mask=mask),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range((rounds or 30) + 2):
+        values: dict[str, list[Tensor]] = {name: [] for name in ways}
+        for name in sorted(ways, reverse=bool(number % 2)):
+            start = time.process_time()
+            for student, teacher, mask in batches:
+                values[name].append(ways[name](student.requires_grad_(), teacher, mask.bool()))
+                values[name][-1].backward()
+            seconds[name].append(time.process_time() - start)
+        if not torch.allclose(*map(torch.stack, values.values()), rtol=1e-5):
+            sys.exit("the two ways of computing relations differ")
+    warm = {name: values[2:] for name, values in seconds.items()}
+    return [Figure("a loop over examples over the vectorised loss", ratio(warm, "loop", "vectorised"), 1.0)]
+
+
+def one_by_one(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """The same loss as a loop over examples, cut to their tokens."""
+    values = []
+    for s, t, own in zip(student, teacher, mask, strict=True):
+        scores = [x[:, own] @ x[:, own].mT / x.shape[-1] ** 0.5 for x in (s, t)]
+        log_s, log_t = (x.log_softmax(-1) for x in scores)
+        values.append((log_t.exp() * (log_t - log_s)).sum(-1).mean())
+    return torch.stack(values).mean()
+
+
 # ---- memory: each case in a process of its own
 
 SAMPLES = 50_000
@@ -514,6 +550,7 @@ MEASURES: dict[str, tuple[str, Callable[[int | None], list[Figure]]]] = {
     "small": (PAIRS["small"].title, small),
     "base": (PAIRS["base"].title, base),
     "loss": (PAIRS["small"].title + ", cached", loss_share),
+    "relations": ("MiniLMv2, 12 relation heads of 32", relations),
     "memory": (f"five [CLS] states of 384 of {SAMPLES:,} samples, the small student", memory),
 }
 

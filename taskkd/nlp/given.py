@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from taskkd.caches import weights_sha256
 from taskkd.errors import DataError, RecipeError
 from taskkd.nlp import data as text
-from taskkd.nlp import models
+from taskkd.nlp import models, tokenization
 from taskkd.nlp.kinds import Encoding, kind_of
-from taskkd.nlp.task import NlpData, NlpTask, fitting_length
+from taskkd.nlp.task import NlpData, NlpTask, two_tokenizers
+from taskkd.nlp.tokenization import fitting_length
 
 __all__ = ["GivenTask"]
 
@@ -33,9 +35,12 @@ class GivenTask(NlpTask):
         train, eval, test, unlabelled: data. Without `eval`, validation and test are held out from `train`; without
             `test`, the report is on `eval`.
         processing_class: the tokenizer; may be left out where `teacher` is a name or path.
+        student_processing_class: the student's tokenizer, where it is another than the teacher's; may be left out where
+            `student` is a name or path.
         text, label: columns; None: those of the kind of task, "text" and "label" for classification.
         max_length: texts are cut to it; None: that of the kind (128 for classification), or what the model takes if
             that is less.
+        stride, no_answer, masking, mask_share: as in a recipe's data.
 
     Raises:
         RecipeError: the tokenizer is missing, or student and teacher differ in labels.
@@ -52,43 +57,83 @@ class GivenTask(NlpTask):
         test: Any = None,
         unlabelled: Any = None,
         processing_class: Any = None,
+        student_processing_class: Any = None,
         text: str | Sequence[str] | None = None,
         label: str | None = None,
         max_length: int | None = None,
+        stride: int | None = None,
+        no_answer: bool = False,
+        masking: Literal["dynamic", "static"] = "dynamic",
+        mask_share: float = 0.15,
     ) -> None:
         teacher = str(teacher) if isinstance(teacher, Path) else teacher
+        name = ""
         if isinstance(student, str | Path):
-            student = models.load_model(str(student))
-        if processing_class is None:
-            if not isinstance(teacher, str):
-                raise RecipeError("give the tokenizer as processing_class=..., the teacher is a module.")
-            processing_class = models.load_tokenizer(teacher)
+            name = str(student)
+            student = models.load_model(name)
+        if processing_class is None and not isinstance(teacher, str):
+            raise RecipeError("give the tokenizer as processing_class=..., the teacher is a module.")
         self._teacher = models.load_model(teacher) if isinstance(teacher, str) else teacher
         self._student = (
             student if isinstance(student, nn.Module) else models.student_from_layers(self._teacher, list(student))
         )
         models.check_same_labels(self._student, self._teacher)
         self._kind = kind = kind_of(self._teacher)
+        if processing_class is None:
+            processing_class = models.load_tokenizer(str(teacher), kind.tokenizer_options)
+        if student_processing_class is None and name and models.has_tokenizer(name):
+            student_processing_class = models.load_tokenizer(name, kind.tokenizer_options)
         self._columns = (text or kind.text, label or kind.label)
         self._names = models.label_names(self._teacher)
-        max_length = fitting_length(max_length, processing_class, kind.max_length)
-        self._encoding = Encoding(max_length, pairs=not isinstance(self._columns[0], str))
-        self._tokenizer, self._next = processing_class, 0
-        train = self._read(train, labelled=True)
-        if eval is None:
-            train, eval, test = _cut(train)  # noqa: A001
-        else:
-            eval = self._read(eval, labelled=True)  # noqa: A001
-        tables = {"train": self._table(train), "validation": self._table(eval, training=False)}
-        tables["test"] = tables["validation"]
-        if test is not None:
-            tables["test"] = self._table(self._read(test, labelled=True), training=False)
-        tables["unlabelled"] = None
-        if unlabelled is not None:
-            tables["unlabelled"] = self._table(self._read(unlabelled, labelled=False), labelled=False)
-        self._data = NlpData(
-            **tables, labels=self._names, tokenizer=processing_class, kind=kind, encoding=self._encoding
+        self._encoding = Encoding(
+            0,  # the length depends on the tokenizer
+            pairs=not isinstance(self._columns[0], str),
+            stride=stride,
+            no_answer=no_answer,
+            masking=masking,
+            mask_share=mask_share,
         )
+        sources = {"train": self._read(train, labelled=True)}
+        if eval is None:
+            sources["train"], sources["validation"], test = _cut(sources["train"])
+        else:
+            sources["validation"] = self._read(eval, labelled=True)
+        if test is not None:
+            sources["test"] = self._read(test, labelled=True)
+        if unlabelled is not None:
+            sources["unlabelled"] = self._read(unlabelled, labelled=False)
+        self._max_length = max_length
+        self._data = self._encoded(sources, processing_class, student_processing_class or processing_class)
+
+    def _encoded(self, sources: Mapping[str, Any], teacher: Any, student: Any) -> NlpData:
+        """The data by the tokenizers of teacher and student, which may be the same."""
+        configs = {"teacher": self._teacher.config, "student": self._student.config}
+        if tokenization.same(teacher, student):
+            data = self._tables(sources, tokenization.richer(teacher, student), configs)
+            return replace(data, tokenizer=student)
+        tokenization.check_kind(self._kind.head)
+        if any(_is_tokenized(source) for source in sources.values()):
+            raise RecipeError(
+                "student and teacher have different tokenizers: give data with texts, not with `input_ids`."
+            )
+        own, other = (
+            self._tables(sources, tokenizer, {who: configs[who]})
+            for who, tokenizer in (("student", student), ("teacher", teacher))
+        )
+        return two_tokenizers(own, other, {"test": sources["validation"], **sources})
+
+    def _tables(self, sources: Mapping[str, Any], tokenizer: Any, configs: Mapping[str, Any]) -> NlpData:
+        """The data by one tokenizer."""
+        length = fitting_length(self._max_length, tokenizer, self._kind.max_length, configs)
+        self._tokenizer, self._next, self._encoding = tokenizer, 0, replace(self._encoding, max_length=length)
+        tables = {"train": self._table(sources["train"])}
+        tables["validation"] = tables["test"] = self._table(sources["validation"], training=False)
+        if "test" in sources:
+            tables["test"] = self._table(sources["test"], training=False)
+        tables["unlabelled"] = None
+        if "unlabelled" in sources:
+            tables["unlabelled"] = self._table(sources["unlabelled"], labelled=False)
+        return NlpData(**tables, labels=self._names, tokenizer=tokenizer, kind=self._kind, encoding=self._encoding)
 
     def _read(self, source: Any, *, labelled: bool) -> Any:
         """A tokenized data set as it is, rows of everything else."""
@@ -147,8 +192,10 @@ class GivenTask(NlpTask):
             if hasattr(t, "column_names")
         }
         files = {k: v for k, v in data.items() if k in ("train", "validation", "test", "unlabelled")}
+        encoding = asdict(self._encoding)
+        del encoding["pairs"], encoding["seed"]
         return {
-            "data": {"files": files, "type": self._kind.name, "max_length": self._encoding.max_length},
+            "data": {"files": files, "type": self._kind.name, **encoding},
             "teacher": {"model": f"given:{weights_sha256(self._teacher)[:16]}"},
             "student": {"model": f"given:{weights_sha256(self._student)[:16]}"},
         }
@@ -157,7 +204,7 @@ class GivenTask(NlpTask):
         """The digest of the given teacher."""
         return weights_sha256(self._teacher)
 
-    def load(self, recipe: Any) -> NlpData:
+    def load(self, recipe: Any, folder: Path | None = None) -> NlpData:
         """The given data."""
         return self._data
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,18 +14,35 @@ from torch import nn
 
 from taskkd.caches import file_sha256
 from taskkd.checkpoints import load_student
-from taskkd.errors import DataError, RecipeError
+from taskkd.errors import DataError
 from taskkd.nlp import data as text
-from taskkd.nlp import models
+from taskkd.nlp import models, tokenization
+from taskkd.nlp.augment import Augment, augmented, describe
 from taskkd.nlp.collation import FullLength
+from taskkd.nlp.heads import TOKENS
 from taskkd.nlp.kinds import KINDS, Encoding, Kind
 from taskkd.nlp.kinds.sequences import task_loss
+from taskkd.nlp.masking import Masked
 from taskkd.nlp.methods import METHODS
+from taskkd.nlp.pairs import describe_pair
 from taskkd.schema import Model, Recipe, TeacherConfig
+from taskkd.terms import Term
 
 __all__ = ["NlpData", "NlpRecipe", "task_loss"]
 
 Size = int | float
+#: kinds whose labels stand at words, which augmentation replaces
+NOT_AUGMENTED = ("token_classification", "question_answering")
+PARTS = ("train", "unlabelled", "validation", "test")
+#: what the embedded sample has labels for
+SAMPLE_TYPES = ("classification", "regression", "masked_lm")
+#: keys of `Data` that are of one type
+OWNED = {
+    "stride": "question_answering",
+    "no_answer": "question_answering",
+    "masking": "masked_lm",
+    "mask_share": "masked_lm",
+}
 
 
 class Files(Model):
@@ -63,16 +80,23 @@ class Data(Model):
     files: Files | None = None
     sample: Sample | None = None
     hub: Hub | None = None
-    type: Literal["classification", "regression"] = "classification"
+    type: Literal["classification", "regression", "token_classification", "question_answering", "masked_lm"] = (
+        "classification"
+    )
     text: str | list[str] = ""  # what is left out is as `type` has it
     label: str = ""
     labels: list[str] | None = None
     max_length: int | None = Field(None, ge=2)  # None: as `type` has it, or what the teacher takes if that is less
+    stride: int | None = Field(None, ge=0)  # tokens that windows of a context share; None: a third of max_length
+    no_answer: bool = False
+    masking: Literal["dynamic", "static"] = "dynamic"
+    mask_share: float = Field(0.15, gt=0, lt=1)
     train_size: int | None = Field(None, ge=1)
     validation_size: Size = Field(0.1, gt=0)
     test_size: Size = Field(0.1, gt=0)
     unlabelled_size: int | None = Field(None, ge=0)
     split_seed: int = 0
+    augment: Augment | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
@@ -80,7 +104,16 @@ class Data(Model):
             raise ValueError("exactly one of files, sample and hub must be given")
         if isinstance(self.text, list) and len(self.text) != 2:
             raise ValueError("text takes one column, or a list of two for pairs")
-        self.text, self.label = self.text or self.kind.text, self.label or self.kind.label
+        if self.sample is not None and self.type not in SAMPLE_TYPES:
+            raise ValueError(f"the embedded sample is for {', '.join(SAMPLE_TYPES)}, not for {self.type}")
+        if self.augment is not None and self.type in NOT_AUGMENTED:
+            raise ValueError(f"augment replaces words of whole texts; with {self.type} labels are of words")
+        for key, owner in OWNED.items():
+            if self.type != owner and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is for the type {owner}, not for {self.type}")
+        own = self.kind.text
+        self.text = self.text or (own if isinstance(own, str) else list(own))
+        self.label = self.label or self.kind.label
         return self
 
     @property
@@ -119,10 +152,24 @@ class NlpRecipe(Recipe):
     teacher: Teacher
     student: Student
 
+    @model_validator(mode="after")
+    def _no_cache_of_random_masks(self) -> NlpRecipe:
+        if self.data.type == "masked_lm" and self.data.masking == "dynamic" and self.teacher.cache is not None:
+            if "cache" in self.teacher.model_fields_set:
+                raise ValueError(
+                    "the teacher cannot be cached, as masks are drawn anew in each epoch: say `cache: null` in "
+                    "teacher, or `masking: static` in data"
+                )
+            self.teacher.cache = None
+        return self
+
 
 @dataclass
 class NlpData:
-    """Tokenized data of a run. `train` is labelled; `unlabelled` has labels that count nothing, its ids follow on."""
+    """Tokenized data of a run. `train` is labelled; `unlabelled` has labels that count nothing, its ids follow on.
+
+    `copies` says which of the unlabelled texts are augmented ones, for the summary.
+    """
 
     train: Any
     validation: Any
@@ -132,18 +179,29 @@ class NlpData:
     tokenizer: Any
     kind: Kind
     encoding: Encoding
+    copies: str = ""
+    #: the same samples as the teacher reads them, where its tokenizer is another one
+    of_teacher: NlpData | None = None
 
     @property
     def everything(self) -> Any:
         """Labelled and unlabelled training text as one data set."""
-        import datasets
-
-        return self.train if self.unlabelled is None else datasets.concatenate_datasets([self.train, self.unlabelled])
+        if self.unlabelled is None:
+            return self.train
+        if isinstance(self.train, Masked):
+            return Masked(
+                text.joined(self.train.dataset, self.unlabelled.dataset), self.train.transform, seed=self.train.seed
+            )
+        return text.joined(self.train, self.unlabelled)
 
     @property
     def collator(self) -> Any:
         """Pads a batch to its longest text."""
-        return self.kind.collator(self.tokenizer)
+        own = self.kind.collator(self.tokenizer)
+        if self.of_teacher is None:
+            return own
+        other = self.of_teacher
+        return tokenization.TwoCollator(own, other.collator, (self.tokenizer, other.tokenizer))
 
     @property
     def full_length_collator(self) -> Any:
@@ -153,6 +211,8 @@ class NlpData:
     @property
     def preprocessing(self) -> dict[str, Any]:
         """What the teacher's inputs depend on beside the text, for the key of a cache."""
+        if self.of_teacher is not None:
+            return self.of_teacher.preprocessing
         return {
             "tokenizer": type(self.tokenizer).__name__,
             "vocabulary": len(self.tokenizer),
@@ -163,7 +223,8 @@ class NlpData:
         """One line with the numbers of samples."""
         free = 0 if self.unlabelled is None else len(self.unlabelled)
         held = f"{len(self.validation)} validation, {len(self.test)} test"
-        return f"{len(self.train)} labelled, {free} unlabelled, {held}; {self.kind.describe(self.labels)}"
+        kind = self.kind.describe(self.labels)
+        return f"{len(self.train)} labelled, {free} unlabelled{self.copies}, {held}; {kind}"
 
 
 logger = logging.getLogger(__name__)
@@ -176,8 +237,12 @@ class NlpTask:
     recipe = NlpRecipe
     methods = METHODS
 
-    def load(self, recipe: NlpRecipe) -> NlpData:
+    def load(self, recipe: NlpRecipe, folder: Path | None = None) -> NlpData:
         """Read, split and tokenize the data.
+
+        Args:
+            recipe: says which.
+            folder: of the run, where augmented texts are kept; None: a look, none are made.
 
         Raises:
             DataError: a file, column, label or split is wrong.
@@ -186,20 +251,26 @@ class NlpTask:
         splits = _splits(config)
         for line in text.shared_texts(splits):
             logger.warning(line)
+        copies = _augment(config, splits, recipe.teacher.model, folder)
         names = kind.names(splits.train, config.labels)
         names = models.same_order(
             recipe.teacher.model, names, trained=recipe.teacher.finetune is None, head=kind.head
         )  # fmt: skip
-        tokenizer = models.load_tokenizer(recipe.teacher.model)
-        encoding = encoding_of(config, tokenizer)
-        start, tables = 0, {}
-        for part in ("train", "unlabelled", "validation", "test"):
-            rows, training = getattr(splits, part), part in ("train", "unlabelled")
-            tables[part] = (
-                kind.encode(rows, tokenizer, names, encoding, first_id=start, training=training) if rows else None
+        teacher, student = _tokenizers(recipe)
+        configs = {"teacher": models.load_config(recipe.teacher.model), "student": _student_config(recipe)}
+        if tokenization.same(teacher, student):
+            encoder, encoding = tokenization.richer(teacher, student), encoding_of(config, student, configs)
+            tables = _encoded(kind, splits, encoder, names, encoding)
+            return NlpData(**tables, labels=names, tokenizer=student, kind=kind, encoding=encoding, copies=copies)
+        tokenization.check_kind(kind.head)
+        found = []
+        for who, tokenizer in (("student", student), ("teacher", teacher)):
+            encoding = encoding_of(config, tokenizer, {who: configs[who]})
+            tables = _encoded(kind, splits, tokenizer, names, encoding)
+            found.append(
+                NlpData(**tables, labels=names, tokenizer=tokenizer, kind=kind, encoding=encoding, copies=copies)
             )
-            start += len(tables[part] or ())
-        return NlpData(**tables, labels=names, tokenizer=tokenizer, kind=kind, encoding=encoding)
+        return two_tokenizers(found[0], found[1], {part: getattr(splits, part) for part in PARTS})
 
     def fingerprint(self, recipe: NlpRecipe) -> str:
         """What tells that the teacher's files are the ones a run was started with; "" for a hub name."""
@@ -254,6 +325,27 @@ class NlpTask:
         """(answer, its probability or None, text) of each text; the two of a pair are tab-separated."""
         yield from recipe.data.kind.predict(student, tokenizer, inputs, encoding_of(recipe.data, tokenizer))
 
+    def teacher_data(self, data: NlpData) -> NlpData:
+        """The data for what runs the teacher alone."""
+        return data.of_teacher or data
+
+    def fit_terms(self, data: NlpData, terms: Sequence[Term]) -> list[Term]:
+        """A stage's terms as they suit the data: with two tokenizers those over words are aligned by words."""
+        return list(terms) if data.of_teacher is None else [tokenization.by_words(term) for term in terms]
+
+    def check_terms(self, data: NlpData, terms: Sequence[Term], student: nn.Module, batch: Mapping[str, Any]) -> None:
+        """Refuse terms that compare tokens of different tokenizers.
+
+        Raises:
+            RecipeError: there is such a term.
+        """
+        if data.of_teacher is not None:
+            tokenization.check_terms(terms, student, batch)
+
+    def pair(self, data: NlpData, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
+        """What is to be known of a pair of models before they are distilled."""
+        return describe_pair(data, student, teacher)
+
     def loss(self, recipe: NlpRecipe) -> Any:
         """The task loss, `(output, batch) -> scalar`."""
         return recipe.data.kind.loss
@@ -281,37 +373,87 @@ class NlpTask:
     def latency_batches(self, data: NlpData, count: int) -> list[dict[str, Any]]:
         """Real test samples, one by one, as the models' keyword arguments."""
         rows = [data.test[i] for i in range(min(count, len(data.test)))]
-        keep = set(data.tokenizer.model_input_names)
+        keep = {n for name in data.tokenizer.model_input_names for n in (name, f"teacher_{name}")}
         return [dict(data.collator([{k: v for k, v in row.items() if k in keep}])) for row in rows]
 
 
-def encoding_of(config: Data, tokenizer: Any) -> Encoding:
+def two_tokenizers(data: NlpData, teacher: NlpData, rows: Mapping[str, Sequence[text.Row]]) -> NlpData:
+    """A student's data with the teacher's columns beside it, for different tokenizers.
+
+    Args:
+        data: by the student's tokenizer.
+        teacher: the same samples by the teacher's.
+        rows: the samples, by part.
+    """
+    tables = {}
+    for part in PARTS:
+        own, other = getattr(data, part), getattr(teacher, part)
+        if own is not None:
+            own = tokenization.joined(own, other, teacher.tokenizer.model_input_names)
+            if data.kind.head is TOKENS:
+                words = [row.words or () for row in rows[part]]
+                for name, side in zip(tokenization.WORDS, (data, teacher), strict=True):
+                    index = tokenization.word_index(words, side.tokenizer, side.encoding.max_length)
+                    own = own.add_column(name, index)
+        tables[part] = own
+    return replace(data, **tables, of_teacher=teacher)
+
+
+def _tokenizers(recipe: NlpRecipe) -> tuple[Any, Any]:
+    """The teacher's and the student's; a student that is saved without one takes the teacher's."""
+    options = recipe.data.kind.tokenizer_options
+    teacher, source = models.load_tokenizer(recipe.teacher.model, options), recipe.student.model
+    if source is None or not models.has_tokenizer(source):
+        return teacher, teacher
+    return teacher, models.load_tokenizer(source, options)
+
+
+def _student_config(recipe: NlpRecipe) -> Any:
+    """The student's config, as far as it is known before there is a teacher."""
+    own = recipe.student
+    config = models.load_config(own.model or recipe.teacher.model)
+    if own.config and "max_position_embeddings" in own.config:
+        config.max_position_embeddings = own.config["max_position_embeddings"]
+    return config
+
+
+def _encoded(
+    kind: Kind, splits: text.Splits, tokenizer: Any, names: Sequence[str], encoding: Encoding
+) -> dict[str, Any]:
+    """A table for each part, or None; ids count through."""
+    start, tables = 0, {}
+    for part in PARTS:
+        rows, training = getattr(splits, part), part in ("train", "unlabelled")
+        tables[part] = (
+            kind.encode(rows, tokenizer, names, encoding, first_id=start, training=training) if rows else None
+        )
+        start += len(tables[part] or ())
+    return tables
+
+
+def encoding_of(config: Data, tokenizer: Any, configs: Mapping[str, Any] | None = None) -> Encoding:
     """How the texts of a recipe are encoded.
 
     Raises:
-        RecipeError: `max_length` is more than the model has positions.
+        RecipeError: `max_length` is more than a model has positions.
     """
-    length = fitting_length(config.max_length, tokenizer, config.kind.max_length)
-    return Encoding(length, pairs=isinstance(config.text, list), seed=config.split_seed)
-
-
-def fitting_length(asked: int | None, tokenizer: Any, default: int = 128) -> int:
-    """The length that texts are cut to.
-
-    Raises:
-        RecipeError: more is asked for than the model has positions.
-    """
-    longest = int(min(getattr(tokenizer, "model_max_length", default), 2**31))
-    if asked is not None and asked > longest:
-        raise RecipeError(f"data.max_length {asked} is more than the teacher's {longest} positions.")
-    return asked or min(default, longest)
+    length = tokenization.fitting_length(config.max_length, tokenizer, config.kind.max_length, configs)
+    return Encoding(
+        length,
+        pairs=isinstance(config.text, list),
+        seed=config.split_seed,
+        stride=config.stride,
+        no_answer=config.no_answer,
+        masking=config.masking,
+        mask_share=config.mask_share,
+    )
 
 
 def _splits(config: Data) -> text.Splits:
     splits, kind = text.Splits(), config.kind
     if config.sample is not None:
         own = config.sample
-        splits.train = text.sentiment_rows(own.domains, label=own.label)
+        splits.train = text.sentiment_rows(own.domains, label="none" if config.type == "masked_lm" else own.label)
         taken = {text.same_text(r.text) for r in splits.train}
         extra = text.sentiment_rows(own.unlabelled_domains, label="none") if own.unlabelled_domains else []
         splits.unlabelled = [r for r in extra if text.same_text(r.text) not in taken]
@@ -331,6 +473,18 @@ def _splits(config: Data) -> text.Splits:
                 label = None if part == "unlabelled" else config.label
                 setattr(splits, part, text.hub_rows(hub.name, hub.subset, name, config.text, label, row=kind.row))
     return _cut(config, splits)
+
+
+def _augment(config: Data, splits: text.Splits, teacher: str, folder: Path | None) -> str:
+    """Add copies of the training texts to the unlabelled ones; words about it for the summary."""
+    if config.augment is None:
+        return ""
+    if folder is None:
+        return f" (a run adds {describe(splits.train, config.augment, teacher)})"
+    held = [*splits.validation, *splits.test]
+    copies = augmented(splits.train, held, config.augment, teacher=teacher, folder=folder)
+    splits.unlabelled = [*splits.unlabelled, *copies]
+    return f" ({len(copies)} of them copies with replaced words)"
 
 
 def _cut(config: Data, splits: text.Splits) -> text.Splits:
