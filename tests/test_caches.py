@@ -165,6 +165,15 @@ def test_the_loss_is_that_of_the_live_teacher(tmp_path: Path) -> None:
         assert got[name].item() == pytest.approx(expected[name].item(), rel=1e-5)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
+def test_what_was_read_stays_on_disk(tmp_path: Path) -> None:
+    """A memory map would grow with every row that was read, to the size of the cache."""
+    cached = reopened(built(tmp_path).path)
+    for batch in batches():
+        cached(batch)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
 def test_several_shards(tmp_path: Path) -> None:
     cached = built(tmp_path, shard_size=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["index.json", "shard-00000", "shard-00001", "shard-00002"]
