@@ -8,14 +8,15 @@ attention scores, soft targets.
     base   BERT-base (12 layers of 768) -> TinyBERT-4 (4 layers of 312)
 
 The trainings live side by side in one process and take turns, a step each, in random order; the CPU time of an epoch
-is divided by that of the contender that the ratio names; medians and quartiles are over epochs. "live" runs the
+is divided by that of the contender that the ratio names: each step's median over the epochs, summed; the spread is that
+of the epochs' own ratios (quartiles). "live" runs the
 teacher, "cached" reads all of its tensors from disk (epoch 2 and later of a training with a cache), "alone" is
 `transformers.Trainer` on the student. taskkd and "alone" share data, padding to the longest text of a batch, batches of
 like length and fused AdamW. TextBrewer 0.2.1.post1 runs as its examples do: texts padded to 64, AdamW as torch makes it
 by default, attention by `eager`, whose probabilities stand in for the scores that it cannot get. A second time it is
 given our padding, batches and optimiser, which it takes but does not bring.
 
-    python benchmarks/nlp.py [--only small|base|loss|relations|memory] [--rounds N] [--json FILE]
+    python benchmarks/nlp.py [--only textbrewer|alone|base|loss|relations|memory] [--rounds N] [--json FILE]
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def bert(settings: dict[str, int], **options: Any) -> nn.Module:
 
 
 PAIRS = {
-    "small": Pair("6 layers of 384 -> 3 of 384", sizes(6, 384), sizes(3, 384), 128, 10),
+    "small": Pair("6 layers of 384 -> 3 of 384", sizes(6, 384), sizes(3, 384), 128, 8),
     "base": Pair("BERT-base -> 4 layers of 312", sizes(12, 768), sizes(4, 312), 96, 6),
 }
 
@@ -160,6 +161,7 @@ class Contender(threading.Thread):
     def run(self) -> None:
         """The whole training."""
         torch.set_num_threads(1)
+        torch.set_flush_denormal(True)  # of this thread
         try:
             self.train(self)
         except BaseException as error:
@@ -313,7 +315,7 @@ class Batches:
 # ---- measuring
 
 
-def take_turns(makers: dict[str, Callable[[Contender], None]], rounds: int, steps: int) -> dict[str, list[float]]:
+def take_turns(makers: dict[str, Callable[[Contender], None]], rounds: int, steps: int) -> Seconds:
     """CPU seconds of an epoch for every contender and round; a first epoch, which warms up, is left out."""
     contenders = [Contender(name, train) for name, train in makers.items()]
     order = random.Random(0)
@@ -323,16 +325,19 @@ def take_turns(makers: dict[str, Callable[[Contender], None]], rounds: int, step
         if sys.stderr.isatty():
             print(f"  step {number + 1} of {(rounds + 1) * steps}", end="\r", file=sys.stderr, flush=True)
     epochs = range(steps, (rounds + 1) * steps, steps)
-    return {c.name: [sum(c.seconds[i : i + steps]) for i in epochs] for c in contenders}
+    return {c.name: [c.seconds[i : i + steps] for i in epochs] for c in contenders}
 
 
 Quartiles = tuple[float, float, float]
+Seconds = dict[str, list[list[float]]]  # contender -> epoch -> step
 
 
-def ratio(seconds: dict[str, list[float]], over: str, under: str) -> Quartiles:
-    """Median and quartiles of one contender's epochs over another's of the same round: (median, low, high)."""
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(seconds[over], seconds[under], strict=True)], n=4)
-    return middle, low, high
+def ratio(seconds: Seconds, over: str, under: str) -> Quartiles:
+    """One contender's time over another's: each step's median over the epochs, summed; quartiles over the epochs."""
+    typical = {n: sum(statistics.median(steps) for steps in zip(*seconds[n], strict=True)) for n in (over, under)}
+    epochs = [sum(a) / sum(b) for a, b in zip(seconds[over], seconds[under], strict=True)]
+    low, _, high = statistics.quantiles(epochs, n=4)
+    return typical[over] / typical[under], low, high
 
 
 @dataclass
@@ -356,40 +361,59 @@ class Figure:
         return f"{self.title:74}{middle:8.3f}{f'{low:.3f} .. {high:.3f}':>18}  {bar}{missed}"
 
 
-def small(rounds: int | None) -> list[Figure]:
-    """Against TextBrewer, and against the student alone."""
+def against_textbrewer(rounds: int | None) -> list[Figure]:
+    """Epoch 1 and later epochs over TextBrewer's, as it comes and with what it can be given."""
+    try:
+        import textbrewer as _  # noqa: F401
+    except ImportError:
+        print("  textbrewer is not installed here (`make bench` installs it); left out", file=sys.stderr)
+        return []
     pair = PAIRS["small"]
-    rounds = rounds or pair.rounds
-    table = texts(pair.texts)
+    rounds, table = rounds or pair.rounds, texts(pair.texts)
     with tempfile.TemporaryDirectory() as name:
         folder, epochs = Path(name), rounds + 2
         makers = {
             "live": taskkd(pair, table, epochs, folder, cached=False),
             "cached": taskkd(pair, table, epochs, folder, cached=True),
-            "alone": alone(pair, table, epochs, folder),
-            "again": alone(pair, table, epochs, folder),
+            "textbrewer": textbrewer(pair, table, epochs, folder, helped=False),
+            "helped": textbrewer(pair, table, epochs, folder, helped=True),
         }
-        try:
-            import textbrewer as _  # noqa: F401
-
-            makers["textbrewer"] = textbrewer(pair, table, epochs, folder, helped=False)
-            makers["helped"] = textbrewer(pair, table, epochs, folder, helped=True)
-        except ImportError:
-            print("textbrewer is not installed here (`make bench` installs it); left out", file=sys.stderr)
         seconds = take_turns(makers, rounds, len(table) // BATCH)
-    figures = [
-        Figure("the student alone, again, over the student alone (noise)", ratio(seconds, "again", "alone")),
-        Figure("cached over the student alone", ratio(seconds, "cached", "alone"), 1.05, at_least=False),
+    return [
+        Figure("TextBrewer over live (epoch 1)", ratio(seconds, "textbrewer", "live"), 2.0),
+        Figure("TextBrewer over cached (from epoch 2)", ratio(seconds, "textbrewer", "cached"), 3.0),
+        Figure("TextBrewer with our padding, batches, optimiser over live", ratio(seconds, "helped", "live")),
+        Figure("TextBrewer with our padding, batches, optimiser over cached", ratio(seconds, "helped", "cached")),
     ]
-    if "textbrewer" in seconds:
-        figures = [
-            Figure("TextBrewer over live (epoch 1)", ratio(seconds, "textbrewer", "live"), 2.0),
-            Figure("TextBrewer over cached (from epoch 2)", ratio(seconds, "textbrewer", "cached"), 3.0),
-            Figure("TextBrewer with our padding, groups, optimiser over live", ratio(seconds, "helped", "live")),
-            Figure("TextBrewer with our padding, groups, optimiser over cached", ratio(seconds, "helped", "cached")),
-            *figures,
-        ]
-    return figures
+
+
+def against_alone(rounds: int | None) -> list[Figure]:
+    """A step with a full cache over one of fine-tuning the student alone.
+
+    Trainings that are alike differ by some percent for as long as they live (where their memory happens to lie), so
+    there are three of each, and the quartiles are those of all pairs.
+    """
+    pair = PAIRS["small"]
+    rounds, table = rounds or pair.rounds, texts(pair.texts)
+    with tempfile.TemporaryDirectory() as name:
+        makers: dict[str, Callable[[Contender], None]] = {}
+        for copy in "123":
+            folder = Path(name) / copy
+            makers[f"alone-{copy}"] = alone(pair, table, rounds + 2, folder)
+            makers[f"cached-{copy}"] = taskkd(pair, table, rounds + 2, folder, cached=True)
+        seconds = take_turns(makers, rounds, len(table) // BATCH)
+    others = [(f"alone-{a}", f"alone-{b}") for a in "123" for b in "123" if a != b]
+    crossed = [(f"cached-{a}", f"alone-{b}") for a in "123" for b in "123"]
+    return [
+        Figure("two trainings of the student alone, one over the other (noise)", spread(seconds, others)),
+        Figure("cached over the student alone", spread(seconds, crossed), 1.05, at_least=False),
+    ]
+
+
+def spread(seconds: Seconds, pairs: Sequence[tuple[str, str]]) -> Quartiles:
+    """Median and quartiles of the ratios of pairs of contenders."""
+    low, middle, high = statistics.quantiles([ratio(seconds, *names)[0] for names in pairs], n=4)
+    return middle, low, high
 
 
 def base(rounds: int | None) -> list[Figure]:
@@ -457,7 +481,7 @@ def relations(rounds: int | None) -> list[Figure]:
         "loop": one_by_one,
         "vectorised": lambda s, t, mask: losses.self_attention_relation(s, t, heads=12, mask=mask),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: Seconds = {name: [] for name in ways}
     for number in range((rounds or 30) + 2):
         values: dict[str, list[Tensor]] = {name: [] for name in ways}
         for name in sorted(ways, reverse=bool(number % 2)):
@@ -465,7 +489,7 @@ def relations(rounds: int | None) -> list[Figure]:
             for student, teacher, mask in batches:
                 values[name].append(ways[name](student.requires_grad_(), teacher, mask.bool()))
                 values[name][-1].backward()
-            seconds[name].append(time.process_time() - start)
+            seconds[name].append([time.process_time() - start])
         if not torch.allclose(*map(torch.stack, values.values()), rtol=1e-5):
             sys.exit("the two ways of computing relations differ")
     warm = {name: values[2:] for name, values in seconds.items()}
@@ -547,7 +571,8 @@ def memory_case(case: str, folder: str) -> int:
 
 
 MEASURES: dict[str, tuple[str, Callable[[int | None], list[Figure]]]] = {
-    "small": (PAIRS["small"].title, small),
+    "textbrewer": (PAIRS["small"].title, against_textbrewer),
+    "alone": (PAIRS["small"].title, against_alone),
     "base": (PAIRS["base"].title, base),
     "loss": (PAIRS["small"].title + ", cached", loss_share),
     "relations": ("MiniLMv2, 12 relation heads of 32", relations),
