@@ -42,6 +42,7 @@ format: .venv/.installed
 
 bench: .venv-bench/.installed
 	.venv-bench/bin/python benchmarks/overhead.py
+	.venv-bench/bin/python benchmarks/nlp.py
 
 constraints:
 	$(UV) pip compile pyproject.toml --extra timm --extra onnx --extra tensorboard --extra docs --extra dev --universal --python-version 3.11 --no-header --no-annotate \

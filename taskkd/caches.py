@@ -1,4 +1,4 @@
-"""`Cached`: a frozen teacher's outputs on disk, memory-mapped, so that later epochs cost no teacher.
+"""`Cached`: a frozen teacher's outputs on disk, read sample by sample, so that later epochs cost no teacher.
 
 Layout of a cache folder: `index.json` (what the cache was built for, shapes, sha256 of every file) and shards
 `shard-00000/` with `ids.npy`, `hashes.npy` and for each tap `tap-0.npy`: the rows one below the other, or, where rows
@@ -12,7 +12,9 @@ import copy
 import hashlib
 import json
 import math
+import os
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -157,7 +159,7 @@ class Cached:
     # ---- reading
 
     def _clear(self) -> None:
-        self._shards: list[dict[str, NDArray[Any]]] | None = None
+        self._shards: list[dict[str, Any]] | None = None
         self._ids: NDArray[np.int64] = np.empty(0, np.int64)
         self._where: NDArray[np.int64] = np.empty((0, 2), np.int64)
 
@@ -166,7 +168,13 @@ class Cached:
         if self._weights is None:
             self._weights = weights_sha256(self.live.model)
         described = json.dumps(self.preprocessing, sort_keys=True, default=str)
-        return {"format": FORMAT, "weights": self._weights, "preprocessing": described, "dtype": self.dtype}
+        return {
+            "format": FORMAT,
+            "weights": self._weights,
+            "preprocessing": described,
+            "dtype": self.dtype,
+            "teacher dtype": self.live.dtype,
+        }
 
     def _open(self) -> None:
         file = self.path / "index.json"
@@ -201,14 +209,14 @@ class Cached:
         self._map()
 
     def _map(self) -> None:
-        """Memory-map the shards of the index and sort the ids."""
+        """Open the shards of the index and sort the ids."""
         assert self._index is not None
-        self._shards = []
+        self._shards, files = [], _Files()
         ids, where = [], []
         for number, shard in enumerate(self._index["shards"]):
             folder = self.path / shard["name"]
-            arrays = {n: np.load(folder / n, mmap_mode="r", allow_pickle=False) for n in shard["files"]}
-            own = np.array(arrays["ids.npy"])
+            arrays = {n: _load(folder / n, files) for n in shard["files"]}
+            own = arrays["ids.npy"]
             ids.append(own)
             where.append(np.stack([np.full(len(own), number), np.arange(len(own))], 1))
             self._shards.append(arrays)
@@ -396,6 +404,50 @@ class Cached:
                     f"{length} tokens of the batch; it cannot be cached. Tap a slice of it, as in '[:, 0]'."
                 )
         return ragged
+
+
+class _Files:
+    """The files that were read last, open; a process may not have as many open as a large cache has."""
+
+    def __init__(self, most: int = 256) -> None:
+        self.most = most
+        self.open: OrderedDict[Path, Any] = OrderedDict()
+
+    def number(self, path: Path) -> int:
+        """The descriptor of a file."""
+        file = self.open.pop(path, None) or path.open("rb", buffering=0)
+        self.open[path] = file
+        while len(self.open) > self.most:
+            self.open.popitem(last=False)[1].close()
+        found: int = file.fileno()
+        return found
+
+
+class _Rows:
+    """The rows of a .npy file, read from it when they are asked for.
+
+    In a memory map every row that was ever read, and its neighbours, would count as resident memory: soon all.
+    """
+
+    def __init__(self, path: Path, files: _Files) -> None:
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        self.dtype, self.shape, self._start = mapped.dtype, mapped.shape, mapped.offset
+        self._size = self.dtype.itemsize * math.prod(self.shape[1:])
+        self._path, self._files = path, files
+
+    def __getitem__(self, key: int | slice) -> NDArray[Any]:
+        start, stop = (key.start, key.stop) if isinstance(key, slice) else (key, key + 1)
+        # At a place of its own choice: workers of a loader share the file and its position.
+        number = self._files.number(self._path)
+        data = os.pread(number, int(stop - start) * self._size, int(self._start + start * self._size))
+        rows = np.frombuffer(data, self.dtype).reshape(-1, *self.shape[1:])
+        return rows if isinstance(key, slice) else rows[0]
+
+
+def _load(path: Path, files: _Files) -> Any:
+    """A file of a shard: values stay on disk; ids, hashes and offsets, a few bytes a sample, are read."""
+    values = path.name.startswith("tap-") and not path.name.endswith(".offsets.npy")
+    return _Rows(path, files) if values else np.load(path, allow_pickle=False)
 
 
 class _Writer:

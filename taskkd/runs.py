@@ -279,11 +279,13 @@ def _supplier(session: Session, teacher: nn.Module, stage: Stage, *, live: bool 
     config = session.recipe.teacher.cache
     if not taps:
         return None
+    dtype = session.recipe.teacher.dtype
     if config is None or live:
-        return Frozen(teacher)
+        return Frozen(teacher, dtype=dtype)
     path = session.folder / "cache" / hashlib.sha256("\n".join(taps).encode()).hexdigest()[:12]
     budget = None if config.budget_gb is None else int(config.budget_gb * 1e9)
-    return Cached(teacher, path, dtype=config.dtype, preprocessing=session.data.preprocessing, budget=budget)
+    source = Frozen(teacher, dtype="float32" if dtype == "auto" else dtype)
+    return Cached(source, path, dtype=config.dtype, preprocessing=session.data.preprocessing, budget=budget)
 
 
 def _select(session: Session, teacher: nn.Module, report: dict[str, Any]) -> tuple[nn.Module, Path]:

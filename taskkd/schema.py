@@ -62,8 +62,13 @@ class CacheConfig(Model):
 
 
 class TeacherConfig(Model):
-    """What every task's teacher has."""
+    """What every task's teacher has.
 
+    `dtype` "auto" is bfloat16 on a device that has instructions for it, but never for a cache: it is built once, and
+    promises that cached equals live.
+    """
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     finetune: Finetune | None = None
     cache: CacheConfig | None = CacheConfig()
 

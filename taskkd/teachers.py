@@ -6,19 +6,21 @@ outside the module tree: it has no parameters, no state, no place in DDP or an o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from taskkd.errors import TapError, nearest
+from taskkd.errors import TapError, TaskkdError, nearest
 from taskkd.taps import StopForward, Taps, accepted_arguments
 
-__all__ = ["Call", "Frozen", "Teacher", "first_tensor"]
+__all__ = ["Call", "Dtype", "Frozen", "Teacher", "computes_bfloat16", "first_tensor"]
 
 #: how a task runs a teacher: `(model, batch, student_run) -> output`
 Call = Callable[[nn.Module, Mapping[str, Any], Any], Any]
+Dtype = Literal["auto", "float32", "bfloat16"]
 #: batch entries that are answers, which a teacher never gets
 LABELS = frozenset(("labels", "start_positions", "end_positions"))
 
@@ -57,6 +59,18 @@ def first_tensor(value: Any) -> Tensor | None:
     return None
 
 
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16: a GPU that says so, a CPU with AVX512-BF16 or AMX.
+
+    Others emulate it: BERT's 6 layers of 384 took 6.6 times as long as in float32 on a CPU with AVX2 alone, and 0.57
+    times as long on one with AVX512-BF16.
+    """
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    found = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
 class Frozen:
     """A frozen model as teacher: `eval()`, no gradient, buffers untouched, run only as far as the taps need.
 
@@ -66,6 +80,11 @@ class Frozen:
         model: the teacher; its parameters are set to `requires_grad=False` and it is put in eval mode.
         call: how to run it, `(model, batch, student_run) -> output`. Default: with those entries of the batch that
             its `forward` names, but for labels; an entry `teacher_x` takes the place of `x` (another tokenizer).
+        dtype: what it computes in: "float32", "bfloat16" (by autocast, weights stay as they are), or None: what the
+            training around it does. "auto" is bfloat16 on a device that has instructions for it, else None.
+
+    Raises:
+        TaskkdError: no such dtype.
 
     Example:
         >>> teacher = Frozen(nn.Linear(2, 3))
@@ -74,9 +93,12 @@ class Frozen:
         torch.Size([4, 3])
     """
 
-    def __init__(self, model: nn.Module, *, call: Call | None = None) -> None:
+    def __init__(self, model: nn.Module, *, call: Call | None = None, dtype: Dtype | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`Frozen` takes a torch.nn.Module, got {type(model).__name__}.")
+        if dtype not in (None, *get_args(Dtype)):
+            raise TaskkdError(f"a teacher's dtype is {', '.join(map(repr, get_args(Dtype)))} or None, got {dtype!r}.")
+        self.dtype = self._computes = dtype
         self.model = model.eval().requires_grad_(False)
         self._call = call
         self._accepted = accepted_arguments(model.forward)
@@ -113,9 +135,17 @@ class Frozen:
         return self._accepted({**{k: v for k, v in batch.items() if k not in LABELS}, **own})
 
     def _forward(self, batch: Mapping[str, Any], run: Any) -> Any:
-        if self._call is not None:
-            return self._call(self.model, batch, run)
-        return self.model(**self.inputs(batch))
+        with self._precision():
+            if self._call is not None:
+                return self._call(self.model, batch, run)
+            return self.model(**self.inputs(batch))
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        """What `dtype` asks for, on the device of the batch."""
+        if self._computes in (None, "auto"):
+            return contextlib.nullcontext()
+        device = self._device or torch.device("cpu")
+        return torch.autocast(device.type, torch.bfloat16, enabled=self._computes == "bfloat16")
 
     def _ready(self, batch: Mapping[str, Any]) -> Taps:
         if self._taps is None:
@@ -124,6 +154,8 @@ class Frozen:
             tensor = first_tensor(batch)
             if tensor is not None and tensor.device != self._device:
                 self._device = tensor.device
+                if self.dtype == "auto":
+                    self._computes = "bfloat16" if computes_bfloat16(tensor.device) else None
                 self.model.to(self._device)
             if self.model.training:  # somebody holds the model and called train() on it
                 self.model.eval()

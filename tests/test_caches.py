@@ -165,6 +165,15 @@ def test_the_loss_is_that_of_the_live_teacher(tmp_path: Path) -> None:
         assert got[name].item() == pytest.approx(expected[name].item(), rel=1e-5)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
+def test_what_was_read_stays_on_disk(tmp_path: Path) -> None:
+    """A memory map would grow with every row that was read, to the size of the cache."""
+    cached = reopened(built(tmp_path).path)
+    for batch in batches():
+        cached(batch)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
 def test_several_shards(tmp_path: Path) -> None:
     cached = built(tmp_path, shard_size=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["index.json", "shard-00000", "shard-00001", "shard-00002"]
@@ -172,6 +181,19 @@ def test_several_shards(tmp_path: Path) -> None:
     batch = regrouped([8, 0, 4])
     for tap in TAPS:
         assert torch.equal(cached(batch)[tap], whole(batch)[tap])
+
+
+def test_few_files_are_open_at_a_time(tmp_path: Path) -> None:
+    built(tmp_path, shard_size=3).close()
+    cached = reopened(tmp_path)
+    whole = cached(regrouped([6, 1, 4]))
+    assert cached._shards is not None
+    files = cached._shards[0]["tap-0.npy"]._files
+    assert len(files.open) > 2
+    files.most = 2
+    again = cached(regrouped([6, 1, 4]))
+    assert len(files.open) == 2
+    assert all(torch.equal(whole[tap], again[tap]) for tap in TAPS)
 
 
 def test_a_worker_looks_up_and_the_teacher_hands_on(tmp_path: Path) -> None:

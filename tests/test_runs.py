@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 import taskkd as kd
 from taskkd import plans, recipes, reports, runs, session
 from taskkd.errors import CacheError, DataError, RecipeError, TapError, TaskkdError
+from taskkd.nlp.task import TASK
 from tests import tiny
 
 
@@ -100,12 +101,38 @@ def test_seeds_and_a_sweep(recipe: Path, tmp_path: Path) -> None:
 def test_patient_kd_and_a_frozen_teacher(recipe: Path, tmp_path: Path) -> None:
     patient = ["method={name: patient_kd}", "baseline=null"]
     cached = run(recipe, tmp_path / "a", *patient)
-    live = run(recipe, tmp_path / "b", *patient, "teacher.cache=null")
+    live = run(recipe, tmp_path / "b", *patient, "teacher.cache=null", "teacher.dtype=float32")
     a, b = (r.report["distilled"]["distilled"]["0"]["history"] for r in (cached, live))
     assert {"loss_task", "loss_logits", "loss_patience"} <= set(a[0])
     # Cached equals live to the rounding of another batch, which the optimiser then lets grow: the first ten steps.
     assert {k: a[0][k] for k in a[0] if k.startswith("loss")} == pytest.approx(
         {k: b[0][k] for k in b[0] if k.startswith("loss")}, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [((), "float32"), (("teacher.cache.dtype=float16",), "float32"), (("teacher.cache=null",), "auto"),
+     (("teacher.dtype=bfloat16",), "bfloat16"), (("teacher.cache=null", "teacher.dtype=float32"), "float32")],
+)  # fmt: skip
+def test_what_a_teacher_computes_in(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], expected: str
+) -> None:
+    seen: list[Any] = []
+    made = runs.Frozen
+    monkeypatch.setattr(runs, "Frozen", lambda model, dtype: seen.append(dtype) or made(model, dtype=dtype))
+    run(recipe, tmp_path / "run", "baseline=null", "training.epochs=0.2", *overrides)
+    assert seen == [expected]
+
+
+def test_layers_of_another_model(recipe: Path, tmp_path: Path) -> None:
+    other = tiny.classifier(seed=9)
+    other.save_pretrained(tmp_path / "other")
+    loaded = recipes.load_recipe(recipe, [f"student.start={tmp_path / 'other'}"])
+    data = TASK.load(loaded)
+    student: Any = TASK.student(loaded, data, tiny.teacher(), 0)
+    assert torch.equal(
+        student.bert.encoder.layer[1].output.dense.weight, other.bert.encoder.layer[2].output.dense.weight
     )
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import taskkd as kd
 import taskkd.teachers
 from taskkd import losses
-from taskkd.errors import TapError
-from taskkd.teachers import Frozen, Teacher, first_tensor
+from taskkd.errors import TapError, TaskkdError
+from taskkd.teachers import Frozen, Teacher, computes_bfloat16, first_tensor
 from tests import small
 
 
@@ -281,3 +281,46 @@ def test_apply_is_not_recorded() -> None:
 def test_first_tensor(value: Any, found: float | None) -> None:
     tensor = first_tensor(value)
     assert (None if tensor is None else tensor.item()) == found
+
+
+# ---- what a teacher computes in
+
+
+def computed(dtype: Any) -> torch.dtype:
+    teacher = Frozen(nn.Linear(2, 2), dtype=dtype)
+    teacher.attach(["out"])
+    found: torch.dtype = teacher({"input": torch.ones(1, 2)})["out"].dtype
+    return found
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"avx512_f": True, "avx2": True}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16),
+     ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16), ({}, torch.float32)],
+)  # fmt: skip
+def test_auto_is_bfloat16_only_where_the_processor_has_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert computed("auto") == expected
+
+
+def test_a_gpu_says_by_itself_whether_it_has_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    for answer in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, a=answer: a)
+        assert computes_bfloat16(torch.device("cuda", 0)) == answer
+    assert not computes_bfloat16(torch.device("meta"))
+
+
+def test_a_teachers_dtype_holds_against_the_training_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert computed(None) == computed("float32") == torch.float32
+    assert computed("bfloat16") == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert computed(None) == computed("auto") == torch.bfloat16
+        assert computed("float32") == torch.float32
+
+
+def test_an_unknown_dtype_is_refused() -> None:
+    with pytest.raises(TaskkdError, match="'auto', 'float32', 'bfloat16' or None, got 'fp16'"):
+        Frozen(nn.Linear(1, 1), dtype="fp16")  # type: ignore[arg-type]

@@ -94,8 +94,8 @@ def attention_scores(
     weight = token_weights(mask, student)[:, None, :, None]
     if average == "official":
         return masked_mean(difference.masked_fill(weight.mT <= 0, 0).square())
-    pairs = (weight * (weight.mT > 0)).expand_as(difference)
-    return masked_mean(difference.masked_fill(pairs <= 0, 0).square(), pairs)
+    pairs = weight * (weight.mT > 0)
+    return masked_mean(difference.masked_fill(pairs <= 0, 0).square().mean(1), pairs[:, 0])
 
 
 @full_precision

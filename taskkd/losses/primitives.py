@@ -135,10 +135,11 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
             return values.sum()
         return values.mean()
     check_mask(mask, values.shape)
-    weight = mask.to(values.dtype).reshape(mask.shape + (1,) * (values.ndim - mask.ndim)).expand_as(values)
-    total = weight.sum()
+    weight, size = mask.to(values.dtype), values.shape[mask.ndim :].numel()
+    if mask.ndim < values.ndim:
+        values = values.flatten(mask.ndim).sum(-1)  # first, so that the mask is applied to few numbers
     kept = torch.where(weight > 0, values * weight, torch.zeros((), dtype=values.dtype, device=values.device))
-    return safe_divide(kept.sum(), total)
+    return safe_divide(kept.sum(), weight.sum() * size)
 
 
 def mean_of_samples(values: Tensor, mask: Tensor | None = None) -> Tensor:

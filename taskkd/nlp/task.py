@@ -144,7 +144,7 @@ class Student(Model):
     layers: list[int] | None = None
     config: dict[str, Any] | None = None
     model: str | None = None
-    start: Literal["teacher", "pretrained"] = "teacher"
+    start: str = "teacher"  # whose layers: the "teacher"'s, its own before it was fine-tuned ("pretrained"), a model's
 
     @model_validator(mode="after")
     def _one_kind(self) -> Student:
@@ -329,8 +329,9 @@ class NlpTask:
             return models.load_model(own.model, data.labels, head=head, seed=seed)
         if own.config is not None:
             return models.student_from_config(teacher, own.config, seed=seed)
-        if own.start == "pretrained":
-            teacher = models.load_model(recipe.teacher.model, data.labels, head=head, seed=seed)
+        if own.start != "teacher":
+            source = recipe.teacher.model if own.start == "pretrained" else own.start
+            teacher = models.load_model(source, data.labels, head=head, seed=seed)
         return models.student_from_layers(teacher, own.layers or [])
 
     def reload(self, student: nn.Module, folder: Path) -> nn.Module:
