@@ -1,14 +1,20 @@
 """Compact BERT-family students: methods, models, data, metrics."""
 
-from taskkd.nlp.methods import METHODS, patient_kd, soft_targets
+from taskkd.nlp.methods import METHODS, candidate_kl, embedding_mimic, margin_mse, patient_kd, soft_targets
 from taskkd.nlp.models import layer_taps, load_model, load_tokenizer, student_from_layers
+from taskkd.nlp.sentence import SentenceEncoder, load_sentence_encoder
 from taskkd.nlp.task import task_loss
 
 __all__ = [
     "METHODS",
+    "SentenceEncoder",
+    "candidate_kl",
+    "embedding_mimic",
     "layer_taps",
     "load_model",
+    "load_sentence_encoder",
     "load_tokenizer",
+    "margin_mse",
     "patient_kd",
     "soft_targets",
     "student_from_layers",

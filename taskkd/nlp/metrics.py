@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Classification", "Regression"]
+__all__ = ["Classification", "Regression", "spearman"]
 
 
 class Classification:
@@ -88,9 +88,14 @@ class Regression:
             return {"pearson": 0.0, "spearman": 0.0, "rmse": 0.0}
         return {
             "pearson": _correlation(predictions, labels),
-            "spearman": _correlation(_ranks(predictions), _ranks(labels)),
+            "spearman": spearman(predictions, labels),
             "rmse": (predictions - labels).square().mean().sqrt().item(),
         }
+
+
+def spearman(x: Tensor, y: Tensor) -> float:
+    """Spearman's rank correlation of two rows of numbers, mean ranks for ties; 0 where undefined."""
+    return _correlation(_ranks(x.double()), _ranks(y.double())) if len(x) else 0.0
 
 
 def _correlation(x: Tensor, y: Tensor) -> float:

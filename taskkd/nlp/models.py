@@ -23,6 +23,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "number_of_labels",
+    "pretrained",
     "resolve",
     "same_order",
     "student_from_config",
@@ -73,6 +74,18 @@ def _from_pretrained(auto: Any, source: str, **options: Any) -> Any:
         raise DataError(f"model {source!r} cannot be loaded: {first}") from error
 
 
+def pretrained(auto: Any, source: str, *, seed: int = 0, **options: Any) -> Any:
+    """`auto.from_pretrained`, without code of the model's folder, without reports and bars; what is missing is
+    initialised from `seed`, the global random state left as it was.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    with torch.random.fork_rng([]), _quiet():
+        torch.manual_seed(seed)
+        return _from_pretrained(auto, source, **options)
+
+
 def load_tokenizer(source: str) -> Any:
     """The tokenizer of a hub name, a path or a package's folder.
 
@@ -111,9 +124,7 @@ def load_model(
         if classifier and known != options["num_labels"]:
             wanted = f"has {len(labels)}: {', '.join(labels)}" if labels else "is regression (one number)"
             raise DataError(f"model {source!r} is a classifier of {known} labels, the data {wanted}.")
-    with torch.random.fork_rng([]), _quiet():
-        torch.manual_seed(seed)
-        model: nn.Module = _from_pretrained(AutoModelForSequenceClassification, folder, dtype=torch.float32, **options)
+    model: nn.Module = pretrained(AutoModelForSequenceClassification, folder, seed=seed, dtype=torch.float32, **options)
     return model
 
 
@@ -228,6 +239,10 @@ def student_from_layers(teacher: nn.Module, layers: Sequence[int]) -> nn.Module:
     Raises:
         RecipeError: a layer is not there, or the model has no list of layers.
     """
+    from taskkd.nlp.sentence import SentenceEncoder
+
+    if isinstance(teacher, SentenceEncoder):
+        return teacher.around(student_from_layers(teacher.encoder, layers))
     path, own = encoder_layers(teacher)
     if not layers or not all(0 <= i < len(own) for i in layers):
         raise RecipeError(f"student.layers {list(layers)}: expected numbers from 0 to {len(own) - 1}.")
@@ -257,6 +272,10 @@ def student_from_config(teacher: nn.Module, changes: Mapping[str, Any], *, seed:
         RecipeError: the config has no such setting, or the sizes do not go together.
     """
     from taskkd.errors import nearest
+    from taskkd.nlp.sentence import SentenceEncoder
+
+    if isinstance(teacher, SentenceEncoder):
+        return teacher.around(student_from_config(teacher.encoder, changes, seed=seed))
 
     config = copy.deepcopy(teacher.config)
     for name, value in changes.items():
