@@ -7,7 +7,7 @@ import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -231,18 +231,31 @@ def layer_taps(model: nn.Module) -> list[str]:
     return [f"{path}.{i}" for i in range(len(layers))]
 
 
-def student_from_layers(teacher: nn.Module, layers: Sequence[int]) -> nn.Module:
+def student_from_layers(
+    teacher: nn.Module, layers: Sequence[int], *, architecture: Literal["distilbert"] | None = None, seed: int = 0
+) -> nn.Module:
     """A student with these layers of a model (0-based), its embeddings, pooler and head: weights are copied.
 
     Source: the initialisation of DistilBERT (Sanh et al. 2019) and Patient KD (Sun et al. 2019).
 
+    Args:
+        teacher: the model whose layers are taken.
+        layers: in the student's order.
+        architecture: None: the teacher's own; "distilbert": see `distilbert_from_bert`.
+        seed: of what starts at random, with an architecture.
+
     Raises:
-        RecipeError: a layer is not there, or the model has no list of layers.
+        RecipeError: a layer is not there, the model has no list of layers, or the architecture does not fit.
     """
+    from taskkd.nlp.distilbert import distilbert_from_bert
     from taskkd.nlp.sentence import SentenceEncoder
 
     if isinstance(teacher, SentenceEncoder):
-        return teacher.around(student_from_layers(teacher.encoder, layers))
+        return teacher.around(student_from_layers(teacher.encoder, layers, architecture=architecture, seed=seed))
+    if architecture is not None:
+        if architecture != "distilbert":
+            raise RecipeError(f"no architecture {architecture!r} to build from layers; known: distilbert.")
+        return distilbert_from_bert(teacher, layers, seed=seed)
     path, own = encoder_layers(teacher)
     if not layers or not all(0 <= i < len(own) for i in layers):
         raise RecipeError(f"student.layers {list(layers)}: expected numbers from 0 to {len(own) - 1}.")

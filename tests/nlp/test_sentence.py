@@ -96,7 +96,7 @@ def test_a_folder_gives_the_same_encoder(tmp_path: Path, pooling: Any, normalise
     assert torch.equal(other(**batch())["sentence_embedding"], model(**batch())["sentence_embedding"])
     kinds = [m["type"].rpartition(".")[2] for m in json.loads((tmp_path / "modules.json").read_text())]
     assert kinds == ["Transformer", "Pooling", *(["Normalize"] if normalise else [])]
-    with pytest.raises(CheckpointError, match="not of this student|does not load"):
+    with pytest.raises(CheckpointError, match=r"not of this student|does not load"):
         load_student(encoder(layers=2), tmp_path)
 
 
