@@ -93,7 +93,7 @@ def look(recipe: Any, task: Any, data: Any, student: nn.Module, teacher: nn.Modu
     batch = dict(data.collator(rows))
     for stage in build_method(recipe, student, teacher).stages:
         distiller = Distiller(
-            student, Frozen(teacher), stage.terms, task_weight=stage.task_weight, task_loss=task.task_loss
+            student, Frozen(teacher), stage.terms, task_weight=stage.task_weight, task_loss=task.loss(recipe)
         )
         try:
             found[stage.name] = distiller.prepare(batch)

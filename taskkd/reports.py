@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from taskkd.taps import accepted_arguments
+
 __all__ = ["curves", "measure", "rows", "table", "write"]
 
 
@@ -24,13 +26,15 @@ def measure(
     Teacher and student take turns on the same real samples, so that a busy machine slows both alike.
     """
     models = {"teacher": teacher.cpu().eval(), "student": student.cpu().eval()}
+    accepted = {name: accepted_arguments(model.forward) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     with torch.no_grad():
         for round_ in range(4):
             for batch in batches:
                 for name, model in models.items():
+                    inputs = accepted[name](batch)
                     start = time.perf_counter()
-                    model(**batch)
+                    model(**inputs)
                     if round_:  # the first round warms up
                         times[name].append(time.perf_counter() - start)
     found = {}

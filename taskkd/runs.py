@@ -318,14 +318,14 @@ def evaluate(run: Path, data: str | None = None) -> dict[str, float]:
         table = loaded.test
     else:
         table = task.read(recipe, data, student, tokenizer)
-    metric = task.metric_of(student)
+    metric = task.metric_of(recipe, student, table)
     trainer = Trainer(
         student,
         metric=metric,
-        task_loss=task.task_loss,
+        task_loss=task.loss(recipe),
         args=training_arguments(run, recipe.training, 0, None),
         processing_class=tokenizer,
-        data_collator=task.collator(tokenizer),
+        data_collator=task.collator(recipe, tokenizer),
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return strip(trainer.evaluate(table, metric_key_prefix="test"))

@@ -172,7 +172,7 @@ class Session:
                 student,
                 teacher=teacher,
                 method=Method(stage.name, [stage]),
-                task_loss=self.task.task_loss,
+                task_loss=self.task.loss(self.recipe),
                 metric=self.task.metric(self.data),
                 args=args,
                 train_dataset=table,

@@ -19,6 +19,8 @@ __all__ = ["Call", "Frozen", "Teacher", "first_tensor"]
 
 #: how a task runs a teacher: `(model, batch, student_run) -> output`
 Call = Callable[[nn.Module, Mapping[str, Any], Any], Any]
+#: batch entries that are answers, which a teacher never gets
+LABELS = frozenset(("labels", "start_positions", "end_positions"))
 
 
 @runtime_checkable
@@ -97,7 +99,7 @@ class Frozen:
         """The names of the batch entries that the teacher's `forward` accepts, and their `teacher_` twins."""
         import inspect
 
-        names = set(inspect.signature(self.model.forward).parameters) - {"labels"}
+        names = set(inspect.signature(self.model.forward).parameters) - LABELS
         return names | {f"teacher_{n}" for n in names}
 
     @property
@@ -108,7 +110,7 @@ class Frozen:
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What of `batch` the teacher's `forward` gets."""
         own = {k.removeprefix("teacher_"): v for k, v in batch.items() if k.startswith("teacher_")}
-        return self._accepted({**{k: v for k, v in batch.items() if k != "labels"}, **own})
+        return self._accepted({**{k: v for k, v in batch.items() if k not in LABELS}, **own})
 
     def _forward(self, batch: Mapping[str, Any], run: Any) -> Any:
         if self._call is not None:

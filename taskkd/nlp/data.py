@@ -15,23 +15,43 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from taskkd.errors import DataError, nearest
 
-__all__ = ["Row", "Splits", "holdout", "hub_rows", "read_rows", "row", "sentiment_rows", "tokenized"]
+__all__ = [
+    "Reader",
+    "Row",
+    "Splits",
+    "columns_of",
+    "holdout",
+    "hub_rows",
+    "read_rows",
+    "sentiment_rows",
+    "text_row",
+    "tokenized",
+]
 
 DOMAINS = ("movie", "amazon", "nyt", "tweets")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sample: its text, a second text for pairs, its raw label (None: unlabelled) and where it stands."""
+    """One sample: its text, a second text for pairs, its raw label (None: unlabelled) and where it stands.
+
+    Where words have labels of their own, `words` holds them, and `text` is their line.
+    """
 
     text: str
     pair: str | None
-    label: str | float | None
+    label: Any
     where: str
+    words: tuple[str, ...] | None = None
+
+
+MakeRow: TypeAlias = Callable[[Mapping[str, Any], str | Sequence[str], str | None, str], Row]
+#: what yields (where it stands, columns) of a file's samples
+Reader: TypeAlias = Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]
 
 
 @dataclass
@@ -47,7 +67,7 @@ class Splits:
 # ---- reading
 
 
-def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     csv.field_size_limit(2**31 - 1)  # the default refuses texts over 128 kB
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
@@ -55,12 +75,12 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for row in reader:
                 if None in row:
                     raise DataError(f"{path}, line {reader.line_num}: more fields than the header has columns.")
-                yield reader.line_num, row
+                yield f"{path}, line {reader.line_num}", row
         except csv.Error as error:
             raise DataError(f"{path}, line {reader.line_num}: {error}.") from None
 
 
-def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -71,10 +91,10 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise DataError(f"{path}, line {number}: not JSON ({error}).") from None
             if not isinstance(row, dict):
                 raise DataError(f"{path}, line {number}: expected an object, got {type(row).__name__}.")
-            yield number, row
+            yield f"{path}, line {number}", row
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -82,10 +102,10 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{path}: not a parquet file ({error}).") from None
-    yield from enumerate(rows, 1)
+    yield from ((f"{path}, line {number}", row) for number, row in enumerate(rows, 1))
 
 
-READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
+READERS: dict[str, Reader] = {
     ".csv": _csv,
     ".tsv": _csv,
     ".jsonl": _jsonl,
@@ -94,26 +114,35 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
 }
 
 
-def read_rows(path: str | Path, text: str | Sequence[str], label: str | None) -> list[Row]:
+def read_rows(
+    path: str | Path,
+    text: str | Sequence[str],
+    label: str | None,
+    *,
+    row: MakeRow | None = None,
+    readers: Mapping[str, Reader] = {},
+) -> list[Row]:
     """The rows of a csv, tsv, jsonl or parquet file.
 
     Args:
         path: the file; its suffix decides the format.
         text: the text column, or two for pairs.
         label: the label column; None: the file is unlabelled.
+        row: makes a row of a mapping of columns; default: `text_row`.
+        readers: of further formats, by suffix.
 
     Raises:
         DataError: no such file or format, a column is missing, a line is malformed, or there is no row.
     """
-    path = Path(path)
-    if path.suffix not in READERS:
+    path, known, make = Path(path), {**READERS, **readers}, row or text_row
+    if path.suffix not in known:
         raise DataError(
-            f"{path}: no reader for {path.suffix!r} files{nearest(path.suffix, READERS)}; known: {', '.join(READERS)}."
+            f"{path}: no reader for {path.suffix!r} files{nearest(path.suffix, known)}; known: {', '.join(known)}."
         )
     if not path.is_file():
         raise DataError(f"{path}: no such file.")
     try:
-        rows = [row(entry, text, label, f"{path}, line {number}") for number, entry in READERS[path.suffix](path)]
+        rows = [make(entry, text, label, where) for where, entry in known[path.suffix](path)]
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
     if not rows:
@@ -121,33 +150,52 @@ def read_rows(path: str | Path, text: str | Sequence[str], label: str | None) ->
     return rows
 
 
-def row(entry: Mapping[str, Any], text: str | Sequence[str], label: str | None, where: str) -> Row:
+def columns_of(entry: Mapping[str, Any], columns: Sequence[str], where: str) -> list[Any]:
+    """The values of these columns.
+
+    Raises:
+        DataError: one is missing.
+    """
+    for column in columns:
+        if column not in entry:
+            raise DataError(
+                f"{where}: no column {column!r}{nearest(column, entry)}; it has {', '.join(map(repr, entry))}."
+            )
+    return [entry[column] for column in columns]
+
+
+def text_row(entry: Mapping[str, Any], text: str | Sequence[str], label: str | None, where: str) -> Row:
     """One sample from a mapping of columns; `where` is for errors.
 
     Raises:
         DataError: a column is missing or its value is no text.
     """
     columns = [text] if isinstance(text, str) else list(text)
-    for column in [*columns, *([label] if label is not None else [])]:
-        if column not in entry:
-            raise DataError(
-                f"{where}: no column {column!r}{nearest(column, entry)}; it has {', '.join(map(repr, entry))}."
-            )
-    texts = []
-    for column in columns:
-        if not isinstance(entry[column], str):
-            raise DataError(f"{where}: column {column!r} holds {entry[column]!r}, expected text.")
-        texts.append(entry[column])
-    value = entry[label] if label is not None else None
-    return Row(texts[0], texts[1] if len(texts) > 1 else None, value, where)
+    values = columns_of(entry, columns if label is None else [*columns, label], where)
+    for column, content in zip(columns, values, strict=False):
+        if not isinstance(content, str):
+            raise DataError(f"{where}: column {column!r} holds {content!r}, expected text.")
+    return Row(values[0], values[1] if len(columns) > 1 else None, None if label is None else values[-1], where)
 
 
-def hub_rows(name: str, subset: str | None, split: str, text: str | Sequence[str], label: str | None) -> list[Row]:
+def hub_rows(
+    name: str,
+    subset: str | None,
+    split: str,
+    text: str | Sequence[str],
+    label: str | None,
+    *,
+    row: MakeRow | None = None,
+) -> list[Row]:
     """The rows of a split of an HF data set (hub name or local folder), class names instead of class numbers.
+
+    Args:
+        name, subset, split: of the data set.
+        text, label, row: as for `read_rows`.
 
     Raises:
         DataError: it cannot be loaded, or a column is missing.
-    """
+    """  # fmt: skip
     import datasets
 
     try:
@@ -156,14 +204,21 @@ def hub_rows(name: str, subset: str | None, split: str, text: str | Sequence[str
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"data set {name!r}, split {split!r} cannot be loaded: {first}") from error
     feature = table.features.get(label) if label is not None else None
-    names = getattr(feature, "names", None)
-    rows = []
+    names = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
+    rows, make = [], row or text_row
     for number, sample in enumerate(table):
         entry = dict(sample)
         if names and label is not None:
-            entry[label] = names[entry[label]] if entry[label] is not None and entry[label] >= 0 else None
-        rows.append(row(entry, text, label, f"{name}/{split}, row {number}"))
+            entry[label] = _named(entry[label], names)
+        rows.append(make(entry, text, label, f"{name}/{split}, row {number}"))
     return rows
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
+    """Class names for class numbers, one or a list; None for none."""
+    if isinstance(value, list):
+        return [_named(v, names) for v in value]
+    return names[value] if value is not None and value >= 0 else None
 
 
 def sentiment_rows(domains: Sequence[str] = ("movie",), *, label: str = "binary", threshold: float = 0.5) -> list[Row]:
@@ -241,6 +296,11 @@ def holdout(rows: list[Row], sizes: Sequence[int], seed: int) -> list[list[Row]]
         parts.append(shuffled[start : start + size])
         start += size
     return [*parts, shuffled[start:]]
+
+
+def has_label(row: Row) -> bool:
+    """Whether a row is labelled."""
+    return row.label is not None and str(row.label) != ""
 
 
 def label_names(rows: Sequence[Row]) -> list[str]:

@@ -14,6 +14,7 @@ from taskkd.caches import weights_sha256
 from taskkd.errors import DataError, RecipeError
 from taskkd.nlp import data as text
 from taskkd.nlp import models
+from taskkd.nlp.kinds import Encoding, kind_of
 from taskkd.nlp.task import NlpData, NlpTask, fitting_length
 
 __all__ = ["GivenTask"]
@@ -22,17 +23,19 @@ __all__ = ["GivenTask"]
 class GivenTask(NlpTask):
     """The NLP task with a given student and teacher; data as paths, lists of dicts, data frames, or HF `Dataset`s.
 
-    A `Dataset` with `input_ids` is used as it is (`labels` or the label column, `id` added if missing); other sources
-    have a text and a label column and are tokenized. Every training starts from a copy of the given student.
+    The teacher's head says which kind of task it is. A `Dataset` with `input_ids` is used as it is (`labels` or the
+    label column, `id` added if missing); other sources have a text and a label column and are tokenized. Every training
+    starts from a copy of the given student.
 
     Args:
-        student: a sequence classifier, its name or path, or the list of the teacher's layers it is to have.
-        teacher: a sequence classifier that is trained for the task, or its name or path.
+        student: a model, its name or path, or the list of the teacher's layers it is to have.
+        teacher: a model that is trained for the task, or its name or path.
         train, eval, test, unlabelled: data. Without `eval`, validation and test are held out from `train`; without
             `test`, the report is on `eval`.
         processing_class: the tokenizer; may be left out where `teacher` is a name or path.
-        text, label: columns.
-        max_length: texts are cut to it; None: 128, or what the model takes if that is less.
+        text, label: columns; None: those of the kind of task, "text" and "label" for classification.
+        max_length: texts are cut to it; None: that of the kind (128 for classification), or what the model takes if
+            that is less.
 
     Raises:
         RecipeError: the tokenizer is missing, or student and teacher differ in labels.
@@ -49,8 +52,8 @@ class GivenTask(NlpTask):
         test: Any = None,
         unlabelled: Any = None,
         processing_class: Any = None,
-        text: str | Sequence[str] = "text",
-        label: str = "label",
+        text: str | Sequence[str] | None = None,
+        label: str | None = None,
         max_length: int | None = None,
     ) -> None:
         teacher = str(teacher) if isinstance(teacher, Path) else teacher
@@ -65,56 +68,55 @@ class GivenTask(NlpTask):
             student if isinstance(student, nn.Module) else models.student_from_layers(self._teacher, list(student))
         )
         models.check_same_labels(self._student, self._teacher)
-        self._columns = (text, label)
-        config: Any = self._teacher.config
-        regression = models.is_regression(self._teacher)
-        self._names = (
-            None if regression else [str(config.id2label[i]) for i in range(models.number_of_labels(self._teacher))]
-        )
-        max_length = fitting_length(max_length, processing_class)
-        self._tokenizer, self._max_length, self._next = processing_class, max_length, 0
+        self._kind = kind = kind_of(self._teacher)
+        self._columns = (text or kind.text, label or kind.label)
+        self._names = models.label_names(self._teacher)
+        max_length = fitting_length(max_length, processing_class, kind.max_length)
+        self._encoding = Encoding(max_length, pairs=not isinstance(self._columns[0], str))
+        self._tokenizer, self._next = processing_class, 0
+        train = self._read(train, labelled=True)
         if eval is None:
-            whole = self._table(train, labelled=True)
-            if len(whole) < 10:
-                raise DataError(
-                    f"{len(whole)} samples are too few to hold out a validation and a test set; give eval=..."
-                )
-            cut = whole.train_test_split(0.2, seed=0)
-            held = cut["test"].train_test_split(0.5, seed=0)
-            tables = {"train": cut["train"], "validation": held["train"], "test": held["test"]}
+            train, eval, test = _cut(train)  # noqa: A001
         else:
-            tables = {"train": self._table(train, labelled=True), "validation": self._table(eval, labelled=True)}
-            tables["test"] = tables["validation"] if test is None else self._table(test, labelled=True)
-        tables["unlabelled"] = None if unlabelled is None else self._table(unlabelled, labelled=False)
-        self._data = NlpData(**tables, labels=self._names or [], tokenizer=processing_class, max_length=max_length)
+            eval = self._read(eval, labelled=True)  # noqa: A001
+        tables = {"train": self._table(train), "validation": self._table(eval, training=False)}
+        tables["test"] = tables["validation"]
+        if test is not None:
+            tables["test"] = self._table(self._read(test, labelled=True), training=False)
+        tables["unlabelled"] = None
+        if unlabelled is not None:
+            tables["unlabelled"] = self._table(self._read(unlabelled, labelled=False), labelled=False)
+        self._data = NlpData(
+            **tables, labels=self._names, tokenizer=processing_class, kind=kind, encoding=self._encoding
+        )
 
-    def _table(self, source: Any, *, labelled: bool) -> Any:
-        """A tokenized data set with ids that no other of this run has."""
-        import datasets
+    def _read(self, source: Any, *, labelled: bool) -> Any:
+        """A tokenized data set as it is, rows of everything else."""
+        if _is_tokenized(source):
+            return source
+        if isinstance(source, list) and source and isinstance(source[0], text.Row):
+            return source
+        return self._rows(source, self._columns[0], self._columns[1] if labelled else None)
 
-        column, label = self._columns
-        if isinstance(source, datasets.Dataset) and "input_ids" in source.column_names:
-            table = source
-            if "labels" not in table.column_names and label in table.column_names:
-                table = table.rename_column(label, "labels")
-            if labelled and "labels" not in table.column_names:
-                raise DataError(
-                    f"a tokenized data set needs the column 'labels' or {label!r}; it has {table.column_names}."
-                )
+    def _table(self, source: Any, *, labelled: bool = True, training: bool = True) -> Any:
+        """What `_read` gave as a tokenized data set with ids that no other of this run has."""
+        kind, names, encoding = self._kind, self._names, self._encoding
+        if _is_tokenized(source):
+            label = self._columns[1] if labelled else None
+            table = kind.adopt(source, self._tokenizer, names, encoding, label=label, training=training)
             if "id" in table.column_names:
                 table = table.remove_columns("id")
             if not len(table):
                 raise DataError("a data set is empty.")
             table = table.add_column("id", list(range(self._next, self._next + len(table))))
         else:
-            rows = self._rows(source, column, label if labelled else None)
-            table = text.tokenized(rows, self._tokenizer, self._names, max_length=self._max_length, first_id=self._next)
+            table = kind.encode(source, self._tokenizer, names, encoding, first_id=self._next, training=training)
         self._next += len(table)
         return table
 
     def _rows(self, source: Any, column: str | Sequence[str], label: str | None) -> list[text.Row]:
         if isinstance(source, str | Path):
-            return text.read_rows(source, column, label)
+            return text.read_rows(source, column, label, row=self._kind.row, readers=self._kind.readers)
         if isinstance(source, Mapping):
             raise DataError(f"data are one table, not a mapping of {', '.join(map(repr, source))}; give one of them.")
         if hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas, polars
@@ -124,13 +126,18 @@ class GivenTask(NlpTask):
             if not isinstance(row, Mapping):
                 raise DataError(f"sample {number}: expected a dict with text and label, got {type(row).__name__}.")
             value = dict(row)
-            # Class numbers in memory mean the model's labels by position.
-            if label is not None and self._names is not None and isinstance(value.get(label), Integral):
-                if not 0 <= value[label] < len(self._names):
-                    raise DataError(f"sample {number}: label {value[label]} is not in 0 .. {len(self._names) - 1}.")
-                value[label] = self._names[value[label]]
-            rows.append(text.row(value, column, label, f"sample {number}"))
+            if label in value and self._names:
+                value[label] = self._named(value[label], number)
+            rows.append(self._kind.row(value, column, label, f"sample {number}"))
         return rows
+
+    def _named(self, value: Any, sample: int) -> Any:
+        """Class numbers in memory mean the model's labels by position; for words there is a list of them."""
+        if isinstance(value, Integral):
+            if not 0 <= int(value) < len(self._names):
+                raise DataError(f"sample {sample}: label {value} is not in 0 .. {len(self._names) - 1}.")
+            return self._names[int(value)]
+        return [self._named(v, sample) for v in value] if isinstance(value, list | tuple) else value
 
     def describe(self) -> dict[str, Any]:
         """What of this run goes into its resolved recipe, so that a run of other models or data is noticed."""
@@ -141,7 +148,7 @@ class GivenTask(NlpTask):
         }
         files = {k: v for k, v in data.items() if k in ("train", "validation", "test", "unlabelled")}
         return {
-            "data": {"files": files, "max_length": self._max_length},
+            "data": {"files": files, "type": self._kind.name, "max_length": self._encoding.max_length},
             "teacher": {"model": f"given:{weights_sha256(self._teacher)[:16]}"},
             "student": {"model": f"given:{weights_sha256(self._student)[:16]}"},
         }
@@ -156,8 +163,30 @@ class GivenTask(NlpTask):
 
     def teacher(self, recipe: Any, data: NlpData, source: str | None = None) -> nn.Module:
         """The given teacher, or what it became in this run."""
-        return self._teacher if source is None else models.load_model(source, data.labels)
+        return self._teacher if source is None else models.load_model(source, data.labels, head=data.kind.head)
 
     def student(self, recipe: Any, data: NlpData, teacher: nn.Module, seed: int) -> nn.Module:
         """A copy of the given student."""
         return copy.deepcopy(self._student)
+
+
+def _is_tokenized(source: Any) -> bool:
+    import datasets
+
+    return isinstance(source, datasets.Dataset) and "input_ids" in source.column_names
+
+
+def _cut(source: Any) -> list[Any]:
+    """Train, validation and test: a tenth of all samples each for the latter two.
+
+    Raises:
+        DataError: there are under ten samples.
+    """
+    import datasets
+
+    if len(source) < 10:
+        raise DataError(f"{len(source)} samples are too few to hold out a validation and a test set; give eval=...")
+    cut = datasets.Dataset.from_dict({"index": list(range(len(source)))}).train_test_split(0.2, seed=0)
+    held = cut["test"].train_test_split(0.5, seed=0)
+    parts = [list(part["index"]) for part in (cut["train"], held["train"], held["test"])]
+    return [source.select(p) if _is_tokenized(source) else [source[i] for i in p] for p in parts]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,17 +13,21 @@ from torch import nn
 
 from taskkd.caches import file_sha256
 from taskkd.errors import DataError, RecipeError
+from taskkd.nlp.heads import MASKED_LM, SEQUENCE, Head, head_of, head_of_checkpoint
+from taskkd.taps import accepted_arguments
 
 __all__ = [
     "check_same_labels",
     "encoder_layers",
     "is_regression",
+    "label_names",
     "layer_taps",
     "load_model",
     "load_tokenizer",
     "number_of_labels",
     "pretrained",
     "resolve",
+    "run",
     "same_order",
     "student_from_config",
     "student_from_layers",
@@ -98,42 +101,48 @@ def load_tokenizer(source: str) -> Any:
 
 
 def load_model(
-    source: str, labels: Sequence[str] | None = None, *, sha256: str | None = None, seed: int = 0
+    source: str,
+    labels: Sequence[str] | None = None,
+    *,
+    head: Head | None = None,
+    sha256: str | None = None,
+    seed: int = 0,
 ) -> nn.Module:
-    """A sequence classifier (or, with `labels=[]`, a regressor) in fp32; a missing head is initialised from `seed`.
+    """A model with a head, in fp32; a missing head is initialised from `seed`.
 
     Args:
         source: hub name, path, or `package:name/folder`.
-        labels: class names in order; None: as the checkpoint says.
+        labels: class names in order; none, `[]`, for what has no classes (a sequence classifier without is a
+            regressor); None: as the checkpoint says.
+        head: default: the one that the checkpoint has, or sequence classification.
         sha256: expected digest of a package's weights.
         seed: of the head's initialisation; the global random state is left as it was.
 
     Raises:
         DataError: it cannot be loaded, or its head has another number of labels.
     """
-    from transformers import AutoModelForSequenceClassification
+    import transformers
 
     folder = resolve(source, sha256)
-    options: dict[str, Any] = {}
-    if labels is not None:
-        options = _label_options(labels)
-        config = Path(folder) / "config.json"
-        trained = json.loads(config.read_text()) if config.is_file() else {}
-        classifier = any("Classification" in a for a in trained.get("architectures") or [])
-        known = len(trained.get("id2label") or {}) or 2
-        if classifier and known != options["num_labels"]:
-            wanted = f"has {len(labels)}: {', '.join(labels)}" if labels else "is regression (one number)"
-            raise DataError(f"model {source!r} is a classifier of {known} labels, the data {wanted}.")
-    model: nn.Module = pretrained(AutoModelForSequenceClassification, folder, seed=seed, dtype=torch.float32, **options)
+    found = _from_pretrained(transformers.AutoConfig, folder)
+    saved = head_of_checkpoint(found)
+    head = head or saved or SEQUENCE
+    options = {} if labels is None else _label_options(head, labels)
+    if head is saved and options.get("num_labels", found.num_labels) != found.num_labels:
+        wanted = f"has {len(labels)}: {', '.join(labels)}" if labels else "is regression (one number)"
+        raise DataError(f"model {source!r} is a classifier of {found.num_labels} labels, the data {wanted}.")
+    auto = getattr(transformers, f"AutoModel{head.suffix}")
+    model: nn.Module = pretrained(auto, folder, seed=seed, dtype=torch.float32, **options)
     return model
 
 
-def same_order(source: str, names: Sequence[str], *, trained: bool) -> list[str]:
+def same_order(source: str, names: Sequence[str], *, trained: bool, head: Head = SEQUENCE) -> list[str]:
     """The class names in the order of a classifier's own head, where it is one of these classes.
 
     Args:
         source: as for `load_model`.
-        names: the classes of the data.
+        names: the classes of the data; none: there is no order.
+        head: of the classifier.
         trained: whether the head is used as it is (not fine-tuned first), so that it must be of these classes.
 
     Raises:
@@ -143,7 +152,7 @@ def same_order(source: str, names: Sequence[str], *, trained: bool) -> list[str]
 
     config = _from_pretrained(AutoConfig, resolve(source))
     known = [str(config.id2label[i]) for i in sorted(config.id2label or {})]
-    if not any("Classification" in a for a in config.architectures or []) or len(known) != len(names):
+    if head_of_checkpoint(config) is not head or len(known) != len(names):
         return list(names)  # a fresh head, or a number of labels that `load_model` refuses
     if sorted(known) == sorted(names):
         return known
@@ -175,33 +184,62 @@ class _quiet:  # noqa: N801  (a context manager)
             logging.enable_progress_bar()
 
 
-def _label_options(labels: Sequence[str]) -> dict[str, Any]:
+def _label_options(head: Head, labels: Sequence[str]) -> dict[str, Any]:
+    """Settings of the config that say which labels there are."""
+    if not head.labelled:
+        return {}
     if not labels:
         return {"num_labels": 1, "problem_type": "regression"}
-    return {
+    options = {
         "num_labels": len(labels),
         "id2label": dict(enumerate(labels)),
         "label2id": {label: i for i, label in enumerate(labels)},
-        "problem_type": "single_label_classification",
     }
+    return {**options, "problem_type": "single_label_classification"} if head is SEQUENCE else options
 
 
 def is_regression(model: Any) -> bool:
-    """Whether the head predicts one number."""
-    return bool(model.config.problem_type == "regression" or model.config.num_labels == 1)
+    """Whether the head predicts one number for a text."""
+    one = model.config.problem_type == "regression" or model.config.num_labels == 1
+    return bool(one and head_of(model) is SEQUENCE)
 
 
 def number_of_labels(model: Any) -> int:
-    """The size of the logits."""
+    """The size of the logits, where there is one for each label."""
     return int(model.config.num_labels)
+
+
+def label_names(model: Any) -> list[str]:
+    """The names of the labels, in the order of the logits; none where there are none."""
+    if not head_of(model).labelled or is_regression(model):
+        return []
+    return [str(model.config.id2label[i]) for i in range(number_of_labels(model))]
+
+
+def run(model: Any, tokenizer: Any, first: Sequence[str], second: Sequence[str] | None, *, max_length: int) -> Any:
+    """The output of a model for these texts (or pairs), without gradient."""
+    batch = tokenizer(first, second, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        return model(**accepted_arguments(model.forward)(batch))
 
 
 def check_same_labels(student: Any, teacher: Any) -> None:
     """Refuse a pair whose logits mean different things.
 
     Raises:
-        RecipeError: numbers or names of labels differ.
+        RecipeError: heads, vocabularies, or numbers or names of labels differ.
     """
+    heads = head_of(student), head_of(teacher)
+    if heads[0] is not heads[1]:
+        raise RecipeError(
+            f"the student is for {heads[0].title}, the teacher for {heads[1].title}; their logits cannot be compared."
+        )
+    if heads[0] is MASKED_LM:
+        sizes = student.config.vocab_size, teacher.config.vocab_size
+        if sizes[0] != sizes[1]:
+            raise RecipeError(f"the student has a vocabulary of {sizes[0]}, the teacher of {sizes[1]}.")
+    if not heads[0].labelled:
+        return
     own, other = number_of_labels(student), number_of_labels(teacher)
     if own != other:
         raise RecipeError(

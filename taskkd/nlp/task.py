@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from taskkd.caches import file_sha256
 from taskkd.checkpoints import load_student
 from taskkd.errors import DataError, RecipeError
 from taskkd.nlp import data as text
 from taskkd.nlp import models
+from taskkd.nlp.kinds import KINDS, Encoding, Kind
+from taskkd.nlp.kinds.sequences import task_loss
 from taskkd.nlp.methods import METHODS
-from taskkd.nlp.metrics import Classification, Regression
 from taskkd.schema import Model, Recipe, TeacherConfig
 
 __all__ = ["NlpData", "NlpRecipe", "task_loss"]
@@ -62,11 +62,11 @@ class Data(Model):
     files: Files | None = None
     sample: Sample | None = None
     hub: Hub | None = None
-    text: str | list[str] = "text"
-    label: str = "label"
     type: Literal["classification", "regression"] = "classification"
+    text: str | list[str] = ""  # what is left out is as `type` has it
+    label: str = ""
     labels: list[str] | None = None
-    max_length: int | None = Field(None, ge=2)  # None: 128, or what the teacher takes if that is less
+    max_length: int | None = Field(None, ge=2)  # None: as `type` has it, or what the teacher takes if that is less
     train_size: int | None = Field(None, ge=1)
     validation_size: Size = Field(0.1, gt=0)
     test_size: Size = Field(0.1, gt=0)
@@ -79,7 +79,13 @@ class Data(Model):
             raise ValueError("exactly one of files, sample and hub must be given")
         if isinstance(self.text, list) and len(self.text) != 2:
             raise ValueError("text takes one column, or a list of two for pairs")
+        self.text, self.label = self.text or self.kind.text, self.label or self.kind.label
         return self
+
+    @property
+    def kind(self) -> Kind:
+        """What knows this type of data."""
+        return KINDS[self.type]
 
 
 class Student(Model):
@@ -115,7 +121,7 @@ class NlpRecipe(Recipe):
 
 @dataclass
 class NlpData:
-    """Tokenized data of a run. `train` is labelled; `unlabelled` has labels -100 or NaN, its ids follow on."""
+    """Tokenized data of a run. `train` is labelled; `unlabelled` has labels that count nothing, its ids follow on."""
 
     train: Any
     validation: Any
@@ -123,7 +129,8 @@ class NlpData:
     unlabelled: Any | None
     labels: list[str]
     tokenizer: Any
-    max_length: int
+    kind: Kind
+    encoding: Encoding
 
     @property
     def everything(self) -> Any:
@@ -135,9 +142,7 @@ class NlpData:
     @property
     def collator(self) -> Any:
         """Pads a batch to its longest text."""
-        from transformers import DataCollatorWithPadding
-
-        return DataCollatorWithPadding(self.tokenizer)
+        return self.kind.collator(self.tokenizer)
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -145,36 +150,14 @@ class NlpData:
         return {
             "tokenizer": type(self.tokenizer).__name__,
             "vocabulary": len(self.tokenizer),
-            "max_length": self.max_length,
+            "max_length": self.encoding.max_length,
         }
 
     def summary(self) -> str:
         """One line with the numbers of samples."""
         free = 0 if self.unlabelled is None else len(self.unlabelled)
-        kind = f"{len(self.labels)} labels" if self.labels else "regression"
         held = f"{len(self.validation)} validation, {len(self.test)} test"
-        return f"{len(self.train)} labelled, {free} unlabelled, {held}; {kind}"
-
-
-def task_loss(output: Any, batch: Mapping[str, Any]) -> Tensor:
-    """Cross-entropy (or squared error) over the labelled samples of a batch; 0 if there are none.
-
-    Samples with label -100 (NaN for regression) are text without a label. The mean is over the labelled ones.
-
-    Args:
-        output: with `logits`, (batch, classes) or (batch, 1).
-        batch: with `labels`, (batch,).
-    """
-    logits, labels = output["logits"].float(), batch["labels"]
-    if labels.is_floating_point():
-        known = ~labels.isnan()
-        error = (logits.reshape(-1) - torch.where(known, labels, 0.0)).square() * known
-        total: Tensor = error.sum()
-    else:
-        known = labels >= 0
-        total = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-    loss: Tensor = total / known.sum().clamp(min=1)
-    return loss
+        return f"{len(self.train)} labelled, {free} unlabelled, {held}; {self.kind.describe(self.labels)}"
 
 
 logger = logging.getLogger(__name__)
@@ -186,7 +169,6 @@ class NlpTask:
     name = "nlp"
     recipe = NlpRecipe
     methods = METHODS
-    task_loss = staticmethod(task_loss)
 
     def load(self, recipe: NlpRecipe) -> NlpData:
         """Read, split and tokenize the data.
@@ -194,26 +176,24 @@ class NlpTask:
         Raises:
             DataError: a file, column, label or split is wrong.
         """
-        config = recipe.data
+        config, kind = recipe.data, recipe.data.kind
         splits = _splits(config)
         for line in text.shared_texts(splits):
             logger.warning(line)
-        names: list[str] | None = None
-        if config.type == "classification":
-            names = config.labels or text.label_names(splits.train)
-            if len(names) < 2:
-                raise DataError(f"classification needs two labels or more, the training data has {names}.")
-            names = models.same_order(recipe.teacher.model, names, trained=recipe.teacher.finetune is None)
+        names = kind.names(splits.train, config.labels)
+        names = models.same_order(
+            recipe.teacher.model, names, trained=recipe.teacher.finetune is None, head=kind.head
+        )  # fmt: skip
         tokenizer = models.load_tokenizer(recipe.teacher.model)
-        max_length = fitting_length(config.max_length, tokenizer)
+        encoding = encoding_of(config, tokenizer)
         start, tables = 0, {}
         for part in ("train", "unlabelled", "validation", "test"):
-            rows = getattr(splits, part)
+            rows, training = getattr(splits, part), part in ("train", "unlabelled")
             tables[part] = (
-                text.tokenized(rows, tokenizer, names, max_length=max_length, first_id=start) if rows else None
+                kind.encode(rows, tokenizer, names, encoding, first_id=start, training=training) if rows else None
             )
-            start += len(rows)
-        return NlpData(**tables, labels=names or [], tokenizer=tokenizer, max_length=max_length)
+            start += len(tables[part] or ())
+        return NlpData(**tables, labels=names, tokenizer=tokenizer, kind=kind, encoding=encoding)
 
     def fingerprint(self, recipe: NlpRecipe) -> str:
         """What tells that the teacher's files are the ones a run was started with; "" for a hub name."""
@@ -225,18 +205,19 @@ class NlpTask:
         """The teacher (from `source`, a folder of this run, once it is fine-tuned)."""
         own = recipe.teacher
         if source is not None:
-            return models.load_model(source, data.labels)
-        return models.load_model(own.model, data.labels, sha256=own.sha256)
+            return models.load_model(source, data.labels, head=data.kind.head)
+        return models.load_model(own.model, data.labels, head=data.kind.head, sha256=own.sha256)
 
     def student(self, recipe: NlpRecipe, data: NlpData, teacher: nn.Module, seed: int) -> nn.Module:
         """The student at its start; the same for a seed, whatever it is then trained with."""
-        own = recipe.student
+        own, head = recipe.student, data.kind.head
         if own.model is not None:
-            return models.load_model(own.model, data.labels, seed=seed)
+            return models.load_model(own.model, data.labels, head=head, seed=seed)
         if own.config is not None:
             return models.student_from_config(teacher, own.config, seed=seed)
-        origin = teacher if own.start == "teacher" else models.load_model(recipe.teacher.model, data.labels, seed=seed)
-        return models.student_from_layers(origin, own.layers or [])
+        if own.start == "pretrained":
+            teacher = models.load_model(recipe.teacher.model, data.labels, head=head, seed=seed)
+        return models.student_from_layers(teacher, own.layers or [])
 
     def reload(self, student: nn.Module, folder: Path) -> nn.Module:
         """Load a trained student of this run into one of the same architecture."""
@@ -255,82 +236,72 @@ class NlpTask:
 
     def read(self, recipe: NlpRecipe, path: str, student: Any, tokenizer: Any) -> Any:
         """Another file with the recipe's columns, tokenized, with the labels of a trained student."""
-        names = (
-            None
-            if models.is_regression(student)
-            else [str(student.config.id2label[i]) for i in range(student.config.num_labels)]
-        )
-        rows = text.read_rows(path, recipe.data.text, recipe.data.label)
-        return text.tokenized(rows, tokenizer, names, max_length=fitting_length(recipe.data.max_length, tokenizer))
+        config, kind = recipe.data, recipe.data.kind
+        rows = text.read_rows(path, config.text, config.label, row=kind.row, readers=kind.readers)
+        encoding = encoding_of(config, tokenizer)
+        return kind.encode(rows, tokenizer, models.label_names(student), encoding, training=False)
 
     def predict(
         self, recipe: NlpRecipe, student: Any, tokenizer: Any, inputs: Sequence[str]
     ) -> Iterator[tuple[str, float | None, str]]:
-        """(label, probability, text) of each text, or (value, None, text) for regression; pairs are tab-separated."""
-        for start in range(0, len(inputs), 32):
-            chunk = list(inputs[start : start + 32])
-            first, second = chunk, None
-            if isinstance(recipe.data.text, list):
-                pairs = [t.partition("\t") for t in chunk]
-                first, second = [p[0] for p in pairs], [p[2] for p in pairs]
-            length = fitting_length(recipe.data.max_length, tokenizer)
-            batch = tokenizer(first, second, truncation=True, max_length=length, padding=True, return_tensors="pt")
-            with torch.no_grad():
-                logits = student(**batch).logits.float()
-            if models.is_regression(student):
-                for content, value in zip(chunk, logits.reshape(-1).tolist(), strict=True):
-                    yield f"{value:.4f}", None, content
-            else:
-                for content, row in zip(chunk, logits.softmax(-1), strict=True):
-                    best = int(row.argmax())
-                    yield str(student.config.id2label[best]), float(row[best]), content
+        """(answer, its probability or None, text) of each text; the two of a pair are tab-separated."""
+        yield from recipe.data.kind.predict(student, tokenizer, inputs, encoding_of(recipe.data, tokenizer))
 
-    def metric(self, data: NlpData) -> Classification | Regression:
+    def loss(self, recipe: NlpRecipe) -> Any:
+        """The task loss, `(output, batch) -> scalar`."""
+        return recipe.data.kind.loss
+
+    def metric(self, data: NlpData) -> Any:
         """A fresh metric."""
-        return Classification(len(data.labels)) if data.labels else Regression()
+        return data.kind.metric(data.labels, [data.validation, data.test])
 
-    def metric_of(self, student: nn.Module) -> Classification | Regression:
-        """A fresh metric for a trained student."""
-        return Regression() if models.is_regression(student) else Classification(models.number_of_labels(student))
+    def metric_of(self, recipe: NlpRecipe, student: nn.Module, table: Any) -> Any:
+        """A fresh metric for a trained student on a table."""
+        return recipe.data.kind.metric(models.label_names(student), [table])
 
-    def collator(self, tokenizer: Any) -> Any:
+    def collator(self, recipe: NlpRecipe, tokenizer: Any) -> Any:
         """Pads a batch to its longest text."""
-        from transformers import DataCollatorWithPadding
-
-        return DataCollatorWithPadding(tokenizer)
+        return recipe.data.kind.collator(tokenizer)
 
     def main_metric(self, data: NlpData) -> str:
         """The metric that models are selected by."""
-        return "accuracy" if data.labels else "pearson"
+        return data.kind.main_metric(data.labels)
 
     def chance(self, data: NlpData) -> float:
-        """The main metric without looking at the text: the share of the commonest label of the validation set."""
-        if not data.labels:
-            return 0.0
-        labels = torch.tensor(data.validation["labels"])
-        return float(torch.bincount(labels[labels >= 0], minlength=2).max()) / max(int((labels >= 0).sum()), 1)
+        """The main metric on the validation set without looking at the text."""
+        return data.kind.chance(data.labels, data.validation)
 
     def latency_batches(self, data: NlpData, count: int) -> list[dict[str, Any]]:
-        """Real test samples, one by one, as the student's keyword arguments."""
+        """Real test samples, one by one, as the models' keyword arguments."""
         rows = [data.test[i] for i in range(min(count, len(data.test)))]
-        drop = {"id", "labels"}
-        return [dict(data.collator([{k: v for k, v in row.items() if k not in drop}])) for row in rows]
+        keep = set(data.tokenizer.model_input_names)
+        return [dict(data.collator([{k: v for k, v in row.items() if k in keep}])) for row in rows]
 
 
-def fitting_length(asked: int | None, tokenizer: Any) -> int:
+def encoding_of(config: Data, tokenizer: Any) -> Encoding:
+    """How the texts of a recipe are encoded.
+
+    Raises:
+        RecipeError: `max_length` is more than the model has positions.
+    """
+    length = fitting_length(config.max_length, tokenizer, config.kind.max_length)
+    return Encoding(length, pairs=isinstance(config.text, list), seed=config.split_seed)
+
+
+def fitting_length(asked: int | None, tokenizer: Any, default: int = 128) -> int:
     """The length that texts are cut to.
 
     Raises:
         RecipeError: more is asked for than the model has positions.
     """
-    longest = int(min(getattr(tokenizer, "model_max_length", 128), 2**31))
+    longest = int(min(getattr(tokenizer, "model_max_length", default), 2**31))
     if asked is not None and asked > longest:
         raise RecipeError(f"data.max_length {asked} is more than the teacher's {longest} positions.")
-    return asked or min(128, longest)
+    return asked or min(default, longest)
 
 
 def _splits(config: Data) -> text.Splits:
-    splits = text.Splits()
+    splits, kind = text.Splits(), config.kind
     if config.sample is not None:
         own = config.sample
         splits.train = text.sentiment_rows(own.domains, label=own.label)
@@ -339,23 +310,25 @@ def _splits(config: Data) -> text.Splits:
         splits.unlabelled = [r for r in extra if text.same_text(r.text) not in taken]
     elif config.files is not None:
         files = config.files
-        splits.train = text.read_rows(files.train, config.text, config.label)
-        splits.validation = text.read_rows(files.validation, config.text, config.label) if files.validation else []
-        splits.test = text.read_rows(files.test, config.text, config.label) if files.test else []
+        read = functools.partial(text.read_rows, text=config.text, row=kind.row, readers=kind.readers)
+        splits.train = read(files.train, label=config.label)
+        splits.validation = read(files.validation, label=config.label) if files.validation else []
+        splits.test = read(files.test, label=config.label) if files.test else []
         free = [files.unlabelled] if isinstance(files.unlabelled, str) else files.unlabelled or []
-        splits.unlabelled = [r for f in free for r in text.read_rows(f, config.text, None)]
+        splits.unlabelled = [r for f in free for r in read(f, label=None)]
     elif config.hub is not None:
         hub = config.hub
         for part in ("train", "validation", "test", "unlabelled"):
             name = getattr(hub, part)
             if name:
                 label = None if part == "unlabelled" else config.label
-                setattr(splits, part, text.hub_rows(hub.name, hub.subset, name, config.text, label))
+                setattr(splits, part, text.hub_rows(hub.name, hub.subset, name, config.text, label, row=kind.row))
     return _cut(config, splits)
 
 
 def _cut(config: Data, splits: text.Splits) -> text.Splits:
     """Hold out what is missing, then limit the sizes; training rows that are left over serve as unlabelled text."""
+    has_label = config.kind.has_label
     labelled = [r for r in splits.train if has_label(r)]
     left = [r for r in splits.train if not has_label(r)]
     for part in ("validation", "test"):
@@ -380,13 +353,8 @@ def _cut(config: Data, splits: text.Splits) -> text.Splits:
                 f"data.unlabelled_size is {config.unlabelled_size}, but only {len(unlabelled)} rows are left for it."
             )
         unlabelled = text.holdout(unlabelled, [config.unlabelled_size], config.split_seed + 1)[0]
-    stripped = [text.Row(r.text, r.pair, None, r.where) for r in unlabelled]
+    stripped = [replace(r, label=None) for r in unlabelled]
     return text.Splits(train, splits.validation or validation, splits.test or test, stripped)
-
-
-def has_label(row: text.Row) -> bool:
-    """Whether a row is labelled."""
-    return row.label is not None and str(row.label) != ""
 
 
 def _count(size: Size, total: int) -> int:

@@ -9,9 +9,10 @@ from torch import nn
 
 from taskkd import layer_maps, losses
 from taskkd.errors import RecipeError, TaskkdError
-from taskkd.nlp.models import check_same_labels, is_regression, layer_taps, number_of_labels
+from taskkd.nlp.methods.logit_terms import classes, logit_terms
+from taskkd.nlp.models import check_same_labels, layer_taps
 from taskkd.stages import Method, Stage
-from taskkd.terms import Match, Term
+from taskkd.terms import Match
 
 __all__ = ["patient_kd", "patient_layers"]
 
@@ -54,10 +55,11 @@ def patient_kd(
     each task; the defaults here are the middle of each.
 
     Scaling: the authors' soft-target loss is divided by `batch * labels`; so that their alpha works as published, the
-    weight of our term (mean over the batch) is `alpha / labels`. Their beta belongs to the mean form, which is ours.
+    weight of our term (mean over the batch) is `alpha / labels`; it is `alpha` where the logits are not of labels
+    (question answering, masked language modelling). Their beta belongs to the mean form, which is ours.
 
     Args:
-        student, teacher: sequence classifiers with the same labels and hidden size.
+        student, teacher: models with the same head, labels and hidden size.
         layers: "skip" or "last", see `patient_layers`.
         teacher_layers: 0-based, one for each student layer but the last; instead of `layers`.
         temperature, alpha, beta: as in the formula.
@@ -90,10 +92,6 @@ def patient_kd(
         weight=beta,
         normalise=normalise,
     )
-    logits: Term
-    if is_regression(student):
-        logits = Match("logits", losses.logit_mse, "out.logits", weight=alpha)
-    else:
-        weight = alpha / number_of_labels(student)
-        logits = Match("logits", losses.kl_divergence, "out.logits", temperature=temperature, weight=weight)
-    return Method("patient_kd", [Stage("distil", [logits, patience], 1 - alpha)], ("labels",) if alpha < 1 else ())
+    weight = alpha / classes(student)
+    logits = logit_terms(student, teacher, temperature=temperature, weight=weight)
+    return Method("patient_kd", [Stage("distil", [*logits, patience], 1 - alpha)], ("labels",) if alpha < 1 else ())

@@ -7,10 +7,8 @@ from typing import Annotated
 from annotated_types import Ge, Gt
 from torch import nn
 
-from taskkd import losses
-from taskkd.nlp.models import check_same_labels, is_regression
+from taskkd.nlp.methods.logit_terms import logit_terms
 from taskkd.stages import Method, Stage
-from taskkd.terms import Match, Term
 
 __all__ = ["soft_targets"]
 
@@ -30,19 +28,14 @@ def soft_targets(
     predictions (Ba & Caruana 2014), for which the temperature has no meaning.
 
     Args:
-        student, teacher: sequence classifiers with the same labels.
+        student, teacher: models with the same head and labels; see `logit_terms` for what of their logits counts.
         temperature: `T`.
         weight: of the soft targets.
         task_weight: of the loss on the labels; 0: no labels are needed.
 
     Raises:
-        RecipeError: the two have other numbers of labels.
+        RecipeError: heads or labels differ.
     """
-    check_same_labels(student, teacher)
-    term: Term
-    if is_regression(student):
-        term = Match("logits", losses.logit_mse, "out.logits", weight=weight)
-    else:
-        term = Match("logits", losses.kl_divergence, "out.logits", temperature=temperature, weight=weight)
+    terms = logit_terms(student, teacher, temperature=temperature, weight=weight)
     needs = ("labels",) if task_weight > 0 else ()
-    return Method("soft_targets", [Stage("distil", [term], task_weight)], needs)
+    return Method("soft_targets", [Stage("distil", terms, task_weight)], needs)

@@ -1,0 +1,21 @@
+"""The kinds of NLP tasks: one object each, by the name that `data.type` of a recipe has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from taskkd.nlp.heads import head_of
+from taskkd.nlp.kinds.base import Encoding, Kind
+from taskkd.nlp.kinds.sequences import CLASSIFICATION, REGRESSION
+from taskkd.nlp.models import is_regression
+
+__all__ = ["KINDS", "Encoding", "Kind", "kind_of"]
+
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (CLASSIFICATION, REGRESSION)}
+
+
+def kind_of(model: Any) -> Kind:
+    """The kind of task that a model is for, by its head."""
+    if is_regression(model):
+        return REGRESSION
+    return next(kind for kind in KINDS.values() if kind.head is head_of(model))

@@ -1,0 +1,124 @@
+"""What a kind of NLP task is: one object that knows its rows, labels, loss and metric."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+from torch import Tensor, nn
+
+from taskkd.nlp.collation import Collator
+from taskkd.nlp.data import Reader, Row
+from taskkd.nlp.heads import Head
+
+__all__ = ["Encoding", "Kind", "Prediction"]
+
+Prediction: TypeAlias = tuple[str, float | None, str]
+Table: TypeAlias = Any  # a `datasets.Dataset`
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How rows become a model's inputs.
+
+    Args:
+        max_length: in tokens, special ones included.
+        pairs: whether there are two texts a sample.
+        seed: of what is drawn at random (masks).
+    """
+
+    max_length: int
+    pairs: bool = False
+    seed: int = 0
+
+
+class Kind(Protocol):
+    """A kind of task: classification, regression, ...; all that depends on it is here.
+
+    Attributes:
+        name: as `data.type` in a recipe.
+        head: of the models.
+        text, label: the columns of the data, unless the recipe says others.
+        max_length: in tokens, unless the recipe says another.
+        readers: of file formats beside those that all kinds read, by suffix.
+    """
+
+    name: str
+    head: Head
+    text: str | list[str]
+    label: str
+    max_length: int
+    readers: Mapping[str, Reader]
+
+    def row(self, entry: Mapping[str, Any], text: str | Sequence[str], label: str | None, where: str) -> Row:
+        """One sample from a mapping of columns; `label=None`: unlabelled.
+
+        Raises:
+            DataError: a column is missing or holds something else.
+        """
+
+    def has_label(self, row: Row) -> bool:
+        """Whether a row can be trained and evaluated on."""
+
+    def names(self, rows: Sequence[Row], given: Sequence[str] | None) -> list[str]:
+        """The label names; none where the kind has no classes.
+
+        Raises:
+            DataError: there are too few.
+        """
+
+    def describe(self, names: Sequence[str]) -> str:
+        """A few words for the summary of the data."""
+
+    def encode(
+        self,
+        rows: Sequence[Row],
+        tokenizer: Any,
+        names: Sequence[str],
+        encoding: Encoding,
+        *,
+        first_id: int = 0,
+        training: bool = True,
+    ) -> Table:
+        """Rows as a table of the models' inputs and labels with `id`s from `first_id` on; a row may become several.
+
+        Raises:
+            DataError: there are no rows, or a label is wrong.
+        """  # fmt: skip
+
+    def adopt(
+        self,
+        table: Table,
+        tokenizer: Any,
+        names: Sequence[str],
+        encoding: Encoding,
+        *,
+        label: str | None,
+        training: bool = True,
+    ) -> Table:
+        """A table that the caller has tokenized, with the columns that `encode` gives (but for `id`).
+
+        Raises:
+            DataError: a column is missing that cannot be made; the labels' may be missing with `label=None`.
+        """  # fmt: skip
+
+    def collator(self, tokenizer: Any) -> Collator:
+        """Makes batches."""
+
+    def loss(self, output: Any, batch: Mapping[str, Any]) -> Tensor:
+        """The task loss of a batch, mean over what is labelled; 0 if nothing is."""
+
+    def metric(self, names: Sequence[str], tables: Sequence[Table]) -> Any:
+        """A fresh streaming metric for samples of these tables."""
+
+    def main_metric(self, names: Sequence[str]) -> str:
+        """The metric that models are selected by; larger is better."""
+
+    def chance(self, names: Sequence[str], table: Table) -> float:
+        """The main metric without looking at the text."""
+
+    def predict(
+        self, student: nn.Module, tokenizer: Any, inputs: Sequence[str], encoding: Encoding
+    ) -> Iterator[Prediction]:
+        """(answer, its probability or None, input) for each line of input."""
