@@ -86,9 +86,8 @@ class GivenTask(NlpTask):
         tables["unlabelled"] = None
         if unlabelled is not None:
             tables["unlabelled"] = self._table(self._read(unlabelled, labelled=False), labelled=False)
-        self._data = NlpData(
-            **tables, labels=self._names, tokenizer=processing_class, kind=kind, encoding=self._encoding
-        )
+        loaded = NlpData(**tables, labels=self._names, tokenizer=processing_class, kind=kind, encoding=self._encoding)
+        self._data = self.complete(loaded, lambda: self._teacher)
 
     def _read(self, source: Any, *, labelled: bool) -> Any:
         """A tokenized data set as it is, rows of everything else."""
@@ -123,6 +122,8 @@ class GivenTask(NlpTask):
             source = source.to_dict("records") if hasattr(source, "iloc") else source.to_dicts()
         rows = []
         for number, row in enumerate(source):
+            if isinstance(row, str) and isinstance(column, str) and not self._kind.head.logits:
+                row = {column: row}  # noqa: PLW2901
             if not isinstance(row, Mapping):
                 raise DataError(f"sample {number}: expected a dict with text and label, got {type(row).__name__}.")
             value = dict(row)

@@ -6,7 +6,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["HEADS", "MASKED_LM", "QUESTION_ANSWERING", "SEQUENCE", "TOKENS", "Head", "head_of", "head_of_checkpoint"]
+__all__ = [
+    "HEADS",
+    "MASKED_LM",
+    "QUESTION_ANSWERING",
+    "SENTENCE",
+    "SEQUENCE",
+    "TOKENS",
+    "Head",
+    "head_of",
+    "head_of_checkpoint",
+]
 
 
 @dataclass(frozen=True)
@@ -15,7 +25,7 @@ class Head:
 
     Args:
         suffix: of the model class: `Bert<suffix>`, loaded by `AutoModel<suffix>`.
-        logits: the taps of its logits.
+        logits: the taps of its logits; none: there is nothing to train it on but a teacher.
         mask: the tap that says which positions of the logits count; None: all.
         labelled: whether the logits are one for each label of the data.
     """
@@ -28,7 +38,7 @@ class Head:
     @property
     def title(self) -> str:
         """For errors, as "token classification"."""
-        return {"ForMaskedLM": "masked language modelling"}.get(
+        return {"ForMaskedLM": "masked language modelling", "SentenceEncoder": "sentence embeddings"}.get(
             self.suffix, "".join(f" {c.lower()}" if c.isupper() else c for c in self.suffix.removeprefix("For")).strip()
         )
 
@@ -37,7 +47,8 @@ SEQUENCE = Head("ForSequenceClassification", labelled=True)
 TOKENS = Head("ForTokenClassification", mask="batch.word_mask", labelled=True)
 QUESTION_ANSWERING = Head("ForQuestionAnswering", ("out.start_logits", "out.end_logits"), "batch.context_mask")
 MASKED_LM = Head("ForMaskedLM", mask="batch.attention_mask")
-HEADS = (SEQUENCE, TOKENS, QUESTION_ANSWERING, MASKED_LM)
+SENTENCE = Head("SentenceEncoder", logits=())
+HEADS = (SEQUENCE, TOKENS, QUESTION_ANSWERING, MASKED_LM, SENTENCE)
 
 
 def _find(names: Iterable[str]) -> Head | None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from taskkd.caches import file_sha256
 from taskkd.errors import DataError, RecipeError
-from taskkd.nlp.heads import MASKED_LM, SEQUENCE, Head, head_of, head_of_checkpoint
+from taskkd.nlp.heads import MASKED_LM, SENTENCE, SEQUENCE, Head, head_of, head_of_checkpoint
 from taskkd.taps import accepted_arguments
 
 __all__ = [
@@ -114,7 +114,8 @@ def load_model(
         source: hub name, path, or `package:name/folder`.
         labels: class names in order; none, `[]`, for what has no classes (a sequence classifier without is a
             regressor); None: as the checkpoint says.
-        head: default: the one that the checkpoint has, or sequence classification.
+        head: default: the one that the checkpoint has, that of a folder of sentence-transformers, or sequence
+            classification.
         sha256: expected digest of a package's weights.
         seed: of the head's initialisation; the global random state is left as it was.
 
@@ -123,7 +124,11 @@ def load_model(
     """
     import transformers
 
+    from taskkd.nlp.sentence import is_sentence_encoder, load_sentence_encoder
+
     folder = resolve(source, sha256)
+    if head is SENTENCE or (head is None and labels is None and is_sentence_encoder(folder)):
+        return load_sentence_encoder(folder)
     found = _from_pretrained(transformers.AutoConfig, folder)
     saved = head_of_checkpoint(found)
     head = head or saved or SEQUENCE
@@ -150,6 +155,8 @@ def same_order(source: str, names: Sequence[str], *, trained: bool, head: Head =
     """
     from transformers import AutoConfig
 
+    if not names:
+        return []
     config = _from_pretrained(AutoConfig, resolve(source))
     known = [str(config.id2label[i]) for i in sorted(config.id2label or {})]
     if head_of_checkpoint(config) is not head or len(known) != len(names):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from taskkd.errors import DataError, RecipeError
 from taskkd.losses.primitives import l2_normalise
 
-__all__ = ["Pooling", "SentenceEncoder", "check_sentence_encoders", "load_sentence_encoder"]
+__all__ = ["Pooling", "SentenceEncoder", "check_sentence_encoders", "is_sentence_encoder", "load_sentence_encoder"]
 
 Pooling = Literal["mean", "cls"]
 POOLINGS = ("mean", "cls")
@@ -162,7 +162,7 @@ def load_sentence_encoder(
 
     folder = resolve(source, sha256)
     loaded: SentenceEncoder = SentenceEncoder.from_pretrained(folder)
-    if _read(folder, MODULES) is not None:
+    if is_sentence_encoder(folder):
         return loaded
     if like is not None:
         return like.around(loaded.encoder)
@@ -194,6 +194,11 @@ def _pooled(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     weight = mask.to(states.dtype)[..., None]
     mean: Tensor = (states * weight).sum(1) / weight.sum(1).clamp(min=1)
     return mean
+
+
+def is_sentence_encoder(source: str) -> bool:
+    """Whether a folder or hub name says how its token states are pooled."""
+    return _read(source, MODULES) is not None
 
 
 def _write(path: Path, content: Any) -> None:

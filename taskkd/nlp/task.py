@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +17,11 @@ from taskkd.checkpoints import load_student
 from taskkd.errors import DataError, RecipeError
 from taskkd.nlp import data as text
 from taskkd.nlp import models
-from taskkd.nlp.kinds import KINDS, Encoding, Kind
+from taskkd.nlp.kinds import KINDS, ComparesWithTeacher, Encoding, Kind
+from taskkd.nlp.kinds.sentences import SCORED_PAIRS, texts_row
 from taskkd.nlp.kinds.sequences import task_loss
 from taskkd.nlp.methods import METHODS
+from taskkd.nlp.sentence import SentenceEncoder, load_sentence_encoder
 from taskkd.schema import Model, Recipe, TeacherConfig
 
 __all__ = ["NlpData", "NlpRecipe", "task_loss"]
@@ -56,16 +58,26 @@ class Hub(Model):
     unlabelled: str | None = None
 
 
+class ScoredPairs(Model):
+    """Files of two texts and how alike they are, to evaluate sentence embeddings on (STS)."""
+
+    validation: str
+    test: str
+    text: list[str] = Field(["sentence1", "sentence2"], min_length=2, max_length=2)
+    label: str = "score"
+
+
 class Data(Model):
     """Where the text comes from: exactly one of `files`, `sample`, `hub`."""
 
     files: Files | None = None
     sample: Sample | None = None
     hub: Hub | None = None
-    type: Literal["classification", "regression"] = "classification"
+    type: Literal["classification", "regression", "sentence_embedding"] = "classification"
     text: str | list[str] = ""  # what is left out is as `type` has it
     label: str = ""
     labels: list[str] | None = None
+    scored_pairs: ScoredPairs | None = None  # sentence_embedding: what is validated and tested on
     max_length: int | None = Field(None, ge=2)  # None: as `type` has it, or what the teacher takes if that is less
     train_size: int | None = Field(None, ge=1)
     validation_size: Size = Field(0.1, gt=0)
@@ -77,14 +89,19 @@ class Data(Model):
     def _one_source(self) -> Data:
         if sum(s is not None for s in (self.files, self.sample, self.hub)) != 1:
             raise ValueError("exactly one of files, sample and hub must be given")
-        if isinstance(self.text, list) and len(self.text) != 2:
+        several = self.type == "sentence_embedding"
+        if isinstance(self.text, list) and (len(self.text) < 2 or (len(self.text) > 2 and not several)):
             raise ValueError("text takes one column, or a list of two for pairs")
+        if self.scored_pairs is not None and not several:
+            raise ValueError("scored_pairs are for type: sentence_embedding")
         self.text, self.label = self.text or self.kind.text, self.label or self.kind.label
         return self
 
     @property
     def kind(self) -> Kind:
         """What knows this type of data."""
+        if self.scored_pairs is not None:
+            return SCORED_PAIRS
         return KINDS[self.type]
 
 
@@ -94,12 +111,15 @@ class Student(Model):
     layers: list[int] | None = None
     config: dict[str, Any] | None = None
     model: str | None = None
+    architecture: Literal["distilbert"] | None = None  # None: the teacher's
     start: Literal["teacher", "pretrained"] = "teacher"
 
     @model_validator(mode="after")
     def _one_kind(self) -> Student:
         if sum(s is not None for s in (self.layers, self.config, self.model)) != 1:
             raise ValueError("exactly one of layers, config and model must be given")
+        if self.architecture is not None and self.layers is None:
+            raise ValueError("architecture goes with layers")
         return self
 
 
@@ -117,6 +137,12 @@ class NlpRecipe(Recipe):
     data: Data
     teacher: Teacher
     student: Student
+
+    @model_validator(mode="after")
+    def _labels_to_learn(self) -> NlpRecipe:
+        if self.teacher.finetune is not None and not self.data.kind.head.logits:
+            raise ValueError(f"teacher.finetune: {self.data.type} has no labels to fine-tune on")
+        return self
 
 
 @dataclass
@@ -157,7 +183,8 @@ class NlpData:
         """One line with the numbers of samples."""
         free = 0 if self.unlabelled is None else len(self.unlabelled)
         held = f"{len(self.validation)} validation, {len(self.test)} test"
-        return f"{len(self.train)} labelled, {free} unlabelled, {held}; {self.kind.describe(self.labels)}"
+        use = "labelled" if self.kind.head.logits else "to train on"
+        return f"{len(self.train)} {use}, {free} unlabelled, {held}; {self.kind.describe(self.labels)}"
 
 
 logger = logging.getLogger(__name__)
@@ -193,7 +220,16 @@ class NlpTask:
                 kind.encode(rows, tokenizer, names, encoding, first_id=start, training=training) if rows else None
             )
             start += len(tables[part] or ())
-        return NlpData(**tables, labels=names, tokenizer=tokenizer, kind=kind, encoding=encoding)
+        loaded = NlpData(**tables, labels=names, tokenizer=tokenizer, kind=kind, encoding=encoding)
+        return self.complete(loaded, lambda: self.teacher(recipe, loaded))
+
+    def complete(self, data: NlpData, teacher: Callable[[], nn.Module]) -> NlpData:
+        """The data, with the teacher's answers beside what is evaluated on where the kind of task needs them."""
+        if not isinstance(data.kind, ComparesWithTeacher):
+            return data
+        model = teacher()
+        tables = {t: data.kind.with_teacher(getattr(data, t), model, data.tokenizer) for t in ("validation", "test")}
+        return replace(data, **tables)
 
     def fingerprint(self, recipe: NlpRecipe) -> str:
         """What tells that the teacher's files are the ones a run was started with; "" for a hub name."""
@@ -211,13 +247,15 @@ class NlpTask:
     def student(self, recipe: NlpRecipe, data: NlpData, teacher: nn.Module, seed: int) -> nn.Module:
         """The student at its start; the same for a seed, whatever it is then trained with."""
         own, head = recipe.student, data.kind.head
+        if own.model is not None and isinstance(teacher, SentenceEncoder):
+            return load_sentence_encoder(own.model, like=teacher)
         if own.model is not None:
             return models.load_model(own.model, data.labels, head=head, seed=seed)
         if own.config is not None:
             return models.student_from_config(teacher, own.config, seed=seed)
         if own.start == "pretrained":
             teacher = models.load_model(recipe.teacher.model, data.labels, head=head, seed=seed)
-        return models.student_from_layers(teacher, own.layers or [])
+        return models.student_from_layers(teacher, own.layers or [], architecture=own.architecture, seed=seed)
 
     def reload(self, student: nn.Module, folder: Path) -> nn.Module:
         """Load a trained student of this run into one of the same architecture."""
@@ -237,15 +275,26 @@ class NlpTask:
     def read(self, recipe: NlpRecipe, path: str, student: Any, tokenizer: Any) -> Any:
         """Another file with the recipe's columns, tokenized, with the labels of a trained student."""
         config, kind = recipe.data, recipe.data.kind
-        rows = text.read_rows(path, config.text, config.label, row=kind.row, readers=kind.readers)
+        columns, label, row = config.text, config.label, kind.row
+        if config.scored_pairs is not None:
+            columns, label, row = config.scored_pairs.text, config.scored_pairs.label, texts_row
+        rows = text.read_rows(path, columns, label, row=row, readers=kind.readers)
         encoding = encoding_of(config, tokenizer)
-        return kind.encode(rows, tokenizer, models.label_names(student), encoding, training=False)
+        table = kind.encode(rows, tokenizer, models.label_names(student), encoding, training=False)
+        if isinstance(kind, ComparesWithTeacher):
+            own = recipe.teacher
+            table = kind.with_teacher(table, models.load_model(own.model, head=kind.head, sha256=own.sha256), tokenizer)
+        return table
 
     def predict(
         self, recipe: NlpRecipe, student: Any, tokenizer: Any, inputs: Sequence[str]
     ) -> Iterator[tuple[str, float | None, str]]:
         """(answer, its probability or None, text) of each text; the two of a pair are tab-separated."""
         yield from recipe.data.kind.predict(student, tokenizer, inputs, encoding_of(recipe.data, tokenizer))
+
+    def has_labels(self, data: NlpData) -> bool:
+        """Whether a student can be trained without a teacher."""
+        return bool(data.kind.head.logits)
 
     def loss(self, recipe: NlpRecipe) -> Any:
         """The task loss, `(output, batch) -> scalar`."""
@@ -304,7 +353,7 @@ def _splits(config: Data) -> text.Splits:
     splits, kind = text.Splits(), config.kind
     if config.sample is not None:
         own = config.sample
-        splits.train = text.sentiment_rows(own.domains, label=own.label)
+        splits.train = text.sentiment_rows(own.domains, label=own.label if kind.head.labelled else "none")
         taken = {text.same_text(r.text) for r in splits.train}
         extra = text.sentiment_rows(own.unlabelled_domains, label="none") if own.unlabelled_domains else []
         splits.unlabelled = [r for r in extra if text.same_text(r.text) not in taken]
@@ -323,7 +372,25 @@ def _splits(config: Data) -> text.Splits:
             if name:
                 label = None if part == "unlabelled" else config.label
                 setattr(splits, part, text.hub_rows(hub.name, hub.subset, name, config.text, label, row=kind.row))
+    if config.scored_pairs is not None:
+        _score(config.scored_pairs, splits)
     return _cut(config, splits)
+
+
+def _score(pairs: ScoredPairs, splits: text.Splits) -> None:
+    """Evaluate on scored pairs.
+
+    Raises:
+        DataError: there is other data to evaluate on, or a pair has no score.
+    """
+    for part in ("validation", "test"):
+        if getattr(splits, part):
+            raise DataError(f"data.scored_pairs are what is evaluated on; there is other {part} data too.")
+        rows = text.read_rows(getattr(pairs, part), pairs.text, pairs.label, row=texts_row)
+        for row in rows:
+            if not text.has_label(row):
+                raise DataError(f"{row.where}: the pair has no score in column {pairs.label!r}.")
+        setattr(splits, part, rows)
 
 
 def _cut(config: Data, splits: text.Splits) -> text.Splits:

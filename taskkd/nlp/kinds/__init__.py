@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from taskkd.nlp.heads import head_of
-from taskkd.nlp.kinds.base import Encoding, Kind
+from taskkd.nlp.kinds.base import ComparesWithTeacher, Encoding, Kind
+from taskkd.nlp.kinds.sentences import SENTENCE_EMBEDDING
 from taskkd.nlp.kinds.sequences import CLASSIFICATION, REGRESSION
 from taskkd.nlp.models import is_regression
 
-__all__ = ["KINDS", "Encoding", "Kind", "kind_of"]
+__all__ = ["KINDS", "ComparesWithTeacher", "Encoding", "Kind", "kind_of"]
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (CLASSIFICATION, REGRESSION)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (CLASSIFICATION, REGRESSION, SENTENCE_EMBEDDING)}
 
 
 def kind_of(model: Any) -> Kind:

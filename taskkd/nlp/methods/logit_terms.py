@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from taskkd import losses
+from taskkd.errors import RecipeError
 from taskkd.nlp.heads import MASKED_LM, QUESTION_ANSWERING, SEQUENCE, head_of
 from taskkd.nlp.models import check_same_labels, is_regression, number_of_labels
 from taskkd.terms import Match, Term, Weight
@@ -46,10 +47,12 @@ def logit_terms(
         **options: of `loss`.
 
     Raises:
-        RecipeError: heads or labels differ.
+        RecipeError: heads or labels differ, or there are no logits.
     """
     check_same_labels(student, teacher)
     head = head_of(student)
+    if not head.logits:
+        raise RecipeError(f"models for {head.title} have no logits to compare; the method embedding_mimic is for them.")
     if is_regression(student):
         return [Match(name, losses.logit_mse, "out.logits", weight=weight)]
     if head is SEQUENCE:
