@@ -1,8 +1,9 @@
 """`Cached`: a frozen teacher's outputs on disk, memory-mapped, so that later epochs cost no teacher.
 
 Layout of a cache folder: `index.json` (what the cache was built for, shapes, sha256 of every file) and shards
-`shard-00000/` with `ids.npy`, `hashes.npy` and for each tap `tap-0.npy` (and `tap-0.offsets.npy` where rows have a
-length of their own). A shard is written beside and renamed; an interrupted build goes on where it stopped.
+`shard-00000/` with `ids.npy`, `hashes.npy` and for each tap `tap-0.npy`: the rows one below the other, or, where rows
+have a length of their own (tokens; tokens by tokens for attention), all their numbers in a line, with
+`tap-0.offsets.npy`. A shard is written beside and renamed; an interrupted build goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +31,7 @@ __all__ = ["CACHE_KEY", "Cached", "file_sha256", "weights_sha256"]
 
 #: the batch entry under which a collator hands over what it looked up
 CACHE_KEY = "teacher_cache"
-FORMAT = 1
+FORMAT = 2
 
 
 def file_sha256(path: Path) -> str:
@@ -253,21 +255,32 @@ class Cached:
                     f"cache {self.path}: the teacher input of sample id {sample} is not the one the cache was built "
                     "with (changed data, another tokenizer, or random augmentation, which a cache does not allow)."
                 )
-        return {tap: self._rows(tap, where, _padded_length(inputs)) for tap in self.taps}
+        mask = _mask(inputs)
+        return {tap: self._rows(tap, where, mask) for tap in self.taps}
 
-    def _rows(self, tap: str, where: NDArray[np.int64], length: int | None) -> Tensor:
+    def _rows(self, tap: str, where: NDArray[np.int64], mask: NDArray[np.bool_] | None) -> Tensor:
         assert self._index is not None and self._shards is not None
-        number, ragged = list(self._index["taps"]).index(tap), self._index["taps"][tap]["ragged"]
+        number, about = list(self._index["taps"]).index(tap), self._index["taps"][tap]
         first = self._shards[where[0][0]][f"tap-{number}.npy"]
-        if not ragged:
+        ragged = about["ragged"]
+        if not ragged or mask is None:
             rows = np.empty((len(where), *first.shape[1:]), first.dtype)
             for i, (shard, row) in enumerate(where):
                 rows[i] = self._shards[shard][f"tap-{number}.npy"][row]
             return torch.from_numpy(rows)
-        rows = np.zeros((len(where), length or 0, *first.shape[1:]), first.dtype)
+        lengths = mask.sum(1)
+        # Texts stand at the beginning of their rows as a rule; else each token is put in its place.
+        at_start = [bool(m[:n].all()) for m, n in zip(mask, lengths, strict=True)]
+        rows = np.zeros((len(where), *_sized(about, mask.shape[1])), first.dtype)
         for i, (shard, row) in enumerate(where):
-            start, end = self._shards[shard][f"tap-{number}.offsets.npy"][row : row + 2]
-            rows[i, : end - start] = self._shards[shard][f"tap-{number}.npy"][start:end]
+            arrays = self._shards[shard]
+            start, end = arrays[f"tap-{number}.offsets.npy"][row : row + 2]
+            values = arrays[f"tap-{number}.npy"][start:end].reshape(_sized(about, lengths[i]))
+            if at_start[i]:
+                rows[i][tuple(slice(lengths[i]) if d in ragged else slice(None) for d in range(values.ndim))] = values
+            else:
+                own = np.flatnonzero(mask[i])
+                rows[i][np.ix_(*(own if d in ragged else range(s) for d, s in enumerate(values.shape)))] = values
         return torch.from_numpy(rows)
 
     # ---- building
@@ -277,6 +290,7 @@ class Cached:
         batches: Iterable[Mapping[str, Any]],
         *,
         total: int,
+        lengths: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
         announce: Callable[[str], None] = print,
         progress: Callable[[int], None] = lambda _: None,
@@ -286,6 +300,7 @@ class Cached:
         Args:
             batches: batches with `id`, unaugmented, as the training will see them (padding does not matter).
             total: number of samples, for the size that is announced before anything is written.
+            lengths: their numbers of tokens; None: they are taken to be as those of the first batch.
             device: where the teacher runs.
             announce: gets one sentence with the size.
             progress: called with the number of samples done after each batch.
@@ -307,7 +322,7 @@ class Cached:
                 values = self.live(batch)
                 inputs = self.live.inputs(batch)
                 if writer is None:
-                    writer = self._start(batch, values, inputs, total - len(self), announce)
+                    writer = self._start(batch, values, inputs, total - len(self), lengths, announce)
                 writer.add(ids, fresh, values, inputs)
                 if writer.rows >= self.shard_size:
                     writer.flush()
@@ -324,14 +339,12 @@ class Cached:
         values: Mapping[str, Any],
         inputs: Mapping[str, Any],
         total: int,
+        lengths: Sequence[int] | None,
         announce: Callable[[str], None],
     ) -> _Writer:
         ragged = self._ragged(batch, values, inputs)
         if self._index is None:
-            taps = {
-                t: {"shape": list(v.shape[2:] if ragged[t] else v.shape[1:]), "ragged": ragged[t]}
-                for t, v in values.items()
-            }
+            taps = {t: {"shape": list(v.shape[1:]), "ragged": ragged[t]} for t, v in values.items()}
             self._index = {"key": self.key(), "taps": taps, "shards": []}
         elif unasked := [t for t in self._index["taps"] if t not in values]:
             raise CacheError(
@@ -339,7 +352,10 @@ class Cached:
                 f"to go on building it, {', '.join(map(repr, unasked))} must be asked for too. Or delete the folder."
             )
         writer = _Writer(self.path, self._index, self.dtype)
-        size = writer.bytes_per_sample(values, inputs) * total
+        if lengths is None:
+            mask = _mask(inputs)
+            lengths = [0] if mask is None else mask.sum(1).tolist()
+        size = writer.bytes_per_sample(lengths) * total
         free = shutil.disk_usage(self.path).free
         limit = min(free, self.budget) if self.budget is not None else free
         announce(f"teacher cache: {total} samples, about {_human(size)} as {self.dtype} in {self.path}")
@@ -351,8 +367,8 @@ class Cached:
 
     def _ragged(
         self, batch: Mapping[str, Any], values: Mapping[str, Any], inputs: Mapping[str, Any]
-    ) -> dict[str, bool]:
-        """Which taps have rows of different lengths: those whose second dimension grows with padding."""
+    ) -> dict[str, list[int]]:
+        """The dimensions of each tap's samples that grow with padding: [0] for tokens, [1, 2] for attention."""
         length = _padded_length(inputs)
         for tap, value in values.items():
             if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 1:
@@ -360,7 +376,7 @@ class Cached:
                     f"cache {self.path}: tap {tap!r} is not a floating point tensor with a batch dimension."
                 )
         if length is None or not any(v.ndim > 1 and length in v.shape[1:] for v in values.values()):
-            return dict.fromkeys(values, False)
+            return {tap: [] for tap in values}
         # One column less shows it too, and unlike one more it is never beyond the model's position embeddings.
         change = (0, -1) if length > 1 else (0, 1)
         other = {
@@ -372,13 +388,13 @@ class Cached:
         grown = self.live(other)
         ragged = {}
         for tap, value in values.items():
-            changed = [d for d, (a, b) in enumerate(zip(value.shape, grown[tap].shape, strict=True)) if a != b]
-            if changed not in ([], [1]):
+            sizes = list(zip(value.shape[1:], grown[tap].shape[1:], strict=True))
+            ragged[tap] = [d for d, (a, b) in enumerate(sizes) if a != b]
+            if any(sizes[d][0] != length for d in ragged[tap]):
                 raise CacheError(
-                    f"cache {self.path}: tap {tap!r} of shape {tuple(value.shape)} grows with padding in the "
-                    f"dimensions {changed}; only the second may. Tap a slice of it, as in '[:, 0]'."
+                    f"cache {self.path}: tap {tap!r} of shape {tuple(value.shape)} grows with padding, but not as the "
+                    f"{length} tokens of the batch; it cannot be cached. Tap a slice of it, as in '[:, 0]'."
                 )
-            ragged[tap] = bool(changed)
         return ragged
 
 
@@ -396,15 +412,14 @@ class _Writer:
         self.hashes: list[int] = []
         self.values: dict[str, list[NDArray[Any]]] = {t: [] for t in self.index["taps"]}
 
-    def bytes_per_sample(self, values: Mapping[str, Any], inputs: Mapping[str, Any]) -> float:
-        count = len(next(iter(values.values())))
-        mask = _mask(inputs)
-        mean = float(mask.sum()) / count if mask is not None else 0.0
-        total = 16.0
-        for tap, about in self.index["taps"].items():
-            shape = values[tap].shape[2:] if about["ragged"] else values[tap].shape[1:]
-            total += float(np.prod(shape)) * self.dtype.itemsize * (mean if about["ragged"] else 1)
-        return total
+    def bytes_per_sample(self, lengths: Sequence[int]) -> float:
+        """The mean over samples of these numbers of tokens."""
+        tokens = np.array(lengths, float)
+        numbers = 0.0
+        for about in self.index["taps"].values():
+            fixed = math.prod(size for d, size in enumerate(about["shape"]) if d not in about["ragged"])
+            numbers += fixed * float((tokens ** len(about["ragged"])).mean())
+        return 16 + numbers * self.dtype.itemsize
 
     def add(
         self, ids: NDArray[np.int64], fresh: NDArray[np.bool_], values: Mapping[str, Tensor], inputs: Mapping[str, Any]
@@ -424,8 +439,10 @@ class _Writer:
             self.ids.append(int(ids[i]))
             self.hashes.append(digests[i])
             for tap, array in arrays.items():
-                row = array[i]
-                self.values[tap].append(row[mask[i]] if self.index["taps"][tap]["ragged"] and mask is not None else row)
+                row, ragged = array[i], self.index["taps"][tap]["ragged"]
+                for dimension in ragged:
+                    row = row if mask is None else np.compress(mask[i], row, axis=dimension)
+                self.values[tap].append(row.reshape(-1) if ragged else row)
             self.rows += 1
 
     def flush(self) -> None:
@@ -461,6 +478,11 @@ def _ids(batch: Mapping[str, Any]) -> NDArray[np.int64]:
         )
     array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
     return array.astype(np.int64).reshape(-1)
+
+
+def _sized(about: Mapping[str, Any], length: Any) -> tuple[Any, ...]:
+    """The shape of a sample of so many tokens."""
+    return tuple(length if d in about["ragged"] else size for d, size in enumerate(about["shape"]))
 
 
 def _mask(inputs: Mapping[str, Any]) -> NDArray[np.bool_] | None:

@@ -213,3 +213,19 @@ def load_state(distiller: Distiller, path: Path) -> None:
             )
     with torch.no_grad():
         distiller.load_state_dict({**state, **{f"student.{k}": v for k, v in distiller.student.state_dict().items()}})
+
+
+def hand_on(distiller: Distiller, path: Path) -> None:
+    """Load adapters that a former stage trained (`save_state`) into those of terms with the same names and shapes.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        state = load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    with torch.no_grad():
+        for name, value in distiller.terms.named_parameters("terms", remove_duplicate=False):
+            if name in state and state[name].shape == value.shape:
+                value.copy_(state[name])

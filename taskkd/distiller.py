@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from taskkd.adversarial import Adversarial
 from taskkd.errors import NonFiniteError, TapError, TaskkdError, nearest
+from taskkd.perturbation import GradientPerturbation
 from taskkd.preparation import Preparation, TermReport, advise, even_out, measure
 from taskkd.schedules import Progress
 from taskkd.suppliers import Supplier
@@ -39,6 +40,7 @@ class Distiller(nn.Module):
             losses (torchvision detectors).
         on_nonfinite: "raise" stops at a NaN or infinite term with its name; "skip" lets the loop skip
             the step: `if distiller.check_finite(): optimizer.step()`.
+        perturbation: train on the losses at a perturbed output of one of the student's modules.
 
     Raises:
         TapError: a tap is in neither model.
@@ -61,13 +63,16 @@ class Distiller(nn.Module):
         task_weight: float = 1.0,
         task_loss: TaskLoss | None = None,
         on_nonfinite: Literal["raise", "skip"] = "raise",
+        perturbation: GradientPerturbation | None = None,
     ) -> None:
         super().__init__()
         if task_weight < 0:
             raise TaskkdError(f"`task_weight` must not be negative, got {task_weight}.")
         if on_nonfinite not in ("raise", "skip"):
             raise TaskkdError(f"`on_nonfinite` must be 'raise' or 'skip', got {on_nonfinite!r}.")
-        self.student = student
+        self.student, self.perturbation = student, perturbation
+        if perturbation is not None:
+            perturbation.module(student)  # a wrong name is told now
         self.terms = nn.ModuleDict()
         for term in terms:
             if term.name in self.terms:
@@ -148,7 +153,10 @@ class Distiller(nn.Module):
         """
         if not self.training:
             return self.student(**self._accepted(batch))
-        names, values = self._losses(batch)
+        if self.perturbation is None:
+            names, values, _ = self._losses(batch)
+        else:
+            names, values = self._perturbed(self.perturbation, batch)
         stacked = torch.stack(values)
         # `dot`, as autocast would compute `stacked @ weights` in half precision.
         losses = {"loss": torch.dot(stacked, self._weights_like(stacked))}
@@ -159,8 +167,24 @@ class Distiller(nn.Module):
                 self.check_finite()
         return losses
 
-    def _losses(self, batch: Mapping[str, Any]) -> tuple[list[str], list[Tensor]]:
-        """Names and unweighted values of what is active, the task loss first."""
+    def _perturbed(
+        self, perturbation: GradientPerturbation, batch: Mapping[str, Any]
+    ) -> tuple[list[str], list[Tensor]]:
+        with perturbation.watching(self.student):
+            _, values, run = self._losses(batch)
+            stacked = torch.stack(values)
+            perturbation.move(torch.dot(stacked, self._weights_like(stacked)))
+            return self._losses(batch, run.teacher)[:2]
+
+    def _losses(
+        self, batch: Mapping[str, Any], known: dict[str, Any] | None = None
+    ) -> tuple[list[str], list[Tensor], Run]:
+        """Names and unweighted values of what is active, the task loss first; and the run.
+
+        Args:
+            batch: as in `forward`.
+            known: the teacher's values for it, where they have been computed before.
+        """
         if not self.prepared and not self.built:
             missing = ", ".join(repr(t.name) for t in self._term_list if not t.built)
             raise TaskkdError(
@@ -172,7 +196,7 @@ class Distiller(nn.Module):
                 "a schedule is a fraction of the training: call `distiller.set_total(optimiser_steps)` before the "
                 "first step (the trainer does it)."
             )
-        run = self._run(batch)
+        run = self._run(batch, known=known)
         names, values = [], []
         if self.task_weight > 0:
             names.append("task")
@@ -189,7 +213,7 @@ class Distiller(nn.Module):
         if kinds != SCALAR:
             dtype = torch.float64 if any(d == torch.float64 for d, _ in kinds) else torch.float32
             values = [_scalar(n, v).to(dtype) for n, v in zip(names, values, strict=True)]
-        return names, values
+        return names, values, run
 
     def _student_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         inputs = self._accepted(batch)
@@ -197,9 +221,11 @@ class Distiller(nn.Module):
             inputs.pop("labels", None)
         return inputs
 
-    def _run(self, batch: Mapping[str, Any], prepare: bool = False) -> Run:
+    def _run(self, batch: Mapping[str, Any], prepare: bool = False, known: dict[str, Any] | None = None) -> Run:
         teacher: Teacher | None = self.teacher if self._calls_teacher or (prepare and self._uses_teacher) else None
-        early = None
+        early = known
+        if known is not None:
+            teacher = None
         if teacher is not None and self._teacher_first and self.prepared and not prepare:
             early, teacher = teacher(batch), None
         with self._taps.record():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from taskkd.errors import TapError, TaskkdError
 from taskkd.terms import Match
 
-__all__ = ["all_pairs", "last", "matches", "review", "skip", "uniform"]
+__all__ = ["all_pairs", "first", "last", "matches", "review", "skip", "uniform"]
 
 Pairs = list[tuple[int, int]]
 
@@ -49,6 +49,18 @@ def skip(student_layers: int, teacher_layers: int) -> Pairs:
             "takes every k-th; 'uniform' and 'last' take any numbers."
         )
     return uniform(student_layers, teacher_layers)
+
+
+def first(student_layers: int, teacher_layers: int) -> Pairs:
+    """The teacher's first layers, in order: 0 .. 5 for 6 of 12.
+
+    Source: Jiao et al. 2020 (TinyBERT), the "bottom" strategy of their ablation.
+
+    Raises:
+        TaskkdError: as `uniform`.
+    """
+    _check("first", student_layers, teacher_layers)
+    return [(i, i) for i in range(student_layers)]
 
 
 def last(student_layers: int, teacher_layers: int) -> Pairs:

@@ -90,10 +90,17 @@ def look(recipe: Any, task: Any, data: Any, student: nn.Module, teacher: nn.Modu
     """
     found = {}
     rows = [data.everything[i] for i in range(min(recipe.training.batch_size, len(data.everything)))]
-    batch = dict(data.collator(rows))
-    for stage in build_method(recipe, student, teacher).stages:
+    method = build_method(recipe, student, teacher)
+    collator = data.full_length_collator if "full_length" in method.needs else data.collator
+    batch = dict(collator(rows))
+    for stage in method.stages:
         distiller = Distiller(
-            student, Frozen(teacher), stage.terms, task_weight=stage.task_weight, task_loss=task.loss(recipe)
+            student,
+            Frozen(teacher),
+            stage.terms,
+            task_weight=stage.task_weight,
+            task_loss=task.loss(recipe),
+            perturbation=stage.perturbation,
         )
         try:
             found[stage.name] = distiller.prepare(batch)

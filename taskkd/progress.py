@@ -69,6 +69,10 @@ class ProgressBar(transformers.TrainerCallback):  # type: ignore[misc]
                 where = f"epoch {logs.get('epoch', 0):.2f}, step {state.global_step}/{state.max_steps}"
                 print(f"  {where}: {self.loss}, validation {self.value}", file=sys.stderr, flush=True)
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.terminal and state.is_world_process_zero and args.eval_strategy == "no":
+            print(f"  step {state.global_step}/{state.max_steps}: {self.loss}", file=sys.stderr, flush=True)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.stop()
 

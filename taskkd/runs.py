@@ -24,7 +24,7 @@ from taskkd.caches import Cached
 from taskkd.checkpoints import save_student, staged
 from taskkd.errors import RecipeError
 from taskkd.plans import build_method, look
-from taskkd.session import Record, Say, Session, locked, strip, training_arguments
+from taskkd.session import ADAPTERS, Record, Say, Session, locked, strip, training_arguments
 from taskkd.stages import Stage
 from taskkd.teachers import Frozen
 from taskkd.trainer import Trainer
@@ -263,7 +263,9 @@ def _distilled(session: Session, teacher: nn.Module, seed: int, name: str) -> di
     student = session.student(teacher, seed)
     method = build_method(session.recipe, student, teacher)
     outcome: dict[str, Any] = {}
-    model = ""
+    seconds, steps, model = 0.0, 0, ""
+    full_length = "full_length" in method.needs
+    before: Path | None = None
     for number, stage in enumerate(method.stages):
         step = f"{base}/stages/{number}-{stage.name}"
         finished = step in session.record.finished
@@ -274,24 +276,34 @@ def _distilled(session: Session, teacher: nn.Module, seed: int, name: str) -> di
             session.recipe.training,
             title=f"{name}, {stage.name}",
             seed=seed,
-            teacher=None if finished else _supplier(session, teacher, stage),
+            teacher=None if finished else _supplier(session, teacher, stage, live=full_length),
             train=session.data.everything,
+            full_length=full_length,
+            adapters=before,
         )
-        model = f"{step}/model"
+        model, before = f"{step}/model", session.folder / step / ADAPTERS
+        seconds, steps = seconds + outcome["seconds"], steps + outcome["steps"]
         if finished:
             session.task.reload(student, session.folder / model)
+    outcome = outcome | {"seconds": seconds, "steps": steps}
+    if not outcome["validation"]:
+        own = session.record.step(f"{base}/validation", lambda: session.evaluated(student, session.data.validation))
+        outcome["validation"] = own
     test = session.tested(f"{base}/test", lambda: student)
     session.say(f"{name}, seed {seed}: {session.metric} {outcome['validation'][session.metric]:.4f} on validation")
     return {**outcome, "test": test, "model": model}
 
 
-def _supplier(session: Session, teacher: nn.Module, stage: Stage) -> Frozen | Cached | None:
-    """The teacher of a stage: from disk as the recipe says; one cache for each set of taps, shared by a sweep."""
+def _supplier(session: Session, teacher: nn.Module, stage: Stage, *, live: bool = False) -> Frozen | Cached | None:
+    """The teacher of a stage: from disk as the recipe says; one cache for each set of taps, shared by a sweep.
+
+    `live`: what it gives for padding counts, which a cache does not hold.
+    """
     taps = sorted({t for term in stage.terms for t in term.teacher_taps})
     config = session.recipe.teacher.cache
     if not taps:
         return None
-    if config is None:
+    if config is None or live:
         return Frozen(teacher)
     path = session.folder / "cache" / hashlib.sha256("\n".join(taps).encode()).hexdigest()[:12]
     budget = None if config.budget_gb is None else int(config.budget_gb * 1e9)

@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 
 from taskkd.caches import Cached
+from taskkd.checkpoints import hand_on, save_state
 from taskkd.errors import RecipeError
 from taskkd.progress import ProgressBar
 from taskkd.schema import Training
@@ -25,9 +26,10 @@ from taskkd.stages import Method, Stage
 from taskkd.teachers import Frozen
 from taskkd.trainer import Trainer
 
-__all__ = ["Record", "Say", "Session", "locked", "strip", "training_arguments"]
+__all__ = ["ADAPTERS", "Record", "Say", "Session", "locked", "strip", "training_arguments"]
 
 Say = Callable[[str], None]
+ADAPTERS = "adapters.safetensors"
 
 
 class Record:
@@ -152,8 +154,22 @@ class Session:
         seed: int,
         teacher: Frozen | Cached | None = None,
         train: Any = None,
+        full_length: bool = False,
+        adapters: Path | None = None,
     ) -> dict[str, Any]:
-        """One training, unless it is on record: the best epoch on validation is kept in `<step>/model`.
+        """One training, unless it is on record: the epoch that the stage keeps is saved in `<step>/model`.
+
+        Args:
+            step: its name on record, and its folder in the run's.
+            student: at its start.
+            stage: what is trained with which terms.
+            training: for how long, and how.
+            title: for the progress bar.
+            seed: of the order of samples, dropout and new weights.
+            teacher: for the terms.
+            train: the data; None: the labelled training data.
+            full_length: pad every batch to the longest text that there may be.
+            adapters: what a former stage has left of adapters; those of terms of the same name go on from there.
 
         Returns:
             `validation` metrics, `seconds`, `steps`, and the log `history`.
@@ -161,10 +177,11 @@ class Session:
 
         def work() -> dict[str, Any]:
             folder, metric = self.folder / step, f"eval_{self.metric}"
+            judged = stage.keep == "best"
             if training.dropout is not None:
                 set_dropout(student, training.dropout)
             table = self.data.train if train is None else train
-            args = training_arguments(folder, training, seed, metric)
+            args = training_arguments(folder, training, seed, metric if judged else None)
             # Short epochs are logged as well: at least once each.
             args.logging_steps = max(1, min(10, len(table) // (training.batch_size * training.accumulation)))
             bar = ProgressBar(f"{title}, seed {seed}", self.metric)
@@ -178,10 +195,13 @@ class Session:
                 train_dataset=table,
                 eval_dataset=self.data.validation,
                 processing_class=self.data.tokenizer,
-                data_collator=self.data.collator,
+                data_collator=self.data.full_length_collator if full_length else self.data.collator,
                 callbacks=[SignalStop(), bar],
             )
             trainer.remove_callback(transformers.PrinterCallback)
+            if adapters is not None:
+                trainer.prepare()
+                hand_on(trainer.distiller, adapters)
             start = time.perf_counter()
             try:
                 trainer.train(resume_from_checkpoint=True)
@@ -190,11 +210,12 @@ class Session:
             seconds = time.perf_counter() - start
             trainer.distiller.close()
             trainer.save_model(str(folder / "model"))
+            save_state(trainer.distiller, folder / ADAPTERS)
             for checkpoint in folder.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint, ignore_errors=True)
             # The engine keeps the first best epoch; its validation metrics are in the log already.
             history = trainer.state.log_history
-            best = max((h for h in history if metric in h), key=lambda h: h[metric])
+            best = max((h for h in history if metric in h), key=lambda h: h[metric]) if judged else {}
             steps = trainer.state.global_step
             return {"validation": strip(best), "seconds": seconds, "steps": steps, "history": history}
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from taskkd.errors import TapError, nearest
+from taskkd.perturbation import GradientPerturbation
 from taskkd.terms import Term
 
 __all__ = ["Method", "Stage", "training_only"]
@@ -25,6 +26,10 @@ class Stage:
         task_weight: factor of the task loss in this stage; 0: labels are not needed.
         trains: module paths of the student that are trained; None: all of it.
         overrides: training arguments that differ in this stage (`{"num_train_epochs": 10}`).
+        share: of the epochs that are asked for; the stages of a method may share them.
+        keep: which epoch's student is handed on: the "best" on validation, or the "last" where the task's metric says
+            nothing yet (no head is trained).
+        perturbation: see `GradientPerturbation`.
     """
 
     name: str
@@ -32,6 +37,9 @@ class Stage:
     task_weight: float = 1.0
     trains: tuple[str, ...] | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    share: float = 1.0
+    keep: Literal["best", "last"] = "best"
+    perturbation: GradientPerturbation | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,8 @@ class Method:
     Args:
         name: its key in the task's `METHODS`.
         stages: in order; most methods have one.
-        needs: what the data must have, as "labels".
+        needs: what the data must have: "labels"; "full_length", every batch padded to the longest text that there may
+            be, on which the teacher runs live, since the losses look at padding.
     """
 
     name: str

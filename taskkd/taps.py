@@ -9,6 +9,7 @@ Grammar, read left to right::
     head.conv@2              the third call of a module that runs several times in one forward
     out, out.logits, out[1]  the model's own output
     batch.attention_mask     an entry of the batch
+    attention[3].scores      of a transformer's attention, counted by calls: query, key, value, scores, probabilities
     ./out                    a module that is really named `out`
 """
 
@@ -26,6 +27,7 @@ from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from taskkd.errors import TapError, nearest
+from taskkd.recorder import KINDS, Recorder
 
 __all__ = ["Tap", "Taps", "parse_tap"]
 
@@ -40,7 +42,10 @@ _SELECTOR = re.compile(r"\[([^\]]*)\]|\.([^\[\].]+)")
 
 @dataclass(frozen=True)
 class Tap:
-    """A parsed tap. `root` is "module", "out" or "batch"; `selectors` are keys (str) and tensor slices (tuple)."""
+    """A parsed tap. `root` is "module" or one of `ROOTS`; `selectors` are keys (str) and tensor slices (tuple).
+
+    Of an attention tap `path` is the kind and `call` the index of the attention.
+    """
 
     text: str
     root: str
@@ -85,8 +90,21 @@ def parse_tap(text: str) -> Tap:
             f"tap {text!r}: ':in' and '@call' are for modules, {root!r} is not one (a module so named is './{root}')."
         )
     if root == "attention":
-        raise TapError(f"tap {text!r}: attention taps need the NLP recorder, which this version does not have.")
+        return _attention_tap(text, selectors)
     return Tap(text, root, "", "out", None, (*(p for p in tail.split(".") if p), *selectors))
+
+
+def _attention_tap(text: str, selectors: Sequence[str | Slice]) -> Tap:
+    if len(selectors) < 2 or not re.fullmatch(r"-?\d+", str(selectors[0])) or not isinstance(selectors[1], str):
+        raise TapError(
+            f"{text!r} is no attention tap: expected the number of the attention and one of {', '.join(KINDS)}, as in "
+            "'attention[3].scores'."
+        )
+    if selectors[1] not in KINDS:
+        raise TapError(
+            f"tap {text!r}: no {selectors[1]!r}{nearest(selectors[1], KINDS)}; there are {', '.join(KINDS)}."
+        )
+    return Tap(text, "attention", selectors[1], "out", int(str(selectors[0])), tuple(selectors[2:]))
 
 
 def _parse_slice(text: str, tap: str) -> Slice:
@@ -234,9 +252,14 @@ class _Recording:
             taps.clear()
         taps.compiling = is_compiling()
         taps.recording = True
+        if taps.recorder is not None:
+            taps.recorder.recording = True
 
     def __exit__(self, *_: object) -> None:
-        self.taps.recording = False
+        taps = self.taps
+        taps.recording = False
+        if taps.recorder is not None:
+            taps.recorder.recording = False
 
 
 class Taps:
@@ -260,6 +283,7 @@ class Taps:
         self._block = _Recording(self)
         self._slots: dict[tuple[str, str], _Slot] = {}
         self._handles: list[RemovableHandle] = []
+        self.recorder: Recorder | None = None
         modules = dict(model.named_modules(remove_duplicate=False))
         for tap in self.taps.values():
             if tap.root != "module" or (tap.path, tap.port) in self._slots:
@@ -274,12 +298,26 @@ class Taps:
                 self._handles.append(module.register_forward_pre_hook(hook.input, with_kwargs=True))
             else:
                 self._handles.append(module.register_forward_hook(hook.output))
+        attentions = [t for t in self.taps.values() if t.root == "attention"]
+        if attentions:
+            try:
+                self.recorder = Recorder(model, [(t.call or 0, t.path) for t in attentions], self._saw, whose)
+            except TapError as error:
+                self.close()
+                raise TapError(f"tap {attentions[0].text!r}: {error}") from None
         self._reads = [(name, tap, self._slots.get((tap.path, tap.port))) for name, tap in self.taps.items()]
 
     @property
     def needs_output(self) -> bool:
         """Whether some tap reads the model's own output, so that its forward must run to the end."""
-        return any(tap.root == "out" for tap in self.taps.values())
+        weights = self.recorder is not None and self.recorder.needs_output
+        return weights or any(tap.root == "out" for tap in self.taps.values())
+
+    def _saw(self) -> None:
+        """Count what the recorder kept, as a hook that fired."""
+        self.fired += 1
+        if self.fired == self.stop_after:
+            self.stop()
 
     def stop(self) -> None:
         """Leave the forward, unless it is being compiled: a graph cannot stop."""
@@ -295,6 +333,8 @@ class Taps:
         self.fired = 0
         for slot in self._slots.values():
             slot.values, slot.versions = [], []
+        if self.recorder is not None:
+            self.recorder.clear()
 
     def read(self, output: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The value of every tap of the run just recorded; recorded tensors are let go of.
@@ -307,6 +347,8 @@ class Taps:
             value = output if tap.root == "out" else batch
             if slot is not None:
                 value = self._recorded(tap, slot)
+            elif tap.root == "attention" and self.recorder is not None:
+                value = self.recorder.read(tap.call or 0, tap.path, tap.text)
             values[name] = tap.select(value) if tap.selectors else value
         self.clear()
         return values
@@ -349,6 +391,8 @@ class Taps:
             handle.remove()
         self._handles = []
         self.clear()
+        if self.recorder is not None:
+            self.recorder.close()
 
 
 def accepted_arguments(forward: Callable[..., Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:

@@ -158,6 +158,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     ) -> None:
         args = copy.copy(args) if args is not None else transformers.TrainingArguments(output_dir="runs/trainer")
         current = _stage(method, stage, tuple(terms), task_weight)
+        if current.share != 1:
+            args.num_train_epochs *= current.share
         if current.overrides:
             args = dataclasses.replace(args, **current.overrides)
         if args.label_smoothing_factor:
@@ -183,6 +185,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             task_weight=current.task_weight,
             task_loss=task_loss,
             on_nonfinite=on_nonfinite,
+            perturbation=current.perturbation,
         )
         self.distiller.check_in_forward = False
         self.metric = metric
@@ -257,12 +260,18 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             if self.accelerator.is_main_process:
                 from taskkd.progress import track
 
-                order = _by_length(dataset)
+                lengths = _lengths(dataset)
+                order = sorted(range(len(dataset)), key=lengths.__getitem__) if lengths else list(range(len(dataset)))
                 size = self.args.eval_batch_size
                 batches = (self._collated(order[i : i + size]) for i in range(0, len(order), size))
                 with track("teacher cache", len(order)) as advance:
                     cached.build(
-                        batches, total=len(order), device=self.args.device, announce=logger.info, progress=advance
+                        batches,
+                        total=len(order),
+                        lengths=lengths,
+                        device=self.args.device,
+                        announce=logger.info,
+                        progress=advance,
                     )
             else:
                 cached._open()
@@ -573,13 +582,13 @@ def _stage(method: Method | None, stage: int | None, terms: tuple[Term, ...], ta
     return method.stages[stage or 0]
 
 
-def _by_length(dataset: Any) -> list[int]:
-    """Indices in order of token length where samples have one (less padding), else as they are."""
-    columns = getattr(dataset, "column_names", None)
-    if columns and "input_ids" in columns:
-        lengths = [len(ids) for ids in dataset["input_ids"]]
-        return sorted(range(len(dataset)), key=lengths.__getitem__)
-    return list(range(len(dataset)))
+def _lengths(dataset: Any) -> list[int] | None:
+    """The numbers of the teacher's tokens of all samples, where samples have them."""
+    columns = getattr(dataset, "column_names", None) or ()
+    for name in ("teacher_input_ids", "input_ids"):
+        if name in columns:
+            return [len(ids) for ids in dataset[name]]
+    return None
 
 
 def _caches(teacher: Teacher | None) -> list[Cached]:

@@ -108,6 +108,45 @@ def test_a_fixed_shape_is_stored_as_it_is(tmp_path: Path) -> None:
             torch.testing.assert_close(cached(batch)[tap], value)
 
 
+def test_attention_grows_in_two_dimensions(tmp_path: Path) -> None:
+    taps = ["attention[1].scores", "attention[0].query", "bert.encoder.layer.0"]
+    built(tmp_path, taps)
+    index = json.loads((tmp_path / "index.json").read_text())["taps"]
+    assert [about["ragged"] for about in index.values()] == [[1, 2], [1], [0]]
+    live = Frozen(model())
+    live.attach(taps)
+    batch = regrouped([6, 1, 4], 12)
+    expected, found = live(batch), reopened(tmp_path, taps)(batch)
+    mask = batch["attention_mask"].bool()
+    pairs = mask[:, None, :, None] & mask[:, None, None, :]
+    for tap, real in zip(taps, (pairs, mask[:, None, :, None], mask[:, :, None]), strict=True):
+        assert found[tap].shape == expected[tap].shape
+        torch.testing.assert_close(found[tap], expected[tap] * real, atol=1e-6, rtol=1e-5)
+    size = sum(f.stat().st_size for f in tmp_path.rglob("tap-*.npy") if "offsets" not in f.name)
+    said: list[str] = []
+    fresh = Cached(model(), tmp_path / "again")
+    fresh.attach(taps)
+    lengths = [n for batch in LENGTHS for n in batch]
+    fresh.build(batches(), total=9, lengths=lengths, announce=said.append)
+    assert f"about {round((size + 9 * 16) / 1000)} kB" in said[0]
+
+
+def test_texts_that_are_padded_on_the_left(tmp_path: Path) -> None:
+    def leftward(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v.flip(1) if v.ndim == 2 else v for k, v in batch.items()}
+
+    taps = ["bert.embeddings.word_embeddings", "attention[0].scores"]
+    cached = built(tmp_path, taps, [leftward(b) for b in batches()])
+    batch = leftward(batches()[1])
+    live = Frozen(model())
+    live.attach(taps)
+    expected, mask = live(batch), batch["attention_mask"].bool()
+    found = cached(batch)
+    torch.testing.assert_close(found[taps[0]], expected[taps[0]] * mask[:, :, None])
+    pairs = mask[:, None, :, None] & mask[:, None, None, :]
+    torch.testing.assert_close(found[taps[1]], expected[taps[1]] * pairs, atol=1e-6, rtol=1e-5)
+
+
 def test_the_loss_is_that_of_the_live_teacher(tmp_path: Path) -> None:
     cached = built(tmp_path, ["out.logits", "bert.encoder.layer.0"])
     terms = [

@@ -21,6 +21,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 CORE = [
     "errors",
     "losses",
+    "perturbation",
+    "recorder",
     "taps",
     "schedules",
     "adapters",

@@ -35,6 +35,9 @@ class Case:
     labels: bool = False  # takes `labels`: here the classes in turn
     relational: bool = False  # relates the samples of a batch: one alone gives 0, and doubling the batch changes it
     candidates: bool = False  # the teacher has several candidates along dimension 1, the student the first of them
+    where: Callable[[Tensor], Tensor] | None = (
+        None  # which entries a mask leaves, where it is not of leading dimensions
+    )
 
     @property
     def name(self) -> str:
@@ -57,9 +60,26 @@ class Case:
 
     def spread(self, mask: Tensor) -> Tensor:
         """The mask as booleans over the whole input."""
+        if self.where is not None:
+            return self.where(mask.bool()).expand(self.shape)
         if self.options.get("dim") == 1 or mask.ndim == 3:
             mask = mask.unsqueeze(1)
         return mask.reshape(mask.shape + (1,) * (len(self.shape) - mask.ndim)).expand(self.shape).bool()
+
+
+def pairs_of_tokens(mask: Tensor) -> Tensor:
+    """Of attention scores: those of a valid query to a valid key."""
+    return mask[:, None, :, None] & mask[:, None, None, :]
+
+
+def queries(mask: Tensor) -> Tensor:
+    """Of attention scores: those of a valid query."""
+    return mask[:, None, :, None].expand(-1, -1, -1, mask.shape[1])
+
+
+def behind(mask: Tensor) -> Tensor:
+    """Of what has layers or heads before the tokens."""
+    return mask[:, None, :, None]
 
 
 ANCHORS = torch.tensor([[0.3, -0.2, 0.5, 0.1, -0.4], [-0.6, 0.4, 0.2, -0.1, 0.3]])
@@ -133,6 +153,34 @@ CASES = [
     Case(
         losses.info_nce, (6, 5), {"symmetric": True, "temperature": 1.0}, (6,), zero_when_equal=False, relational=True
     ),
+    Case(losses.attention_scores, (4, 3, 5, 5), {}, (4, 5), where=pairs_of_tokens),
+    Case(losses.attention_scores, (4, 3, 5, 5), {"heads": "mean", "clip": -1.0}, (4, 5), where=pairs_of_tokens),
+    Case(losses.attention_cross_entropy, (4, 3, 5, 5), {}, (4, 5), zero_when_equal=False, where=pairs_of_tokens),
+    Case(
+        losses.attention_cross_entropy,
+        (4, 3, 5, 5),
+        {"heads": "mean", "clip": -1.0},
+        (4, 5),
+        zero_when_equal=False,
+        where=pairs_of_tokens,
+    ),
+    Case(losses.attention_kl, (4, 3, 5, 5), {}, (4, 5), where=pairs_of_tokens),
+    Case(losses.attention_kl, (4, 3, 5, 5), {"heads": "mean"}, (4, 5), where=pairs_of_tokens),
+    Case(losses.self_attention_relation, (4, 2, 5, 6), {}, (4, 5), where=behind),
+    Case(losses.self_attention_relation, (4, 2, 5, 6), {"heads": 4}, (4, 5), where=behind),
+    Case(losses.feature_map_transfer, (4, 7, 5), {}, (4, 7)),
+    Case(losses.feature_statistics, (4, 7, 5), {"mean": 3.0}, (4, 7)),
+    Case(losses.dynamic_layers, (4, 3, 5, 6), {}, (4, 5), several=True, where=behind),
+    Case(losses.dynamic_layers, (4, 3, 5, 6), {"ordered": False}, (4, 5), several=True, where=behind),
+    Case(losses.generalised_jsd, (6, 5), {"beta": 0.2, "temperature": 3.0}, (6,)),
+    Case(losses.generalised_jsd, (4, 7, 5), {"dim": -1}, (4, 7)),
+    Case(losses.generalised_jsd, (4, 7, 5), {"dim": -1, "beta": 1.0, "temperature": 2.0}, (4, 7)),
+    Case(losses.universal_logits, (4, 7, 5), {"temperature": 2.0}, (4, 7)),
+    Case(losses.margin_mse, (6, 5), {}, (6,)),
+    Case(losses.token_similarity, (4, 7, 5), {}, (4, 7), cubic=True),
+    Case(losses.token_similarity, (4, 2, 7, 5), {}, (4, 7), several=True, where=behind, cubic=True),
+    Case(losses.flow_of_solution, (4, 3, 7, 5), {}, (4, 7), several=True, where=behind, cubic=True),
+    Case(losses.cosine_nce, (6, 5), {}, (6,), zero_when_equal=False, relational=True),
     Case(losses.triplet, (6, 5), {"margin": 4.0}, (6,), zero_when_equal=False, relational=True),
     Case(losses.triplet, (6, 5), {"margin": 4.0}, (6,), zero_when_equal=False, relational=True, labels=True),
     Case(losses.noise_contrastive, (4, 3, 5), {"samples": 9}, (4,), zero_when_equal=False, candidates=True),
@@ -328,7 +376,7 @@ def test_batch_of_one(case: Case) -> None:
     one = student[:1].detach().requires_grad_()
     value = case(one, teacher[:1])
     finite_with_gradient(value, one)
-    if case.relational:
+    if case.relational and case.loss is not losses.cosine_nce:
         assert abs(value.item()) <= 1e-6
 
 
@@ -718,6 +766,7 @@ def test_dist_forgets_a_shift_and_scale_of_probabilities() -> None:
 def test_student_and_teacher_may_differ_in_features() -> None:
     s, t = torch.randn(6, 5, 2), torch.randn(6, 3)
     alike = (losses.consecutive_correlation, losses.category_structure, losses.info_nce, losses.triplet)
+    alike = (*alike, losses.cosine_nce)
     for case in CASES:
         if case.relational and not case.several and case.loss not in alike:
             assert case(s, t).isfinite()
@@ -731,7 +780,20 @@ def test_a_confident_teacher_gives_a_finite_divergence() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["logits", "features", "channels", "contrastive", "layers", "relations", "primitives"]
+    "module",
+    [
+        "logits",
+        "features",
+        "channels",
+        "contrastive",
+        "layers",
+        "relations",
+        "primitives",
+        "attention",
+        "tokens",
+        "embeddings",
+        "vocabularies",
+    ],
 )
 def test_docstring_examples_run(module: str) -> None:
     assert doctest.testmod(importlib.import_module(f"taskkd.losses.{module}")).failed == 0

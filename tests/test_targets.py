@@ -97,6 +97,12 @@ def test_dynamic_temperature_is_lower_where_student_and_teacher_disagree() -> No
     w = w / w.sum()
     torch.testing.assert_close(by_confidence, (4 + 40 * (w.mean() - w)).clamp(min=2.0))
     assert by_confidence.min() == 2
+    s, t = torch.randn(4, 5), torch.randn(4, 5)
+    w = (1 - F.cosine_similarity(s, t)) ** 2
+    by_logits = targets.dynamic_temperature(s, t, base=4.0, spread=0.5, by="cosine", power=2.0, normalise=False)
+    torch.testing.assert_close(by_logits, 4 + 0.5 * (w.mean() - w))
+    zeros = targets.dynamic_temperature(0 * s, t, base=4.0, spread=0.5, by="cosine", eps=1e-4)
+    assert zeros.tolist() == [4.0] * 4
     equal = targets.dynamic_temperature(torch.zeros(2, 1), torch.zeros(2, 1), base=4.0, spread=1.0)  # weights of 0
     assert equal.tolist() == [4.0, 4.0]
 
@@ -165,7 +171,7 @@ def test_group_targets_attend_between_peers() -> None:
         (
             lambda z: targets.dynamic_temperature(z, z, base=1.0, spread=1.0, by="entropy"),
             ValueError,
-            "`by` is one of agreement, confidence, got 'entropy'.",
+            "`by` is one of agreement, confidence, cosine, got 'entropy'.",
         ),
     ],
 )

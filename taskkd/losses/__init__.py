@@ -5,8 +5,15 @@ has what papers make of a teacher's logits first.
 """
 
 from taskkd.losses import targets as targets
+from taskkd.losses.attention import (
+    attention_cross_entropy,
+    attention_kl,
+    attention_scores,
+    self_attention_relation,
+)
 from taskkd.losses.channels import channel_weighted, channel_wise, matching_guided
-from taskkd.losses.contrastive import info_nce, noise_contrastive, relation_contrastive, triplet
+from taskkd.losses.contrastive import cosine_nce, info_nce, noise_contrastive, relation_contrastive, triplet
+from taskkd.losses.embeddings import margin_mse
 from taskkd.losses.features import (
     activation_boundaries,
     attention_transfer,
@@ -20,8 +27,15 @@ from taskkd.losses.features import (
     prediction_aware,
     variational_information,
 )
-from taskkd.losses.layers import attention_based_features, flow_of_solution, patience, pyramid, singular_vectors
-from taskkd.losses.logits import decoupled, dist, kl_divergence, logit_mse, soft_cross_entropy
+from taskkd.losses.layers import (
+    attention_based_features,
+    dynamic_layers,
+    flow_of_solution,
+    patience,
+    pyramid,
+    singular_vectors,
+)
+from taskkd.losses.logits import decoupled, dist, generalised_jsd, kl_divergence, logit_mse, soft_cross_entropy
 from taskkd.losses.relations import (
     category_structure,
     consecutive_correlation,
@@ -34,10 +48,15 @@ from taskkd.losses.relations import (
     relational_distance,
     similarity_preserving,
 )
+from taskkd.losses.tokens import feature_map_transfer, feature_statistics, token_similarity
+from taskkd.losses.vocabularies import universal_logits
 
 __all__ = [
     "activation_boundaries",
     "attention_based_features",
+    "attention_cross_entropy",
+    "attention_kl",
+    "attention_scores",
     "attention_transfer",
     "category_structure",
     "channel_weighted",
@@ -45,17 +64,23 @@ __all__ = [
     "consecutive_correlation",
     "correlation_congruence",
     "cosine",
+    "cosine_nce",
     "dark_rank",
     "decoupled",
     "dist",
+    "dynamic_layers",
     "euclidean",
     "factor",
+    "feature_map_transfer",
+    "feature_statistics",
     "flow_of_solution",
+    "generalised_jsd",
     "info_nce",
     "instance_relationship",
     "kernel_alignment",
     "kl_divergence",
     "logit_mse",
+    "margin_mse",
     "matching_guided",
     "mse",
     "neuron_selectivity",
@@ -69,9 +94,12 @@ __all__ = [
     "relation_contrastive",
     "relational_angle",
     "relational_distance",
+    "self_attention_relation",
     "similarity_preserving",
     "singular_vectors",
     "soft_cross_entropy",
+    "token_similarity",
     "triplet",
+    "universal_logits",
     "variational_information",
 ]

@@ -20,9 +20,11 @@ from taskkd.losses.primitives import (
     masked_mean,
     pairs,
     pairwise_distance,
+    safe_divide,
 )
 
 __all__ = [
+    "cosine_nce",
     "info_nce",
     "noise_contrast",
     "noise_contrastive",
@@ -72,6 +74,49 @@ def info_nce(
     if symmetric:
         loss = (loss - F.log_softmax(scores.T.masked_fill(out, least), 1).diagonal()) / 2
     return masked_mean(loss, weight)
+
+
+@full_precision
+def cosine_nce(
+    student: Tensor, teacher: Tensor, *, negatives: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """COS-NCE: `mean_n (2 - (g(n, s) - g(t, s))) / 2 + g(t, s)` with the cosine distance `g = 1 - cos`, in [0, 4].
+
+    Source: Fu et al. 2021, "LRC-BERT", eq. 1 and 2, on every student layer through an adapter; no code of the authors
+    is public. The negatives `n` are the teacher's states of the other samples of the batch. Neither logarithm nor
+    temperature; not 0 for equal tensors. Without negatives (a batch of one) `g(t, s)` is left.
+
+    Scaling: mean over the batch; a third party's code sums over it.
+
+    Args:
+        student, teacher: states of one shape, (batch, ...); flattened.
+        negatives: for each sample its own instead, (batch, negatives, ...); flattened as the states are.
+        mask: weights or booleans over (batch,); a sample of weight 0 is no negative of others either.
+
+    Raises:
+        ShapeError: the shapes differ, or the negatives do not fit.
+
+    Example:
+        >>> s, t = torch.eye(2), torch.eye(2)
+        >>> cosine_nce(s, t), cosine_nce(s, t, negatives=-t[:, None])  # the farther the negatives, the lower
+        (tensor(0.5000), tensor(0.))
+    """
+    check_same_shape(student, teacher, "cosine_nce")
+    s, t, weight = as_samples(student, teacher, mask, "cosine_nce")
+    s, t = l2_normalise(s), l2_normalise(t)
+    if negatives is None:
+        cosines, counts = s @ t.T, (weight > 0) & ~torch.eye(len(s), dtype=torch.bool, device=s.device)
+    else:
+        if negatives.ndim < 3 or negatives.shape[:1] + negatives.shape[2:] != student.shape:
+            raise ShapeError(
+                f"negatives of shape {tuple(negatives.shape)} for {tuple(student.shape)}: (batch, n, ...)."
+            )
+        n = negatives.flatten(2).masked_fill(~(weight > 0)[:, None, None], 0)
+        cosines = (l2_normalise(n) @ s[:, :, None]).squeeze(2)
+        counts = torch.ones_like(cosines, dtype=torch.bool)
+    positive = 1 - (s * t).sum(1)
+    apart = (2 - ((1 - cosines) - positive[:, None])) / 2
+    return masked_mean(positive + safe_divide((apart * counts).sum(1), counts.sum(1)), weight)
 
 
 @full_precision

@@ -17,10 +17,19 @@ from taskkd.losses.primitives import (
     full_precision,
     l2_normalise,
     masked_mean,
+    safe_divide,
     to_smaller,
+    token_weights,
 )
 
-__all__ = ["attention_based_features", "flow_of_solution", "patience", "pyramid", "singular_vectors"]
+__all__ = [
+    "attention_based_features",
+    "dynamic_layers",
+    "flow_of_solution",
+    "patience",
+    "pyramid",
+    "singular_vectors",
+]
 
 
 @full_precision
@@ -37,7 +46,7 @@ def patience(
 
     Scaling: mean over batch, layers and features, as the authors' code (their beta of 10 to 1000 belongs to it); the
     paper writes the sum, `batch * layers * features` times larger. The authors' code rounds the result to fp16; this
-    does not.
+    does not. TextBrewer's `pkd`, of one layer, sums over features: `features` times larger.
 
     Args:
         student: (batch, layers, features), or a sequence of `layers` tensors (batch, features).
@@ -57,6 +66,51 @@ def patience(
 
 
 @full_precision
+def dynamic_layers(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], *, ordered: bool = True, mask: Tensor | None = None
+) -> Tensor:
+    """A dynamic layer map: the squared difference of each teacher layer to the student layer that is nearest now.
+
+    Source: Xia, Zhong, Chen 2022, "Structured Pruning Learns Compact and Accurate Models" (CoFi): teacher layers 3, 6,
+    9 and 12 against all of the student's, through one linear map for all. Which layers match is found anew at every
+    call, without gradient. `ordered` goes from the last teacher layer down, each student layer below the one before
+    (their version 4); where none is left, the one before again.
+
+    Scaling: mean over teacher layers, tokens and features. The authors sum over teacher layers, `layers` times this
+    (their weight of 0.9 belongs to it), and take in the padding, as a call without `mask` does. They leave out pruned
+    layers: give only those that exist.
+
+    Args:
+        student, teacher: one or more states of one shape, (batch, tokens, features) or (batch, ...).
+        ordered: keep the order of layers; False takes the nearest of all (their version 3).
+        mask: weights or booleans over (batch, tokens) or the leading dimensions.
+
+    Raises:
+        ShapeError: no layers, or the shapes differ.
+
+    Example:
+        >>> zero, one, two = (torch.full((1, 3, 2), x) for x in (0.0, 1.0, 2.0))
+        >>> dynamic_layers([one, zero], [zero, one]), dynamic_layers([one, zero], [zero, one], ordered=False)
+        (tensor(0.5000), tensor(0.))
+    """
+    if not len(student) or not len(teacher):
+        raise ShapeError("`dynamic_layers` needs as many layers as you like of both, at least one of each.")
+    for x in (*student, *teacher):
+        check_same_shape(x, teacher[0], "dynamic_layers")
+    with torch.no_grad():
+        rows = [torch.stack([masked_mean((s - t).square(), mask) for s in student]) for t in teacher]
+        nearest: list[Tensor] = []
+        below = torch.full_like(rows[0], len(student), dtype=torch.long)[0]
+        places = torch.arange(len(student), device=below.device)
+        for row in reversed(rows):
+            allowed = (places < below) | (not ordered) | ((below == 0) & (places == 0))
+            below = row.masked_fill(~allowed, torch.inf).argmin()
+            nearest.insert(0, below)
+    chosen = torch.stack(tuple(student))[torch.stack(nearest)]
+    return torch.stack([masked_mean((s - t).square(), mask) for s, t in zip(chosen, teacher, strict=True)]).mean()
+
+
+@full_precision
 def flow_of_solution(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
@@ -68,7 +122,8 @@ def flow_of_solution(
     """Flow of the solution procedure (FSP): matrices `G = mean_hw a b'` of consecutive maps, `(Gs - Gt)^2`.
 
     Source: Yim, Joo, Bae, Kim 2017, "A Gift from Knowledge Distillation". The larger map of two is pooled to the size
-    of the smaller; student and teacher need the same channels, not the same sizes.
+    of the smaller; student and teacher need the same channels, not the same sizes. Of states (batch, tokens, features)
+    the mean is over valid tokens (TextBrewer's `fsp` and `gram`, equal).
 
     Scaling: mean over pairs of layers, batch and both channels. The usual code sums over the pairs: `layers - 1` times
     this; the paper sums over both channels too. torchdistill takes the norms of the columns of `Gs - Gt` (`squared`
@@ -76,10 +131,10 @@ def flow_of_solution(
     with the third, so large fp16 features may overflow the fp16 gradient (a loss scaler then skips the step).
 
     Args:
-        student, teacher: two or more maps (batch, channels, H, W) each.
+        student, teacher: two or more maps (batch, channels, H, W) each, or states (batch, tokens, features).
         pool: "avg" (the usual code) or "max" (the paper).
         squared: False compares by the L2 norm of each column of the difference.
-        mask: weights or booleans over (batch,).
+        mask: weights or booleans over (batch,), or for states (batch, tokens).
 
     Raises:
         ShapeError: fewer than two maps, or the numbers of maps, batches or channels differ.
@@ -87,11 +142,14 @@ def flow_of_solution(
     """
     if pool not in ("avg", "max"):
         raise ValueError(f"`pool` must be 'avg' or 'max', got {pool!r}.")
-    if len(student) != len(teacher) or len(student) < 2 or any(x.ndim != 4 for x in (*student, *teacher)):
+    if len(student) != len(teacher) or len(student) < 2 or {x.ndim for x in (*student, *teacher)} not in ({4}, {3}):
         raise ShapeError(
-            "`flow_of_solution` needs two or more maps (batch, channels, height, width) of each, got "
-            f"{[tuple(x.shape) for x in student]} and {[tuple(x.shape) for x in teacher]}."
+            "`flow_of_solution` needs two or more maps (batch, channels, height, width) of each, or states (batch, "
+            f"tokens, features), got {[tuple(x.shape) for x in student]} and {[tuple(x.shape) for x in teacher]}."
         )
+    if student[0].ndim == 3:
+        student, teacher = _token_maps(student, mask), _token_maps(teacher, mask)
+        mask = None if mask is None else mask.flatten(1).amax(1) if mask.ndim > 1 else mask
     for s, t in zip(student, teacher, strict=True):
         check_same_shape(s[..., 0, 0], t[..., 0, 0], "flow_of_solution")
     values = []
@@ -101,6 +159,18 @@ def flow_of_solution(
         d = gs - gt
         values.append(masked_mean(d.square() if squared else torch.linalg.vector_norm(d, dim=1), mask))
     return torch.stack(values).mean()
+
+
+def _token_maps(states: Sequence[Tensor], mask: Tensor | None) -> list[Tensor]:
+    """States as maps (batch, features, tokens, 1), scaled so that means of products are over valid tokens."""
+    if mask is None:
+        return [x.mT[..., None] for x in states]
+    maps = []
+    for x in states:
+        weight = token_weights(mask, x)
+        share = safe_divide(weight, weight.mean(1, keepdim=True)).sqrt()[..., None]
+        maps.append((x.masked_fill(share <= 0, 0) * share).mT[..., None])
+    return maps
 
 
 @full_precision

@@ -23,7 +23,7 @@ from taskkd.losses.primitives import (
     spread,
 )
 
-__all__ = ["decoupled", "dist", "kl_divergence", "logit_mse", "soft_cross_entropy"]
+__all__ = ["decoupled", "dist", "generalised_jsd", "kl_divergence", "logit_mse", "soft_cross_entropy"]
 
 Direction = Literal["forward", "reverse", "jensen_shannon"]
 DIRECTIONS = get_args(Direction)
@@ -108,6 +108,53 @@ def kl_divergence(
 
 
 @full_precision
+def generalised_jsd(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    beta: float | Tensor = 0.5,
+    temperature: float | Tensor = 1.0,
+    dim: int | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`T^2 * (beta * KL(t || m) + (1 - beta) * KL(s || m))`, `m = beta * t + (1 - beta) * s`, of softmaxes over `T`.
+
+    Source: Agarwal et al. 2024, "On-Policy Distillation of Language Models" (GKD), here of given texts. The formula is
+    0 at both ends, where the divergences it tends to by direction stand instead: `KL(t || s)` for beta 0, `KL(s || t)`
+    for beta 1. At beta 0.5 it is `kl_divergence(direction="jensen_shannon")`.
+
+    Scaling: mean over every non-class dimension. The authors and trl leave out `T^2`.
+
+    Args:
+        student, teacher, temperature, dim, mask: as for `kl_divergence`; tokens that are no answer are masked.
+        beta: in [0, 1].
+
+    Raises:
+        ShapeError: shapes differ, or `dim` is missing for more than two dimensions.
+        ValueError: `temperature` is not positive, or `beta` out of range.
+
+    Example:
+        >>> import torch
+        >>> s, t = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+        >>> round(generalised_jsd(s, t, beta=0.1).item(), 4), round(generalised_jsd(s, t, beta=0.0).item(), 4)
+        (0.1286, 1.5232)
+    """
+    check_same_shape(student, teacher, "generalised_jsd")
+    check_temperature(temperature)
+    dim = _class_dim(student, dim, "generalised_jsd")
+    number = not isinstance(beta, Tensor)
+    if number and not 0 <= beta <= 1:
+        raise ValueError(f"`beta` must be in [0, 1], got {beta}.")
+    if number and 0 < beta < 1:
+        return masked_mean(softened_js(student, teacher, temperature, dim, beta), mask)
+    forward, reverse = (softened_kl(*x, temperature, dim) for x in ((student, teacher), (teacher, student)))
+    if isinstance(beta, Tensor):  # a schedule's in a compiled graph: not looked at, that would stop the device
+        between = softened_js(student, teacher, temperature, dim, beta)
+        return masked_mean(torch.where(beta == 0, forward, torch.where(beta == 1, reverse, between)), mask)
+    return masked_mean(reverse if beta == 1 else forward, mask)
+
+
+@full_precision
 def soft_cross_entropy(
     student: Tensor,
     teacher: Tensor,
@@ -120,6 +167,9 @@ def soft_cross_entropy(
 
     Same gradient as `kl_divergence`; the value has the teacher's entropy added, so it is not 0 where they agree.
     Source: Hinton et al. 2015, eq. 2 with soft targets. BYOT and TOFD use this form without the entropy taken off.
+
+    Scaling: as `kl_divergence`; TinyBERT's code (Jiao et al. 2020) is `classes * T^2` times smaller, TextBrewer's
+    `kd_ce` leaves out `T^2`.
 
     Args, returns, raises: as `kl_divergence`.
     """
@@ -136,6 +186,8 @@ def logit_mse(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -
 
     Source: Ba & Caruana 2014; the limit of `kl_divergence` for a large temperature is `logit_mse / 2` (of centred
     logits) when both sum over classes.
+
+    Scaling: TextBrewer's `kd_mse`, of logits over `T`, is `T^2` times smaller; DistilBERT's sums over classes.
 
     Args:
         student, teacher: logits of one shape.

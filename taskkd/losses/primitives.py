@@ -28,6 +28,7 @@ __all__ = [
     "l2_normalise",
     "log_softmax",
     "masked_mean",
+    "mean_of_samples",
     "pairs",
     "pairwise_distance",
     "pearson",
@@ -36,6 +37,7 @@ __all__ = [
     "softened_kl",
     "spread",
     "to_smaller",
+    "token_weights",
 ]
 
 Loss = TypeVar("Loss", bound=Callable[..., Tensor])
@@ -66,7 +68,8 @@ def full_precision(loss: Loss) -> Loss:
         for name, value in options.items():  # this call's own dictionary
             if isinstance(value, (Tensor, tuple, list)):
                 options[name] = _upcast(value)
-        kind = (student if isinstance(student, Tensor) else student[0]).device.type
+        first = student if isinstance(student, Tensor) else student[0] if len(student) else None
+        kind = "cpu" if first is None else first.device.type  # of no layers the loss itself says what it needs
         if torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
                 return loss(student, teacher, *args, **options)
@@ -138,6 +141,35 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     return safe_divide(kept.sum(), total)
 
 
+def mean_of_samples(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean over what counts of each sample, then over samples: a short one counts as much as a long one.
+
+    Args:
+        values: (batch, tokens).
+        mask: as for `masked_mean`; a sample counts with the largest of its weights, an empty one not at all.
+
+    Raises:
+        ShapeError: the mask fits neither way.
+    """
+    if mask is None:
+        return masked_mean(values)
+    check_mask(mask, values.shape)
+    weight = mask.to(values.dtype).reshape(mask.shape + (1,) * (2 - mask.ndim)).expand_as(values)
+    kept = torch.where(weight > 0, values * weight, torch.zeros_like(values))
+    return masked_mean(safe_divide(kept.sum(1), weight.sum(1)), weight.amax(1))
+
+
+def token_weights(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask over (batch, tokens) or (batch,) as weights (batch, tokens); tokens are the dimension -2 of `x`.
+
+    Raises:
+        ShapeError: the mask fits neither way.
+    """
+    shape = torch.Size((x.shape[0], x.shape[-2]))
+    check_mask(mask, shape)
+    return mask.to(x.dtype).reshape(mask.shape + (1,) * (2 - mask.ndim)).expand(shape)
+
+
 def safe_divide(x: Tensor, by: Tensor) -> Tensor:
     """`x / by` for a divisor that is not negative; `x` itself where the divisor is 0."""
     return x / torch.where(by > 0, by, torch.ones_like(by))
@@ -196,12 +228,15 @@ def to_smaller(a: Tensor, b: Tensor, pool: Literal["avg", "max"] = "avg") -> tup
     return small[0], small[1]
 
 
-def softened_js(student: Tensor, teacher: Tensor, temperature: float | Tensor, dim: int) -> Tensor:
-    """`T^2 * (KL(t || m) + KL(s || m)) / 2` with `m` the mean of both distributions, in log space throughout."""
+def softened_js(
+    student: Tensor, teacher: Tensor, temperature: float | Tensor, dim: int, beta: float | Tensor = 0.5
+) -> Tensor:
+    """`T^2 * (beta * KL(t || m) + (1 - beta) * KL(s || m))` with `m = beta * t + (1 - beta) * s`, in log space."""
     log_s, log_t = log_softmax(student, temperature, dim), log_softmax(teacher, temperature, dim)
-    log_m = torch.logaddexp(log_s, log_t) - math.log(2)
-    both = log_s.exp() * (log_s - log_m) + log_t.exp() * (log_t - log_m)
-    return both.sum(dim) * spread(temperature, student, dim) ** 2 / 2
+    logs = [x.log() if isinstance(x, Tensor) else math.log(x) for x in (1 - beta, beta)]
+    log_m = torch.logaddexp(log_s + logs[0], log_t + logs[1])
+    both = (1 - beta) * log_s.exp() * (log_s - log_m) + beta * log_t.exp() * (log_t - log_m)
+    return both.sum(dim) * spread(temperature, student, dim) ** 2
 
 
 def pearson(x: Tensor, y: Tensor, dim: int, weight: Tensor | None = None, eps: float = 1e-8) -> Tensor:

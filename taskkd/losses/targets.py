@@ -32,7 +32,7 @@ __all__ = [
     "probability_shift",
 ]
 
-Confusion = Literal["agreement", "confidence"]
+Confusion = Literal["agreement", "confidence", "cosine"]
 
 
 def _labels(teacher: Tensor, labels: Tensor, dim: int, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -116,20 +116,26 @@ def dynamic_temperature(
     by: Confusion = "agreement",
     power: float = 1.0,
     least: float = 1.0,
+    normalise: bool = True,
+    eps: float = 0.0,
 ) -> Tensor:
     """Dynamic temperature: one for each sample, lower for the confusing ones; `base + spread * (mean w - w)`.
 
     Source: Wen, Lai, Qian 2021, "Preparing Lessons: Improve Knowledge Distillation with Better Supervision", from the
     paper alone: `w`, normalised over the batch, is `(1 - <p, q>)^power` of the student's and teacher's probabilities
-    (their focal-loss style) or one over the student's largest probability (their confidence-weighted one).
+    (their focal-loss style) or one over the student's largest probability (their confidence-weighted one). TextBrewer
+    does not normalise: its FLSW, on logits, is `by="cosine", normalise=False, eps=1e-4`, its CWSM `by="confidence",
+    normalise=False, eps=1e-3`, its beta and gamma are `spread` and `power`, and nothing keeps them above 0.
 
     Args:
         student, teacher: logits (batch, classes) of one shape.
         base: the mean temperature.
         spread: how far the weights, which sum to 1 over the batch, move it; at least 0.
-        by: "agreement" of both, or the student's "confidence".
-        power: for "agreement".
+        by: "agreement" of both, their logits' "cosine" in place of `<p, q>`, or the student's "confidence".
+        power: for "agreement" and "cosine".
         least: no temperature is below it; positive.
+        normalise: False leaves the weights as they are.
+        eps: added to the norms of "cosine" and to the probability of "confidence"; not negative.
 
     Returns:
         (batch,) without gradient: the `temperature` of `kl_divergence` or `soft_cross_entropy`.
@@ -143,11 +149,18 @@ def dynamic_temperature(
         raise ShapeError(f"`dynamic_temperature` needs logits (batch, classes), got {tuple(student.shape)}.")
     if by not in get_args(Confusion):
         raise ValueError(f"`by` is one of {', '.join(get_args(Confusion))}, got {by!r}.")
-    if not (base > 0 and spread >= 0 and least > 0):
-        raise ValueError(f"`base` and `least` must be positive, `spread` at least 0, got {base}, {least}, {spread}.")
-    p, q = student.detach().softmax(1), teacher.detach().softmax(1)
-    w = (1 - (p * q).sum(1)).clamp(min=0) ** power if by == "agreement" else 1 / p.amax(1)
-    w = safe_divide(w, w.sum())
+    if not (base > 0 and spread >= 0 and least > 0 and eps >= 0):
+        raise ValueError(
+            f"`base` and `least` must be positive, `spread` and `eps` at least 0, got {base}, {least}, {spread}, {eps}."
+        )
+    p, q = student.detach(), teacher.detach()
+    if by == "cosine":
+        p, q = (safe_divide(x, torch.linalg.vector_norm(x, dim=1, keepdim=True) + eps) for x in (p, q))
+    else:
+        p, q = p.softmax(1), q.softmax(1)
+    w = 1 / (p.amax(1) + eps) if by == "confidence" else (1 - (p * q).sum(1)).clamp(min=0) ** power
+    if normalise:
+        w = safe_divide(w, w.sum())
     return (base + spread * (w.mean() - w)).clamp(min=least)
 
 

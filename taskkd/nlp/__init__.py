@@ -1,8 +1,24 @@
 """Compact BERT-family students: methods, models, data, metrics."""
 
-from taskkd.nlp.distilbert import distilbert_from_bert
-from taskkd.nlp.methods import METHODS, candidate_kl, embedding_mimic, margin_mse, patient_kd, soft_targets
-from taskkd.nlp.models import layer_taps, load_model, load_tokenizer, student_from_layers
+from taskkd.nlp.architectures import distilbert_from_bert
+from taskkd.nlp.layers import hidden_taps
+from taskkd.nlp.methods import (
+    METHODS,
+    candidate_kl,
+    cofi,
+    distilbert,
+    embedding_mimic,
+    lrc_bert,
+    margin_mse,
+    minilm,
+    minilm_v2,
+    mobilebert,
+    patient_kd,
+    soft_targets,
+    tinybert,
+    tinybert_general,
+)
+from taskkd.nlp.models import load_model, load_tokenizer, student_from_layers
 from taskkd.nlp.sentence import SentenceEncoder, load_sentence_encoder
 from taskkd.nlp.task import task_loss
 
@@ -10,15 +26,23 @@ __all__ = [
     "METHODS",
     "SentenceEncoder",
     "candidate_kl",
+    "cofi",
+    "distilbert",
     "distilbert_from_bert",
     "embedding_mimic",
-    "layer_taps",
+    "hidden_taps",
     "load_model",
     "load_sentence_encoder",
     "load_tokenizer",
+    "lrc_bert",
     "margin_mse",
+    "minilm",
+    "minilm_v2",
+    "mobilebert",
     "patient_kd",
     "soft_targets",
     "student_from_layers",
     "task_loss",
+    "tinybert",
+    "tinybert_general",
 ]

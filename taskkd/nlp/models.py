@@ -21,7 +21,6 @@ __all__ = [
     "encoder_layers",
     "is_regression",
     "label_names",
-    "layer_taps",
     "load_model",
     "load_tokenizer",
     "number_of_labels",
@@ -270,12 +269,6 @@ def encoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     raise RecipeError(f"{type(model).__name__} has no list of {count} layers to choose from.")
 
 
-def layer_taps(model: nn.Module) -> list[str]:
-    """The taps of the hidden states after each transformer layer, (batch, tokens, features)."""
-    path, layers = encoder_layers(model)
-    return [f"{path}.{i}" for i in range(len(layers))]
-
-
 def student_from_layers(
     teacher: nn.Module, layers: Sequence[int], *, architecture: Literal["distilbert"] | None = None, seed: int = 0
 ) -> nn.Module:
@@ -292,7 +285,7 @@ def student_from_layers(
     Raises:
         RecipeError: a layer is not there, the model has no list of layers, or the architecture does not fit.
     """
-    from taskkd.nlp.distilbert import distilbert_from_bert
+    from taskkd.nlp.architectures import distilbert_from_bert
     from taskkd.nlp.sentence import SentenceEncoder
 
     if isinstance(teacher, SentenceEncoder):

@@ -17,6 +17,7 @@ from taskkd.checkpoints import load_student
 from taskkd.errors import DataError, RecipeError
 from taskkd.nlp import data as text
 from taskkd.nlp import models
+from taskkd.nlp.collation import FullLength
 from taskkd.nlp.kinds import KINDS, ComparesWithTeacher, Encoding, Kind
 from taskkd.nlp.kinds.sentences import SCORED_PAIRS, texts_row
 from taskkd.nlp.kinds.sequences import task_loss
@@ -169,6 +170,11 @@ class NlpData:
     def collator(self) -> Any:
         """Pads a batch to its longest text."""
         return self.kind.collator(self.tokenizer)
+
+    @property
+    def full_length_collator(self) -> Any:
+        """Pads every batch to the longest text that there may be."""
+        return FullLength(self.collator, self.tokenizer, self.encoding.max_length)
 
     @property
     def preprocessing(self) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def test_other_families_have_layers_to_choose_from(family: str) -> None:
     extra = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
     teacher = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(family, **sizes, **extra)).eval()
     student = models.student_from_layers(teacher, [0, 2]).eval()
-    assert len(models.layer_taps(student)) == 2
+    assert len(models.encoder_layers(student)[1]) == 2
     assert student(**BATCH).logits.shape == (2, 2)
     assert patient_kd(student, teacher).stages[0].terms[1].student_taps[0].endswith("0[:, 0]")
 
@@ -75,7 +75,7 @@ def test_albert_has_no_list_of_layers() -> None:
         )
     )
     with pytest.raises(RecipeError, match="no list of 4 layers"):
-        models.layer_taps(model)
+        models.encoder_layers(model)
 
 
 def test_a_student_from_a_config_is_a_function_of_its_seed() -> None:

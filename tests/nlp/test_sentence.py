@@ -8,7 +8,7 @@ import torch
 import taskkd as kd
 from taskkd.checkpoints import load_student, save_student
 from taskkd.errors import CheckpointError, DataError, RecipeError
-from taskkd.nlp import METHODS, models
+from taskkd.nlp import METHODS, hidden_taps, models
 from taskkd.nlp.methods.candidates import candidate_scores
 from taskkd.nlp.sentence import SentenceEncoder, load_sentence_encoder
 from taskkd.nlp.similarity import Similarity
@@ -71,7 +71,7 @@ def test_students_keep_pooling_and_layers() -> None:
     student = models.student_from_layers(teacher, [0, 3])
     assert isinstance(student, SentenceEncoder)
     assert (student.pooling, student.normalise, student.max_length) == ("cls", False, 17)
-    assert models.layer_taps(student) == ["encoder.encoder.layer.0", "encoder.encoder.layer.1"]
+    assert hidden_taps(student)[1:] == ["encoder.encoder.layer.0", "encoder.encoder.layer.1"]
     assert torch.equal(
         student.encoder.encoder.layer[1].output.dense.weight, teacher.encoder.encoder.layer[3].output.dense.weight
     )

@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from taskkd import losses
-from taskkd.adapters import ABF, ChannelAssign, Conv1x1, ConvReg, Variational
+from taskkd import layer_maps, losses
+from taskkd.adapters import ABF, ChannelAssign, Conv1x1, ConvReg, Linear, Variational
 from taskkd.attention import ChannelAttention, LayerAttention
 from taskkd.contrastive import ContrastiveRelation, ContrastiveRepresentation
 from taskkd.losses import targets
 from taskkd.losses.channels import reduce_channels
+from taskkd.losses.embeddings import candidate_scores
 from taskkd.losses.features import overhaul_margin
 from taskkd.mixup import mixing_shares
 from taskkd.schedules import Progress, warmup
 from taskkd.terms import Run
+from tests.parity.end_to_end import tinybert_e2e
 
 Arrays = Mapping[str, Tensor]
 Params = Mapping[str, Any]
@@ -391,6 +393,225 @@ def uncertainty_mixup(arrays: Arrays, params: Params) -> dict[str, Tensor]:
     return {"loss": mixing_shares(params["batch_size"], turning=params["b"], steepness=params["w"])}
 
 
+def logits(arrays: Arrays) -> tuple[Tensor, Tensor]:
+    return arrays["in_student_logits"], arrays["in_teacher_logits"]
+
+
+def projected(x: Tensor, arrays: Arrays, name: str) -> Tensor:
+    """Through a linear map with the weights `w_<name>_weight` and `w_<name>_bias`."""
+    weight, bias = arrays[f"w_{name}_weight"], arrays[f"w_{name}_bias"]
+    adapter = Linear(weight.shape[1], weight.shape[0])
+    return torch.func.functional_call(adapter, {"map.weight": weight, "map.bias": bias}, (x,))
+
+
+def tinybert_intermediate(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    depth, step = params["student_layers"], params["teacher_layers"] // params["student_layers"]
+    scores, states = [], []
+    for i, j in layer_maps.uniform(depth, params["teacher_layers"]):
+        s, t = arrays[f"in_student_att_{i}"], arrays[f"in_teacher_att_{j}"]
+        scores.append(losses.attention_scores(s, t, clip=params["score_clip"]))
+    for i in range(depth + 1):
+        s, t = projected(arrays[f"in_student_hidden_{i}"], arrays, "fit_dense"), arrays[f"in_teacher_hidden_{i * step}"]
+        states.append(losses.mse(s, t))
+    att, rep = torch.stack(scores).sum(), torch.stack(states).sum()  # a term for each, all of weight 1
+    return {"loss": att + rep, "loss_att": att, "loss_rep": rep}
+
+
+def tinybert_prediction(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    student, teacher, temperature = arrays["in_student_logits"], arrays["in_teacher_logits"], params["temperature"]
+    value = losses.soft_cross_entropy(student, teacher, temperature=temperature)
+    # The authors divide by batch * classes and leave out T^2 (docstring of soft_cross_entropy).
+    return {"loss": value / student.shape[1] / temperature**2}
+
+
+def lrc_bert(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    negatives = arrays["in_negatives"] if params["negatives"] == "given" else None
+    return {"loss": losses.cosine_nce(arrays["in_student"], arrays["in_teacher"], negatives=negatives)}
+
+
+def minilm(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    names, total = {"1": "query", "2": "key", "3": "value"}, torch.zeros((), dtype=torch.float64)
+    for pair_of_ids, weight in params["relations"].items():
+        name = names[pair_of_ids[1]]
+        s, t = (projected(arrays[f"in_{who}_hidden"], arrays, f"{who}_{name}") for who in ("student", "teacher"))
+        heads, mask = params["relation_heads"], arrays["in_attention_mask"]
+        # The concatenated heads as one: they are split anew.
+        relation = losses.self_attention_relation(s[:, None], t[:, None], heads=heads, mask=mask)
+        total = total + weight * relation
+    return {"loss": total}
+
+
+def cofi(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    students = [projected(x, arrays, "transform") for x in arrays["in_student_hidden"]]
+    teachers = [arrays["in_teacher_hidden"][i] for i in params["teacher_layers"]]
+    ordered = {3: False, 4: True}[params["version"]]
+    layer = losses.dynamic_layers(students, teachers, ordered=ordered) * len(teachers)  # they sum over them
+    ce = losses.kl_divergence(*logits(arrays), temperature=params["temperature"])
+    total = params["ce_alpha"] * ce + params["layer_alpha"] * layer
+    return {"loss": total, "loss_layer": layer, "loss_ce": ce}
+
+
+def attention_mse(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    return {"loss": losses.attention_scores(*pair(arrays), mask=arrays["in_mask"])}
+
+
+def attention_mse_sum(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    heads = arrays["in_student"].shape[1]
+    # They sum scores over the heads (docstring of attention_scores).
+    return {"loss": losses.attention_scores(*pair(arrays), heads="mean", mask=arrays["in_mask"]) * heads**2}
+
+
+def attention_ce(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    return {"loss": losses.attention_cross_entropy(*pair(arrays), clip=-1e-3)}  # without a mask they clip
+
+
+def attention_ce_mean(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    options = {"heads": "mean", "keys": "all"}  # their softmax takes in the padding
+    return {"loss": losses.attention_cross_entropy(*pair(arrays), mask=arrays["in_mask"], **options)}
+
+
+def distilbert(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    student, teacher = logits(arrays)
+    labels, valid = arrays["in_lm_labels"], arrays["in_attention_mask"]
+    tokens = labels != -100 if params["restrict_ce_to_mask"] else valid
+    ce = losses.kl_divergence(student, teacher, temperature=params["temperature"], dim=-1, mask=tokens)
+    cos = losses.cosine(arrays["in_student_hidden"], arrays["in_teacher_hidden"], mask=valid)
+    predicted, true = (student, labels) if params["mlm"] else (student[:, :-1], labels[:, 1:])
+    task = F.cross_entropy(predicted.flatten(0, 1), true.flatten())
+    name = "mlm" if params["mlm"] else "clm"
+    total = params["alpha_ce"] * ce + params[f"alpha_{name}"] * task + params["alpha_cos"] * cos
+    return {"loss": total, "loss_ce": ce, "loss_cos": cos, f"loss_{name}": task}
+
+
+def distilbert_squad(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    ends = [(arrays[f"in_{end}_logits_stu"], arrays[f"in_{end}_logits_tea"]) for end in ("start", "end")]
+    ce = torch.stack([losses.kl_divergence(*end, temperature=params["temperature"]) for end in ends]).mean()
+    return {"loss": params["alpha_ce"] * ce + params["alpha_squad"] * arrays["in_hard_loss"], "loss_ce": ce}
+
+
+def gkd(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    options = {"beta": params["beta"], "temperature": params["temperature"], "dim": -1}
+    value = losses.generalised_jsd(*logits(arrays), mask=arrays["in_labels"] != -100, **options)
+    return {"loss": value / params["temperature"] ** 2}  # they leave out T^2 (docstring of generalised_jsd)
+
+
+def answers(labels: Tensor, skip_last: bool) -> Tensor:
+    """Which tokens are labelled; without the last of them, which ends the text."""
+    found = labels != -100
+    return found & (found.flip(1).cumsum(1).flip(1) > 1) if skip_last else found
+
+
+def uld(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    mask, others = (answers(arrays[f"in_{who}_labels"], params["skip_eos"]) for who in ("student", "teacher"))
+    options = {"temperature": params["temperature"], "teacher_mask": others}
+    return {"loss": losses.universal_logits(*logits(arrays), mask=mask, **options)}
+
+
+def sentence_columns(arrays: Arrays, side: str) -> list[Tensor]:
+    return [arrays[f"in_{side}_{i}"] for i in range(sum(name.startswith(f"in_{side}_") for name in arrays))]
+
+
+def embeddings(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    loss = {"mse": losses.mse, "l2": losses.euclidean, "cosine": losses.cosine}[params["metric"]]
+    students, teachers = sentence_columns(arrays, "student"), sentence_columns(arrays, "teacher")
+    if params["projection_dim"] is not None:
+        students = [projected(x, arrays, "projection") for x in students]
+    return {"loss": torch.stack([loss(s, t) for s, t in zip(students, teachers, strict=True)]).mean()}
+
+
+def margin_mse(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    query, *candidates = (arrays[f"in_student_{i}"] for i in range(params["negatives"] + 2))
+    return {"loss": losses.margin_mse(candidate_scores(query, candidates), arrays["in_teacher_margin"])}
+
+
+def ranking(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    query, *candidates = sentence_columns(arrays, "student")
+    scores = candidate_scores(query, candidates), arrays["in_teacher_scores"]
+    return {"loss": losses.kl_divergence(*scores, temperature=params["temperature"])}
+
+
+def masked_cosine(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    return {"loss": losses.cosine(*pair(arrays), mask=arrays["in_mask"])}
+
+
+def hidden_mse(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    return {"loss": losses.mse(*pair(arrays), mask=arrays["in_mask"])}
+
+
+def token_flow(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    students, teachers = sentence_columns(arrays, "student"), sentence_columns(arrays, "teacher")
+    return {"loss": losses.flow_of_solution(students, teachers)}
+
+
+def token_similarity(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    students, teachers = sentence_columns(arrays, "student"), sentence_columns(arrays, "teacher")
+    return {"loss": losses.token_similarity(students, teachers)}
+
+
+def textbrewer_kd_ce(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    # They leave out T^2, which with one temperature for each sample is a weight of each (docstring of kl_divergence).
+    temperature = arrays["in_temperature"]
+    weight = (temperature**-2).expand(len(arrays["in_student_logits"]))
+    value = losses.soft_cross_entropy(*logits(arrays), temperature=temperature, mask=weight)
+    return {"loss": value * weight.mean()}
+
+
+def textbrewer_kd_mse(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    return {"loss": losses.logit_mse(*logits(arrays)) / params["temperature"] ** 2}  # docstring of logit_mse
+
+
+def textbrewer_pkd(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    student, teacher = (x[:, :1] for x in pair(arrays))  # [CLS] as the one layer
+    return {"loss": losses.patience(student, teacher) * student.shape[2]}  # they sum over features
+
+
+def probability_shift(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    return {"loss": targets.probability_shift(arrays["in_teacher_logits"], arrays["in_labels"])}
+
+
+def flsw(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    options = {"base": params["base"], "spread": params["beta"], "power": params["gamma"]}
+    value = targets.dynamic_temperature(*logits(arrays), by="cosine", normalise=False, eps=1e-4, **options)
+    return {"loss": value}
+
+
+def cwsm(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    options = {"base": params["base"], "spread": params["beta"]}
+    value = targets.dynamic_temperature(*logits(arrays), by="confidence", normalise=False, eps=1e-3, **options)
+    return {"loss": value}
+
+
+def textbrewer_match(match: Mapping[str, Any], arrays: Arrays, number: int) -> tuple[str, Tensor]:
+    """Its name there and its value; `number` is that of its projection."""
+    mask, several = arrays["in_mask"], isinstance(match["layer_S"], list)
+    kind = {"attention": "att", "hidden": "hidden"}[match["feature"]]
+    layers = [match[f"layer_{side}"] if several else [match[f"layer_{side}"]] for side in "ST"]
+    s, t = (
+        [arrays[f"in_{who}_{kind}_{i}"] for i in of] for who, of in zip(("student", "teacher"), layers, strict=True)
+    )
+    if "proj" in match:
+        s = [projected(x, arrays, f"proj{number}") for x in s]
+    value = {
+        "hidden_mse": lambda: losses.mse(s[0], t[0], mask=mask),
+        "mmd": lambda: losses.token_similarity(s, t, mask=mask),
+        "attention_mse": lambda: losses.attention_scores(s[0], t[0], mask=mask),
+    }[match["loss"]]()
+    name = "_".join("-".join(map(str, of)) for of in layers)
+    return f"loss_unweighted_{match['feature']}_{match['loss']}_{name}", value
+
+
+def textbrewer(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    temperature, hard = params["temperature"], arrays["in_hard_loss"]
+    soft = losses.soft_cross_entropy(*logits(arrays), temperature=temperature, dim=-1, mask=arrays["in_mask"])
+    soft = soft / temperature**2  # they leave it out
+    total = params["kd_loss_weight"] * soft + params["hard_label_weight"] * hard
+    found = {"loss_unweighted_kd_loss": soft, "loss_unweighted_hard_label_loss": hard}
+    for number, match in enumerate(params["matches"]):
+        name, value = textbrewer_match(match, arrays, number)
+        found[name], total = value, total + match["weight"] * value
+    return {"loss": total, **found}
+
+
 ADAPTERS: dict[str, Callable[[Arrays, Params], Mapping[str, Tensor]]] = {
     "core/ab": activation_boundaries,
     "core/afd": attention_based_features,
@@ -440,6 +661,34 @@ ADAPTERS: dict[str, Callable[[Arrays, Params], Mapping[str, Tensor]]] = {
     "face/fr_rkd": rkd,
     "face/fr_sp": fr_sp,
     "face/pkt": pkt,
+    "nlp/cofi_layer": cofi,
+    "nlp/distilbert": distilbert,
+    "nlp/distilbert_squad": distilbert_squad,
+    "nlp/gkd_jsd": gkd,
+    "nlp/lrc_cos_nce": lrc_bert,
+    "nlp/minilmv2": minilm,
     "nlp/pkd_distillation": pkd_distillation,
     "nlp/pkd_patience": pkd_patience,
+    "nlp/st_distill_kldiv": ranking,
+    "nlp/st_embed_distill": embeddings,
+    "nlp/st_margin_mse": margin_mse,
+    "nlp/tinybert_e2e": tinybert_e2e,
+    "nlp/textbrewer_attention_ce": attention_ce,
+    "nlp/textbrewer_attention_ce_mean": attention_ce_mean,
+    "nlp/textbrewer_attention_mse": attention_mse,
+    "nlp/textbrewer_attention_mse_sum": attention_mse_sum,
+    "nlp/textbrewer_cos": masked_cosine,
+    "nlp/textbrewer_fsp": token_flow,
+    "nlp/textbrewer_general": textbrewer,
+    "nlp/textbrewer_hidden_mse": hidden_mse,
+    "nlp/textbrewer_kd_ce": textbrewer_kd_ce,
+    "nlp/textbrewer_kd_mse": textbrewer_kd_mse,
+    "nlp/textbrewer_mmd": token_similarity,
+    "nlp/textbrewer_pkd": textbrewer_pkd,
+    "nlp/textbrewer_probability_shift": probability_shift,
+    "nlp/textbrewer_temperature_cwsm": cwsm,
+    "nlp/textbrewer_temperature_flsw": flsw,
+    "nlp/tinybert_intermediate": tinybert_intermediate,
+    "nlp/tinybert_prediction": tinybert_prediction,
+    "nlp/uld": uld,
 }

@@ -97,6 +97,7 @@ def test_equals_the_authors_code(path: Path) -> None:
 def classifier(labels: int, layers: int = 2, hidden: int = 8) -> Any:
     """What the NLP methods look at: a config and a list of layers."""
     model = torch.nn.Module()
+    model.embeddings = torch.nn.Identity()
     model.encoder = torch.nn.ModuleList(torch.nn.Identity() for _ in range(layers))
     model.config = SimpleNamespace(
         num_labels=labels, num_hidden_layers=layers, hidden_size=hidden, problem_type=None, id2label={}

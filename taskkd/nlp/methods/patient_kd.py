@@ -9,8 +9,9 @@ from torch import nn
 
 from taskkd import layer_maps, losses
 from taskkd.errors import RecipeError, TaskkdError
+from taskkd.nlp.layers import hidden_taps
 from taskkd.nlp.methods.logit_terms import classes, logit_terms
-from taskkd.nlp.models import check_same_labels, layer_taps
+from taskkd.nlp.models import check_same_labels
 from taskkd.stages import Method, Stage
 from taskkd.terms import Match
 
@@ -69,7 +70,7 @@ def patient_kd(
         RecipeError: layers, labels or hidden sizes do not fit.
     """
     check_same_labels(student, teacher)
-    own, others = layer_taps(student), layer_taps(teacher)
+    own, others = hidden_taps(student)[1:], hidden_taps(teacher)[1:]
     if teacher_layers is None:
         chosen = patient_layers(len(own), len(others), layers)
     else:

@@ -5,8 +5,8 @@ import torch
 import transformers
 
 from taskkd.errors import RecipeError
-from taskkd.nlp import models
-from taskkd.nlp.distilbert import distilbert_from_bert
+from taskkd.nlp import hidden_taps, models
+from taskkd.nlp.architectures import distilbert_from_bert
 from taskkd.nlp.sentence import SentenceEncoder
 from tests import tiny
 
@@ -58,7 +58,7 @@ def test_layers_are_chosen_and_the_classifiers_head_is_a_function_of_the_seed() 
     layer = student.distilbert.transformer.layer[1]
     assert torch.equal(layer.attention.k_lin.weight, teacher.bert.encoder.layer[3].attention.self.key.weight)
     assert layer.attention.k_lin.weight.data_ptr() != teacher.bert.encoder.layer[3].attention.self.key.weight.data_ptr()
-    assert models.layer_taps(student) == ["distilbert.transformer.layer.0", "distilbert.transformer.layer.1"]
+    assert hidden_taps(student)[1:] == ["distilbert.transformer.layer.0", "distilbert.transformer.layer.1"]
     before = torch.random.get_rng_state()
     heads = [
         models.student_from_layers(teacher, [0], architecture="distilbert", seed=s).classifier.weight for s in (0, 0, 1)
