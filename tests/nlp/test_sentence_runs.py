@@ -217,3 +217,12 @@ def test_one_call(tmp_path: Path, teacher: Path) -> None:
         processing_class=tiny.tokenizer(),
     )  # fmt: skip
     assert held.report["metric"] == "pairwise_spearman"
+
+
+@pytest.mark.slow
+def test_a_real_student_of_three_layers(tmp_path: Path) -> None:
+    """Acceptance B3: one epoch on 4,500 sentences raises the pairwise Spearman by .05 or more."""
+    torch.set_num_threads(1)
+    loaded = recipes.load_recipe("nlp/sentence-embedding", ["training.epochs=1"])
+    found = values(runs.run_recipe(loaded, tmp_path / "run", say=lambda _: None))
+    assert found["distilled"] >= found["undistilled"] + 0.05
