@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch.utils.data import Dataset
@@ -44,6 +45,12 @@ class Augmented(Dataset[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Start an epoch."""
         self._epoch.fill_(epoch)
+
+    def with_seed(self, seed: int) -> Self:
+        """The same with another seed, and epochs of its own."""
+        other = copy.copy(self)
+        other.seed, other._epoch = seed, self._epoch.clone().share_memory_()
+        return other
 
     def __len__(self) -> int:
         return len(self.dataset)

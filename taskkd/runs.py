@@ -409,7 +409,7 @@ def distill(
         baseline: whether the student alone is trained as well, for comparison.
         seeds: one run each.
         **data: what else the task's data takes; for nlp `processing_class`, `text`, `label`, `test`, `unlabelled`,
-            `max_length` (see `taskkd.nlp.given.GivenTask`).
+            `max_length`, `stride`, `no_answer`, `masking`, `mask_share` (see `taskkd.nlp.given.GivenTask`).
 
     Raises:
         TaskkdError: of the kind that says what is wrong.

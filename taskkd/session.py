@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import nn
 
+from taskkd.augmentation import Augmented
 from taskkd.caches import Cached
 from taskkd.checkpoints import hand_on, save_state
 from taskkd.errors import RecipeError
@@ -181,6 +182,8 @@ class Session:
             if training.dropout is not None:
                 set_dropout(student, training.dropout)
             table = self.data.train if train is None else train
+            if isinstance(table, Augmented):
+                table = table.with_seed(seed)
             args = training_arguments(folder, training, seed, metric if judged else None)
             # Short epochs are logged as well: at least once each.
             args.logging_steps = max(1, min(10, len(table) // (training.batch_size * training.accumulation)))

@@ -93,13 +93,38 @@ def test_the_python_runs(folder: Path, number: int) -> None:
 
 def test_the_recipe_of_the_docs_runs(folder: Path) -> None:
     text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
-    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    block = re.findall(r"```yaml\n(.*?)```", text.partition("## Kinds of tasks")[0], re.S)[0]
     (folder / "terms.yaml").write_text(block)
     from taskkd import runs
 
     result = runs.run_recipe(recipes.load_recipe("terms.yaml"), folder / "run", say=lambda _: None)
     history = result.report["distilled"]["distilled"]["0"]["history"]
     assert {"loss_task", "loss_logits", "loss_hidden", "loss_early", "loss_relations"} <= set(history[0])
+
+
+@pytest.mark.parametrize("kind", ["token_classification", "question_answering", "masked_lm"])
+def test_the_recipe_of_every_kind_runs(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from taskkd import runs
+    from tests.nlp import people
+
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text().partition("## Kinds of tasks")[2]
+    (block,) = [b for b in re.findall(r"```yaml\n(.*?)```", text, re.S) if f"type: {kind}" in b]
+    (tmp_path / "my.yaml").write_text(block)
+    recipe = recipes.load_recipe("my.yaml")
+    people.save_teacher(kind, tmp_path / recipe.teacher.model)
+    files = [f for f in recipe.data.files.model_dump().values() if f]
+    for seed, name in enumerate(files):
+        people.write(kind, tmp_path, Path(name).stem, people.facts(60, seed))
+    result = runs.run_recipe(recipe, tmp_path / "run", say=lambda _: None)
+    assert result.report["distilled"]["distilled"]["0"]["history"][0]["loss_logits"] >= 0
+
+
+def test_every_kind_is_in_the_docs() -> None:
+    from taskkd.nlp.kinds import KINDS
+
+    text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text().partition("## Kinds of tasks")[2]
+    assert re.findall(r"^\| `(\w+)` \| [`]", text, re.M) == list(KINDS)
 
 
 def test_every_schedule_of_the_docs_is_one() -> None:

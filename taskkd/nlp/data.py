@@ -11,11 +11,13 @@ import gzip
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeAlias
+
+import numpy as np
 
 from taskkd.errors import DataError, nearest
 
@@ -23,9 +25,11 @@ __all__ = [
     "Reader",
     "Row",
     "Splits",
+    "as_table",
     "columns_of",
     "holdout",
     "hub_rows",
+    "joined",
     "read_rows",
     "sentiment_rows",
     "text_row",
@@ -363,3 +367,38 @@ def tokenized(
     columns["labels"] = [encode_label(r, names) for r in rows]
     columns["id"] = list(range(first_id, first_id + len(rows)))
     return datasets.Dataset.from_dict(columns)
+
+
+#: columns of tokens whose numbers are small, or fit four bytes
+BYTES = frozenset(("attention_mask", "token_type_ids", "context_mask", "word_mask", "special_tokens_mask"))
+NUMBERS = frozenset(("input_ids", "labels"))
+
+
+def as_table(chunks: Iterable[Mapping[str, Sequence[Any]]], first_id: int = 0) -> Any:
+    """Columns, a piece of the data at a time, as one `datasets.Dataset` with `id`s; those of tokens are kept small.
+
+    Args:
+        chunks: at least one, with the same columns.
+        first_id: ids count up from here.
+    """
+    import datasets
+
+    kinds = {**dict.fromkeys(BYTES, np.int8), **dict.fromkeys(NUMBERS, np.int32)}
+    tables = []
+    for chunk in chunks:
+        columns = {k: [np.array(v, kinds[k]) for v in vs] if k in kinds else vs for k, vs in chunk.items()}
+        ids = range(first_id, first_id + len(next(iter(columns.values()))))
+        tables.append(datasets.Dataset.from_dict({**columns, "id": list(ids)}))
+        first_id = ids.stop
+    return tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
+
+
+def joined(first: Any, second: Any) -> Any:
+    """Two tables as one, with the columns that both have; where their types differ, with the first one's."""
+    import datasets
+
+    shared = [c for c in first.column_names if c in second.column_names]
+    first, second = first.select_columns(shared), second.select_columns(shared)
+    if first.features != second.features:
+        second = second.cast(first.features)
+    return datasets.concatenate_datasets([first, second])

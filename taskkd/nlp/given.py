@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -36,6 +37,7 @@ class GivenTask(NlpTask):
         text, label: columns; None: those of the kind of task, "text" and "label" for classification.
         max_length: texts are cut to it; None: that of the kind (128 for classification), or what the model takes if
             that is less.
+        stride, no_answer, masking, mask_share: as in a recipe's data.
 
     Raises:
         RecipeError: the tokenizer is missing, or student and teacher differ in labels.
@@ -55,24 +57,35 @@ class GivenTask(NlpTask):
         text: str | Sequence[str] | None = None,
         label: str | None = None,
         max_length: int | None = None,
+        stride: int | None = None,
+        no_answer: bool = False,
+        masking: Literal["dynamic", "static"] = "dynamic",
+        mask_share: float = 0.15,
     ) -> None:
         teacher = str(teacher) if isinstance(teacher, Path) else teacher
         if isinstance(student, str | Path):
             student = models.load_model(str(student))
-        if processing_class is None:
-            if not isinstance(teacher, str):
-                raise RecipeError("give the tokenizer as processing_class=..., the teacher is a module.")
-            processing_class = models.load_tokenizer(teacher)
+        if processing_class is None and not isinstance(teacher, str):
+            raise RecipeError("give the tokenizer as processing_class=..., the teacher is a module.")
         self._teacher = models.load_model(teacher) if isinstance(teacher, str) else teacher
         self._student = (
             student if isinstance(student, nn.Module) else models.student_from_layers(self._teacher, list(student))
         )
         models.check_same_labels(self._student, self._teacher)
         self._kind = kind = kind_of(self._teacher)
+        if processing_class is None:
+            processing_class = models.load_tokenizer(str(teacher), kind.tokenizer_options)
         self._columns = (text or kind.text, label or kind.label)
         self._names = models.label_names(self._teacher)
         max_length = fitting_length(max_length, processing_class, kind.max_length)
-        self._encoding = Encoding(max_length, pairs=not isinstance(self._columns[0], str))
+        self._encoding = Encoding(
+            max_length,
+            pairs=not isinstance(self._columns[0], str),
+            stride=stride,
+            no_answer=no_answer,
+            masking=masking,
+            mask_share=mask_share,
+        )
         self._tokenizer, self._next = processing_class, 0
         train = self._read(train, labelled=True)
         if eval is None:
@@ -148,8 +161,10 @@ class GivenTask(NlpTask):
             if hasattr(t, "column_names")
         }
         files = {k: v for k, v in data.items() if k in ("train", "validation", "test", "unlabelled")}
+        encoding = asdict(self._encoding)
+        del encoding["pairs"], encoding["seed"]
         return {
-            "data": {"files": files, "type": self._kind.name, "max_length": self._encoding.max_length},
+            "data": {"files": files, "type": self._kind.name, **encoding},
             "teacher": {"model": f"given:{weights_sha256(self._teacher)[:16]}"},
             "student": {"model": f"given:{weights_sha256(self._student)[:16]}"},
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -38,9 +39,7 @@ class Head:
     @property
     def title(self) -> str:
         """For errors, as "token classification"."""
-        return {"ForMaskedLM": "masked language modelling", "SentenceEncoder": "sentence embeddings"}.get(
-            self.suffix, "".join(f" {c.lower()}" if c.isupper() else c for c in self.suffix.removeprefix("For")).strip()
-        )
+        return " ".join(re.findall("[A-Z][a-z]+|[A-Z]+", self.suffix.removeprefix("For"))).lower()
 
 
 SEQUENCE = Head("ForSequenceClassification", labelled=True)

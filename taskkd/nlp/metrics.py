@@ -1,4 +1,4 @@
-"""Streaming metrics: classification from a confusion matrix, regression from the predictions."""
+"""Streaming metrics: classification from a confusion matrix, regression from the predictions, masked tokens."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-__all__ = ["Classification", "Regression", "spearman"]
+__all__ = ["Classification", "MaskedTokens", "Regression", "spearman"]
 
 
 class Classification:
@@ -96,6 +97,41 @@ class Regression:
 def spearman(x: Tensor, y: Tensor) -> float:
     """Spearman's rank correlation of two rows of numbers, mean ranks for ties; 0 where undefined."""
     return _correlation(_ranks(x.double()), _ranks(y.double())) if len(x) else 0.0
+
+
+class MaskedTokens:
+    """Accuracy and perplexity at the masked tokens, those with a label that is not -100."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        #: sum of the cross-entropies, tokens that are right, all masked tokens
+        self.sums = torch.zeros(3, dtype=torch.float64)
+
+    def update(self, output: Any, batch: Mapping[str, Any]) -> None:
+        """Count one batch: `output.logits` (batch, tokens, vocabulary) against `batch["labels"]` (batch, tokens)."""
+        known = batch["labels"] >= 0
+        logits, labels = output["logits"].detach()[known].float(), batch["labels"][known]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        right = (logits.argmax(-1) == labels).sum()
+        self.sums += torch.tensor([loss.item(), right.item(), len(labels)], dtype=torch.float64)
+
+    def state(self) -> Tensor:
+        """The three sums."""
+        return self.sums
+
+    def merge(self, states: Sequence[Tensor]) -> None:
+        """Take the total of all processes' sums."""
+        self.sums = torch.stack(list(states)).sum(0)
+
+    def compute(self) -> dict[str, float]:
+        """`accuracy` in [0, 1] and `perplexity`; 0 where nothing was masked."""
+        loss, right, count = self.sums.tolist()
+        if not count:
+            return {"accuracy": 0.0, "perplexity": 0.0}
+        return {"accuracy": right / count, "perplexity": math.exp(min(loss / count, 700.0))}
 
 
 def _correlation(x: Tensor, y: Tensor) -> float:

@@ -13,12 +13,13 @@ from torch import nn
 
 from taskkd.caches import file_sha256
 from taskkd.errors import DataError, RecipeError
-from taskkd.nlp.heads import MASKED_LM, SENTENCE, SEQUENCE, Head, head_of, head_of_checkpoint
+from taskkd.nlp.heads import MASKED_LM, SENTENCE, SEQUENCE, TOKENS, Head, head_of, head_of_checkpoint
 from taskkd.taps import accepted_arguments
 
 __all__ = [
     "check_same_labels",
     "encoder_layers",
+    "forward",
     "is_regression",
     "label_names",
     "load_model",
@@ -26,7 +27,6 @@ __all__ = [
     "number_of_labels",
     "pretrained",
     "resolve",
-    "run",
     "same_order",
     "student_from_config",
     "student_from_layers",
@@ -88,15 +88,15 @@ def pretrained(auto: Any, source: str, *, seed: int = 0, **options: Any) -> Any:
         return _from_pretrained(auto, source, **options)
 
 
-def load_tokenizer(source: str) -> Any:
-    """The tokenizer of a hub name, a path or a package's folder.
+def load_tokenizer(source: str, options: Mapping[str, Any] | None = None) -> Any:
+    """The tokenizer of a hub name, a path or a package's folder; `options` are its own.
 
     Raises:
         DataError: there is none.
     """
     from transformers import AutoTokenizer
 
-    return _from_pretrained(AutoTokenizer, resolve(source))
+    return _from_pretrained(AutoTokenizer, resolve(source), **(options or {}))
 
 
 def load_model(
@@ -135,6 +135,8 @@ def load_model(
     if head is saved and options.get("num_labels", found.num_labels) != found.num_labels:
         wanted = f"has {len(labels)}: {', '.join(labels)}" if labels else "is regression (one number)"
         raise DataError(f"model {source!r} is a classifier of {found.num_labels} labels, the data {wanted}.")
+    if saved is not None and saved is not head:  # a classifier of something else is no start for this one
+        options["ignore_mismatched_sizes"] = True
     auto = getattr(transformers, f"AutoModel{head.suffix}")
     model: nn.Module = pretrained(auto, folder, seed=seed, dtype=torch.float32, **options)
     return model
@@ -158,6 +160,8 @@ def same_order(source: str, names: Sequence[str], *, trained: bool, head: Head =
         return []
     config = _from_pretrained(AutoConfig, resolve(source))
     known = [str(config.id2label[i]) for i in sorted(config.id2label or {})]
+    if trained and head is TOKENS and head_of_checkpoint(config) is head and set(names) < set(known):
+        return known  # a small training file need not have every tag
     if head_of_checkpoint(config) is not head or len(known) != len(names):
         return list(names)  # a fresh head, or a number of labels that `load_model` refuses
     if sorted(known) == sorted(names):
@@ -222,9 +226,8 @@ def label_names(model: Any) -> list[str]:
     return [str(model.config.id2label[i]) for i in range(number_of_labels(model))]
 
 
-def run(model: Any, tokenizer: Any, first: Sequence[str], second: Sequence[str] | None, *, max_length: int) -> Any:
-    """The output of a model for these texts (or pairs), without gradient."""
-    batch = tokenizer(first, second, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+def forward(model: Any, batch: Mapping[str, Any]) -> Any:
+    """The output of a model for what it takes of a batch, without gradient."""
     with torch.no_grad():
         return model(**accepted_arguments(model.forward)(batch))
 

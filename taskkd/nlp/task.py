@@ -21,6 +21,7 @@ from taskkd.nlp.collation import FullLength
 from taskkd.nlp.kinds import KINDS, ComparesWithTeacher, Encoding, Kind
 from taskkd.nlp.kinds.sentences import SCORED_PAIRS, texts_row
 from taskkd.nlp.kinds.sequences import task_loss
+from taskkd.nlp.masking import Masked
 from taskkd.nlp.methods import METHODS
 from taskkd.nlp.sentence import SentenceEncoder, load_sentence_encoder
 from taskkd.schema import Model, Recipe, TeacherConfig
@@ -28,6 +29,16 @@ from taskkd.schema import Model, Recipe, TeacherConfig
 __all__ = ["NlpData", "NlpRecipe", "task_loss"]
 
 Size = int | float
+#: what the embedded sample has labels for
+SAMPLE_TYPES = ("classification", "regression", "masked_lm", "sentence_embedding")
+#: keys of `Data` that are of one type
+OWNED = {
+    "stride": "question_answering",
+    "no_answer": "question_answering",
+    "masking": "masked_lm",
+    "mask_share": "masked_lm",
+    "scored_pairs": "sentence_embedding",
+}
 
 
 class Files(Model):
@@ -74,12 +85,18 @@ class Data(Model):
     files: Files | None = None
     sample: Sample | None = None
     hub: Hub | None = None
-    type: Literal["classification", "regression", "sentence_embedding"] = "classification"
+    type: Literal[
+        "classification", "regression", "token_classification", "question_answering", "masked_lm", "sentence_embedding"
+    ] = "classification"
     text: str | list[str] = ""  # what is left out is as `type` has it
     label: str = ""
     labels: list[str] | None = None
     scored_pairs: ScoredPairs | None = None  # sentence_embedding: what is validated and tested on
     max_length: int | None = Field(None, ge=2)  # None: as `type` has it, or what the teacher takes if that is less
+    stride: int | None = Field(None, ge=0)  # tokens that windows of a context share; None: a third of max_length
+    no_answer: bool = False
+    masking: Literal["dynamic", "static"] = "dynamic"
+    mask_share: float = Field(0.15, gt=0, lt=1)
     train_size: int | None = Field(None, ge=1)
     validation_size: Size = Field(0.1, gt=0)
     test_size: Size = Field(0.1, gt=0)
@@ -93,9 +110,14 @@ class Data(Model):
         several = self.type == "sentence_embedding"
         if isinstance(self.text, list) and (len(self.text) < 2 or (len(self.text) > 2 and not several)):
             raise ValueError("text takes one column, or a list of two for pairs")
-        if self.scored_pairs is not None and not several:
-            raise ValueError("scored_pairs are for type: sentence_embedding")
-        self.text, self.label = self.text or self.kind.text, self.label or self.kind.label
+        if self.sample is not None and self.type not in SAMPLE_TYPES:
+            raise ValueError(f"the embedded sample is for {', '.join(SAMPLE_TYPES)}, not for {self.type}")
+        for key, owner in OWNED.items():
+            if self.type != owner and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is for the type {owner}, not for {self.type}")
+        own = self.kind.text
+        self.text = self.text or (own if isinstance(own, str) else list(own))
+        self.label = self.label or self.kind.label
         return self
 
     @property
@@ -145,6 +167,17 @@ class NlpRecipe(Recipe):
             raise ValueError(f"teacher.finetune: {self.data.type} has no labels to fine-tune on")
         return self
 
+    @model_validator(mode="after")
+    def _no_cache_of_random_masks(self) -> NlpRecipe:
+        if self.data.type == "masked_lm" and self.data.masking == "dynamic" and self.teacher.cache is not None:
+            if "cache" in self.teacher.model_fields_set:
+                raise ValueError(
+                    "the teacher cannot be cached, as masks are drawn anew in each epoch: say `cache: null` in "
+                    "teacher, or `masking: static` in data"
+                )
+            self.teacher.cache = None
+        return self
+
 
 @dataclass
 class NlpData:
@@ -162,9 +195,13 @@ class NlpData:
     @property
     def everything(self) -> Any:
         """Labelled and unlabelled training text as one data set."""
-        import datasets
-
-        return self.train if self.unlabelled is None else datasets.concatenate_datasets([self.train, self.unlabelled])
+        if self.unlabelled is None:
+            return self.train
+        if isinstance(self.train, Masked):
+            return Masked(
+                text.joined(self.train.dataset, self.unlabelled.dataset), self.train.transform, seed=self.train.seed
+            )
+        return text.joined(self.train, self.unlabelled)
 
     @property
     def collator(self) -> Any:
@@ -217,7 +254,7 @@ class NlpTask:
         names = models.same_order(
             recipe.teacher.model, names, trained=recipe.teacher.finetune is None, head=kind.head
         )  # fmt: skip
-        tokenizer = models.load_tokenizer(recipe.teacher.model)
+        tokenizer = models.load_tokenizer(recipe.teacher.model, kind.tokenizer_options)
         encoding = encoding_of(config, tokenizer)
         start, tables = 0, {}
         for part in ("train", "unlabelled", "validation", "test"):
@@ -340,7 +377,15 @@ def encoding_of(config: Data, tokenizer: Any) -> Encoding:
         RecipeError: `max_length` is more than the model has positions.
     """
     length = fitting_length(config.max_length, tokenizer, config.kind.max_length)
-    return Encoding(length, pairs=isinstance(config.text, list), seed=config.split_seed)
+    return Encoding(
+        length,
+        pairs=isinstance(config.text, list),
+        seed=config.split_seed,
+        stride=config.stride,
+        no_answer=config.no_answer,
+        masking=config.masking,
+        mask_share=config.mask_share,
+    )
 
 
 def fitting_length(asked: int | None, tokenizer: Any, default: int = 128) -> int:

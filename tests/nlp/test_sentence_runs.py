@@ -122,7 +122,7 @@ def test_scored_pairs_decide(recipe: Path, tmp_path: Path, teacher: Path) -> Non
         run(recipe, tmp_path / "other", *scored)
     with pytest.raises(DataError, match="scored_pairs are what is evaluated on; there is other validation data too"):
         run(recipe, tmp_path / "another", *scored, f"data.files.validation={tmp_path}/train.csv")
-    with pytest.raises(RecipeError, match="scored_pairs are for type: sentence_embedding"):
+    with pytest.raises(RecipeError, match="scored_pairs is for the type sentence_embedding, not for classification"):
         recipes.load_recipe(recipe, [*scored, "data.type=classification"])
 
 
@@ -194,7 +194,7 @@ def test_a_plan(recipe: Path) -> None:
 def test_what_cannot_be_done_ends_in_a_sentence(recipe: Path, tmp_path: Path, teacher: Path) -> None:
     with pytest.raises(RecipeError, match=r"teacher\.finetune: sentence_embedding has no labels to fine-tune on"):
         recipes.load_recipe(recipe, ["teacher.finetune={}"])
-    with pytest.raises(RecipeError, match="sentence embeddings have no logits to compare; the method embedding_mimic"):
+    with pytest.raises(RecipeError, match="a sentence encoder has no logits to compare; the method embedding_mimic"):
         run(recipe, tmp_path / "run", "method={name: soft_targets}")
     alike = load_sentence_encoder(str(teacher))
     torch.nn.init.zeros_(alike.encoder.encoder.layer[3].output.LayerNorm.weight)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -25,12 +25,20 @@ class Encoding:
     Args:
         max_length: in tokens, special ones included.
         pairs: whether there are two texts a sample.
-        seed: of what is drawn at random (masks).
+        seed: of masks that are fixed.
+        stride: question answering: tokens that neighbouring windows of a context share; None: a third of `max_length`.
+        no_answer: question answering: whether questions may have no answer.
+        masking: masked language modelling: "dynamic", anew in each epoch, or "static".
+        mask_share: masked language modelling: of the tokens that are masked.
     """
 
     max_length: int
     pairs: bool = False
     seed: int = 0
+    stride: int | None = None
+    no_answer: bool = False
+    masking: Literal["dynamic", "static"] = "dynamic"
+    mask_share: float = 0.15
 
 
 @runtime_checkable
@@ -54,14 +62,16 @@ class Kind(Protocol):
         text, label: the columns of the data, unless the recipe says others.
         max_length: in tokens, unless the recipe says another.
         readers: of file formats beside those that all kinds read, by suffix.
+        tokenizer_options: with which tokenizers are loaded.
     """
 
     name: str
     head: Head
-    text: str | list[str]
+    text: str | tuple[str, str]
     label: str
     max_length: int
     readers: Mapping[str, Reader]
+    tokenizer_options: Mapping[str, Any]
 
     def row(self, entry: Mapping[str, Any], text: str | Sequence[str], label: str | None, where: str) -> Row:
         """One sample from a mapping of columns; `label=None`: unlabelled.

@@ -16,6 +16,7 @@ from taskkd.nlp import data, heads, models
 from taskkd.nlp.collation import Collator
 from taskkd.nlp.data import Reader, Row
 from taskkd.nlp.kinds.base import Encoding, Prediction, Table
+from taskkd.nlp.masking import text_lines
 from taskkd.nlp.similarity import Similarity, pairwise_cosines
 
 __all__ = ["SCORED_PAIRS", "SENTENCE_EMBEDDING", "SentenceKind", "TextsCollator", "texts_row"]
@@ -60,10 +61,11 @@ class SentenceKind:
 
     name = "sentence_embedding"
     head = heads.SENTENCE
-    text: str | list[str] = "text"
+    text: str | tuple[str, str] = "text"
     label = "score"
     max_length = 128
-    readers: Mapping[str, Reader] = {}
+    readers: Mapping[str, Reader] = {".txt": text_lines}
+    tokenizer_options: Mapping[str, Any] = {}
 
     def __init__(self, *, scored: bool = False) -> None:
         self.scored = scored
@@ -162,8 +164,10 @@ class SentenceKind:
         """(embedding as a JSON list, None, text) of each text; (cosine, None, line) of two, tab-separated."""
         for line in inputs:
             texts = line.split("\t", 1)
-            output = models.run(student, tokenizer, texts, None, max_length=encoding.max_length)
-            embedding = output["sentence_embedding"]
+            batch = tokenizer(
+                texts, truncation=True, max_length=encoding.max_length, padding=True, return_tensors="pt"
+            )  # fmt: skip
+            embedding = models.forward(student, batch)["sentence_embedding"]
             if len(texts) == 2:
                 first, second = l2_normalise(embedding)
                 yield f"{float(first @ second):.4f}", None, line

@@ -47,6 +47,8 @@ def adopt_labels(table: Table, label: str | None, unlabelled: Any) -> Table:
     Raises:
         DataError: there is neither such a column nor `labels`.
     """
+    import datasets
+
     if label is None:
         table = table.remove_columns([c for c in ("labels",) if c in table.column_names])
         return table.add_column("labels", [unlabelled] * len(table))
@@ -54,6 +56,8 @@ def adopt_labels(table: Table, label: str | None, unlabelled: Any) -> Table:
         table = table.rename_column(label, "labels")
     if "labels" not in table.column_names:
         raise DataError(f"a tokenized data set needs the column 'labels' or {label!r}; it has {table.column_names}.")
+    if isinstance(table.features["labels"], datasets.ClassLabel):  # which has no -100
+        table = table.cast_column("labels", datasets.Value("int64"))
     return table
 
 
@@ -61,10 +65,11 @@ class SequenceKind:
     """Classification, or with `name="regression"` regression, of one text or two."""
 
     head = heads.SEQUENCE
-    text: str | list[str] = "text"
+    text: str | tuple[str, str] = "text"
     label = "label"
     max_length = 128
     readers: Mapping[str, Reader] = {}
+    tokenizer_options: Mapping[str, Any] = {}
     row = staticmethod(data.text_row)
     loss = staticmethod(task_loss)
 
@@ -134,7 +139,10 @@ class SequenceKind:
             if encoding.pairs:
                 pairs = [t.partition("\t") for t in chunk]
                 first, second = [p[0] for p in pairs], [p[2] for p in pairs]
-            logits = models.run(student, tokenizer, first, second, max_length=encoding.max_length).logits.float()
+            batch = tokenizer(
+                first, second, truncation=True, max_length=encoding.max_length, padding=True, return_tensors="pt"
+            )
+            logits = models.forward(student, batch).logits.float()
             if self.regression:
                 for content, value in zip(chunk, logits.reshape(-1).tolist(), strict=True):
                     yield f"{value:.4f}", None, content

@@ -52,7 +52,7 @@ def logit_terms(
     check_same_labels(student, teacher)
     head = head_of(student)
     if not head.logits:
-        raise RecipeError(f"models for {head.title} have no logits to compare; the method embedding_mimic is for them.")
+        raise RecipeError(f"a {head.title} has no logits to compare; the method embedding_mimic is for it.")
     if is_regression(student):
         return [Match(name, losses.logit_mse, "out.logits", weight=weight)]
     if head is SEQUENCE:
