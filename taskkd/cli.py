@@ -169,6 +169,39 @@ def predict(
 
 
 @app.command()
+def augment(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Texts: a csv, tsv, jsonl or parquet file.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Where each text and its copies are written.")],
+    text: Annotated[list[str] | None, typer.Option(help="The text column; twice for pairs. Default: text.")] = None,
+    mlm: Annotated[str | None, typer.Option(help="A masked LM (name or path) that guesses words of one piece.")] = None,
+    vectors: Annotated[str | None, typer.Option(help="A file of word vectors (GloVe), for words of several.")] = None,
+    neighbours: Annotated[str | None, typer.Option(help="A model whose input embeddings serve as vectors.")] = None,
+    n: Annotated[int, typer.Option(min=1, help="Copies of a text.")] = 20,
+    p: Annotated[float, typer.Option(min=0, max=1, help="Probability that a word is replaced.")] = 0.4,
+    k: Annotated[int, typer.Option(min=1, help="Candidates for a word.")] = 15,
+    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    originals: Annotated[bool, typer.Option(help="Write the texts themselves too, each before its copies.")] = True,
+    overwrite: Annotated[bool, typer.Option(help="Write over OUT if it exists.")] = False,
+) -> None:
+    """Write copies of texts in which words are replaced by others that fit (TinyBERT's data augmentation)."""
+    from taskkd.errors import DataError
+    from taskkd.nlp import augment as making
+    from taskkd.nlp.data import read_rows
+    from taskkd.progress import track
+
+    columns = text or ["text"]
+    if target.suffix != ".jsonl":
+        raise DataError(f"{target}: copies are written as jsonl; give a name that ends in .jsonl.")
+    if target.exists() and not overwrite:
+        raise DataError(f"{target} exists; give another name, or --overwrite.")
+    rows = read_rows(source, columns[0] if len(columns) == 1 else columns, None)
+    replace = making.replacement(mlm, vectors, neighbours, n=n, p=p, k=k, seed=seed)
+    with track(f"copies of {source.name}", len(rows)) as advance:
+        count = making.write_copies(replace, rows, target, columns, originals=originals, progress=advance)
+    _say(f"{target}: {count:,} copies of {len(rows):,} texts")
+
+
+@app.command()
 def doctor() -> None:
     """Versions, devices, threads: what a bug report needs."""
     for name, value in _facts().items():

@@ -45,19 +45,21 @@ def check(recipe: Any, *, evaluate: int = 200) -> Plan:
     plan = Plan([("data", data.summary())])
     for title, model in (("teacher", teacher), ("student", student)):
         plan.summary.append((title, f"{type(model).__name__}, {parameters(model):,} parameters"))
+    plan.summary += task.pair(data, student, teacher)
     if recipe.teacher.finetune is None:
-        few = data.validation.select(range(min(evaluate, len(data.validation))))
+        own = task.teacher_data(data)
+        few = own.validation.select(range(min(evaluate, len(own.validation))))
         with tempfile.TemporaryDirectory() as folder:
-            session = Session(recipe, task, data, Path(folder), Record(Path(folder)), print)
+            session = Session(recipe, task, own, Path(folder), Record(Path(folder)), print)
             metrics = session.evaluated(teacher, few)
         name = task.main_metric(data)
         plan.summary.append(("teacher's own " + name, f"{metrics[name]:.4f} on {len(few)} validation samples"))
         if metrics[name] <= task.chance(data) + 0.01:
             plan.warnings.append(f"the teacher is no better than chance ({task.chance(data):.3f}); fine-tune it first.")
     else:
-        own = recipe.teacher.finetune
+        epochs = recipe.teacher.finetune.epochs
         plan.summary.append(
-            ("teacher's own metric", f"it is fine-tuned first: {own.epochs:g} epochs on {len(data.train)} samples")
+            ("teacher's own metric", f"it is fine-tuned first: {epochs:g} epochs on {len(data.train)} samples")
         )
         plan.warnings.append("the sizes below are those of a teacher that is not fine-tuned yet.")
     if recipe.method is None and not recipe.terms:
@@ -70,8 +72,13 @@ def check(recipe: Any, *, evaluate: int = 200) -> Plan:
     return plan
 
 
-def build_method(recipe: Any, student: nn.Module, teacher: nn.Module) -> Method:
+def build_method(recipe: Any, task: Any, data: Any, student: nn.Module, teacher: nn.Module) -> Method:
     """The recipe's method for this pair, with the recipe's own terms in every stage of it."""
+    method = _method(recipe, student, teacher)
+    return replace(method, stages=[replace(s, terms=task.fit_terms(data, s.terms)) for s in method.stages])
+
+
+def _method(recipe: Any, student: nn.Module, teacher: nn.Module) -> Method:
     own = recipes.build_terms(recipe)
     if recipe.method is None:
         return Method("terms", [Stage("distil", own)] if own else [])
@@ -90,10 +97,11 @@ def look(recipe: Any, task: Any, data: Any, student: nn.Module, teacher: nn.Modu
     """
     found = {}
     rows = [data.everything[i] for i in range(min(recipe.training.batch_size, len(data.everything)))]
-    method = build_method(recipe, student, teacher)
+    method = build_method(recipe, task, data, student, teacher)
     collator = data.full_length_collator if "full_length" in method.needs else data.collator
     batch = dict(collator(rows))
     for stage in method.stages:
+        task.check_terms(data, stage.terms, student, batch)
         distiller = Distiller(
             student,
             Frozen(teacher),

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from taskkd.taps import accepted_arguments
+from taskkd.teachers import Frozen
 
 __all__ = ["curves", "measure", "rows", "table", "write"]
 
@@ -26,7 +27,7 @@ def measure(
     Teacher and student take turns on the same real samples, so that a busy machine slows both alike.
     """
     models = {"teacher": teacher.cpu().eval(), "student": student.cpu().eval()}
-    accepted = {name: accepted_arguments(model.forward) for name, model in models.items()}
+    accepted = {"teacher": Frozen(teacher).inputs, "student": accepted_arguments(student.forward)}
     times: dict[str, list[float]] = {name: [] for name in models}
     with torch.no_grad():
         for round_ in range(4):

@@ -1,7 +1,8 @@
 """Runs: what a recipe asks for, step by step, each finished step on record so that an interrupted run goes on.
 
-Folder of a run: `recipe.yaml` (resolved), `run.json` (finished steps and their results), `teacher/`, `cache/`,
-`seed-<n>/alone-<lr>/`, `seed-<n>/distilled/stages/<i>-<name>/`, and at the end `student/`, `report.json`, `curves.png`.
+Folder of a run: `recipe.yaml` (resolved), `run.json` (finished steps and their results), `augmented/`,
+`teacher/`, `cache/`, `seed-<n>/alone-<lr>/`, `seed-<n>/distilled/stages/<i>-<name>/`, and at the end `student/`,
+`report.json`, `curves.png`.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def run_recipe(
                 if path.name != "run.lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         _claim(folder, recipes.dump_recipe(recipe))
-        session = Session(recipe, task, task.load(recipe), folder, Record(folder), say)
+        session = Session(recipe, task, task.load(recipe, folder), folder, Record(folder), say)
         say(f"data: {session.data.summary()}")
         _same_inputs(session)
         if "teacher" not in session.record.finished:
@@ -186,7 +187,8 @@ def _variants(recipe: Any, sweep: Mapping[str, Sequence[Any]]) -> dict[str, Any]
 
 def _teacher(session: Session) -> nn.Module:
     """The teacher, fine-tuned if the recipe says so, evaluated, and refused at chance level."""
-    recipe, task, data = session.recipe, session.task, session.data
+    recipe, task, data = session.recipe, session.task, session.task.teacher_data(session.data)
+    session = replace(session, data=data)
     finetune = recipe.teacher.finetune
     if finetune is None:
         model = task.teacher(recipe, data)
@@ -261,7 +263,7 @@ def _distilled(session: Session, teacher: nn.Module, seed: int, name: str) -> di
     """The distilled student: the stages of the method one after the other, from the start of the student alone."""
     base = f"seed-{seed}/{name}"
     student = session.student(teacher, seed)
-    method = build_method(session.recipe, student, teacher)
+    method = build_method(session.recipe, session.task, session.data, student, teacher)
     outcome: dict[str, Any] = {}
     seconds, steps, model = 0.0, 0, ""
     full_length = "full_length" in method.needs
@@ -350,7 +352,7 @@ def evaluate(run: Path, data: str | None = None) -> dict[str, float]:
     if data is None:
         if "given:" in (run / "recipe.yaml").read_text(encoding="utf-8"):
             raise RecipeError(f"{run} was given its data in memory; evaluate it on a file with --data.")
-        loaded = task.load(recipe)
+        loaded = task.load(recipe, run)
         if fingerprint(loaded) != Record(run).finished.get("inputs", {}).get("data"):
             raise RecipeError(f"the data of {run} has changed since it was trained; name a file with --data.")
         table = loaded.test

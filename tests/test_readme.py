@@ -100,6 +100,20 @@ def test_the_recipe_of_the_docs_runs(folder: Path) -> None:
     result = runs.run_recipe(recipes.load_recipe("terms.yaml"), folder / "run", say=lambda _: None)
     history = result.report["distilled"]["distilled"]["0"]["history"]
     assert {"loss_task", "loss_logits", "loss_hidden", "loss_early", "loss_relations"} <= set(history[0])
+    assert "of them copies with replaced words" in result.report["data"]
+
+
+def test_the_commands_of_the_docs_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.write_csv(folder / "train.csv", tiny.sentences(20), ("review", "stars"))
+    text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+    commands = re.findall(r"^taskkd .*$", text, re.M)
+    assert commands
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", shlex.split(command))
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert not stop.value.code, command
+    assert len((folder / "copies.jsonl").read_text().splitlines()) > 20
 
 
 @pytest.mark.parametrize("kind", ["token_classification", "question_answering", "masked_lm"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +14,10 @@ from torch import nn
 from taskkd.caches import weights_sha256
 from taskkd.errors import DataError, RecipeError
 from taskkd.nlp import data as text
-from taskkd.nlp import models
+from taskkd.nlp import models, tokenization
 from taskkd.nlp.kinds import Encoding, kind_of
-from taskkd.nlp.task import NlpData, NlpTask, fitting_length
+from taskkd.nlp.task import NlpData, NlpTask, two_tokenizers
+from taskkd.nlp.tokenization import fitting_length
 
 __all__ = ["GivenTask"]
 
@@ -34,6 +35,8 @@ class GivenTask(NlpTask):
         train, eval, test, unlabelled: data. Without `eval`, validation and test are held out from `train`; without
             `test`, the report is on `eval`.
         processing_class: the tokenizer; may be left out where `teacher` is a name or path.
+        student_processing_class: the student's tokenizer, where it is another than the teacher's; may be left out where
+            `student` is a name or path.
         text, label: columns; None: those of the kind of task, "text" and "label" for classification.
         max_length: texts are cut to it; None: that of the kind (128 for classification), or what the model takes if
             that is less.
@@ -54,6 +57,7 @@ class GivenTask(NlpTask):
         test: Any = None,
         unlabelled: Any = None,
         processing_class: Any = None,
+        student_processing_class: Any = None,
         text: str | Sequence[str] | None = None,
         label: str | None = None,
         max_length: int | None = None,
@@ -63,8 +67,10 @@ class GivenTask(NlpTask):
         mask_share: float = 0.15,
     ) -> None:
         teacher = str(teacher) if isinstance(teacher, Path) else teacher
+        name = ""
         if isinstance(student, str | Path):
-            student = models.load_model(str(student))
+            name = str(student)
+            student = models.load_model(name)
         if processing_class is None and not isinstance(teacher, str):
             raise RecipeError("give the tokenizer as processing_class=..., the teacher is a module.")
         self._teacher = models.load_model(teacher) if isinstance(teacher, str) else teacher
@@ -75,32 +81,60 @@ class GivenTask(NlpTask):
         self._kind = kind = kind_of(self._teacher)
         if processing_class is None:
             processing_class = models.load_tokenizer(str(teacher), kind.tokenizer_options)
+        if student_processing_class is None and name and models.has_tokenizer(name):
+            student_processing_class = models.load_tokenizer(name, kind.tokenizer_options)
         self._columns = (text or kind.text, label or kind.label)
         self._names = models.label_names(self._teacher)
-        max_length = fitting_length(max_length, processing_class, kind.max_length)
         self._encoding = Encoding(
-            max_length,
+            0,  # the length depends on the tokenizer
             pairs=not isinstance(self._columns[0], str),
             stride=stride,
             no_answer=no_answer,
             masking=masking,
             mask_share=mask_share,
         )
-        self._tokenizer, self._next = processing_class, 0
-        train = self._read(train, labelled=True)
+        sources = {"train": self._read(train, labelled=True)}
         if eval is None:
-            train, eval, test = _cut(train)  # noqa: A001
+            sources["train"], sources["validation"], test = _cut(sources["train"])
         else:
-            eval = self._read(eval, labelled=True)  # noqa: A001
-        tables = {"train": self._table(train), "validation": self._table(eval, training=False)}
-        tables["test"] = tables["validation"]
+            sources["validation"] = self._read(eval, labelled=True)
         if test is not None:
-            tables["test"] = self._table(self._read(test, labelled=True), training=False)
-        tables["unlabelled"] = None
+            sources["test"] = self._read(test, labelled=True)
         if unlabelled is not None:
-            tables["unlabelled"] = self._table(self._read(unlabelled, labelled=False), labelled=False)
-        loaded = NlpData(**tables, labels=self._names, tokenizer=processing_class, kind=kind, encoding=self._encoding)
-        self._data = self.complete(loaded, lambda: self._teacher)
+            sources["unlabelled"] = self._read(unlabelled, labelled=False)
+        self._max_length = max_length
+        self._data = self._encoded(sources, processing_class, student_processing_class or processing_class)
+
+    def _encoded(self, sources: Mapping[str, Any], teacher: Any, student: Any) -> NlpData:
+        """The data by the tokenizers of teacher and student, which may be the same."""
+        configs = {"teacher": self._teacher.config, "student": self._student.config}
+        if tokenization.same(teacher, student):
+            data = self._tables(sources, tokenization.richer(teacher, student), configs)
+            return self.complete(replace(data, tokenizer=student), lambda: self._teacher)
+        tokenization.check_kind(self._kind.head)
+        if any(_is_tokenized(source) for source in sources.values()):
+            raise RecipeError(
+                "student and teacher have different tokenizers: give data with texts, not with `input_ids`."
+            )
+        own, other = (
+            self._tables(sources, tokenizer, {who: configs[who]})
+            for who, tokenizer in (("student", student), ("teacher", teacher))
+        )
+        both = two_tokenizers(own, other, {"test": sources["validation"], **sources})
+        return self.complete(both, lambda: self._teacher)
+
+    def _tables(self, sources: Mapping[str, Any], tokenizer: Any, configs: Mapping[str, Any]) -> NlpData:
+        """The data by one tokenizer."""
+        length = fitting_length(self._max_length, tokenizer, self._kind.max_length, configs)
+        self._tokenizer, self._next, self._encoding = tokenizer, 0, replace(self._encoding, max_length=length)
+        tables = {"train": self._table(sources["train"])}
+        tables["validation"] = tables["test"] = self._table(sources["validation"], training=False)
+        if "test" in sources:
+            tables["test"] = self._table(sources["test"], training=False)
+        tables["unlabelled"] = None
+        if "unlabelled" in sources:
+            tables["unlabelled"] = self._table(sources["unlabelled"], labelled=False)
+        return NlpData(**tables, labels=self._names, tokenizer=tokenizer, kind=self._kind, encoding=self._encoding)
 
     def _read(self, source: Any, *, labelled: bool) -> Any:
         """A tokenized data set as it is, rows of everything else."""
@@ -173,7 +207,7 @@ class GivenTask(NlpTask):
         """The digest of the given teacher."""
         return weights_sha256(self._teacher)
 
-    def load(self, recipe: Any) -> NlpData:
+    def load(self, recipe: Any, folder: Path | None = None) -> NlpData:
         """The given data."""
         return self._data
 

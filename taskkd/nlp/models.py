@@ -20,8 +20,10 @@ __all__ = [
     "check_same_labels",
     "encoder_layers",
     "forward",
+    "has_tokenizer",
     "is_regression",
     "label_names",
+    "load_config",
     "load_model",
     "load_tokenizer",
     "number_of_labels",
@@ -97,6 +99,24 @@ def load_tokenizer(source: str, options: Mapping[str, Any] | None = None) -> Any
     from transformers import AutoTokenizer
 
     return _from_pretrained(AutoTokenizer, resolve(source), **(options or {}))
+
+
+def has_tokenizer(source: str) -> bool:
+    """Whether a model comes with a tokenizer; a hub name is taken to."""
+    folder = Path(resolve(source))
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
+    return not folder.is_dir() or any((folder / name).is_file() for name in names)
+
+
+def load_config(source: str) -> Any:
+    """The config of a hub name, a path or a package's folder.
+
+    Raises:
+        DataError: there is none.
+    """
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, resolve(source))
 
 
 def load_model(

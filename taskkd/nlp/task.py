@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,21 +14,28 @@ from torch import nn
 
 from taskkd.caches import file_sha256
 from taskkd.checkpoints import load_student
-from taskkd.errors import DataError, RecipeError
+from taskkd.errors import DataError
 from taskkd.nlp import data as text
-from taskkd.nlp import models
+from taskkd.nlp import models, tokenization
+from taskkd.nlp.augment import Augment, augmented, describe
 from taskkd.nlp.collation import FullLength
+from taskkd.nlp.heads import TOKENS
 from taskkd.nlp.kinds import KINDS, ComparesWithTeacher, Encoding, Kind
 from taskkd.nlp.kinds.sentences import SCORED_PAIRS, texts_row
 from taskkd.nlp.kinds.sequences import task_loss
 from taskkd.nlp.masking import Masked
 from taskkd.nlp.methods import METHODS
+from taskkd.nlp.pairs import describe_pair
 from taskkd.nlp.sentence import SentenceEncoder, load_sentence_encoder
 from taskkd.schema import Model, Recipe, TeacherConfig
+from taskkd.terms import Term
 
 __all__ = ["NlpData", "NlpRecipe", "task_loss"]
 
 Size = int | float
+#: kinds whose labels stand at words, which augmentation replaces
+NOT_AUGMENTED = ("token_classification", "question_answering")
+PARTS = ("train", "unlabelled", "validation", "test")
 #: what the embedded sample has labels for
 SAMPLE_TYPES = ("classification", "regression", "masked_lm", "sentence_embedding")
 #: keys of `Data` that are of one type
@@ -102,6 +109,7 @@ class Data(Model):
     test_size: Size = Field(0.1, gt=0)
     unlabelled_size: int | None = Field(None, ge=0)
     split_seed: int = 0
+    augment: Augment | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
@@ -112,6 +120,10 @@ class Data(Model):
             raise ValueError("text takes one column, or a list of two for pairs")
         if self.sample is not None and self.type not in SAMPLE_TYPES:
             raise ValueError(f"the embedded sample is for {', '.join(SAMPLE_TYPES)}, not for {self.type}")
+        if self.augment is not None and self.type in NOT_AUGMENTED:
+            raise ValueError(f"augment replaces words of whole texts; with {self.type} labels are of words")
+        if self.augment is not None and several and isinstance(self.text, list):
+            raise ValueError("augment replaces words of one text; with sentence_embedding a sample here is several")
         for key, owner in OWNED.items():
             if self.type != owner and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} is for the type {owner}, not for {self.type}")
@@ -181,7 +193,10 @@ class NlpRecipe(Recipe):
 
 @dataclass
 class NlpData:
-    """Tokenized data of a run. `train` is labelled; `unlabelled` has labels that count nothing, its ids follow on."""
+    """Tokenized data of a run. `train` is labelled; `unlabelled` has labels that count nothing, its ids follow on.
+
+    `copies` says which of the unlabelled texts are augmented ones, for the summary.
+    """
 
     train: Any
     validation: Any
@@ -191,6 +206,9 @@ class NlpData:
     tokenizer: Any
     kind: Kind
     encoding: Encoding
+    copies: str = ""
+    #: the same samples as the teacher reads them, where its tokenizer is another one
+    of_teacher: NlpData | None = None
 
     @property
     def everything(self) -> Any:
@@ -206,7 +224,11 @@ class NlpData:
     @property
     def collator(self) -> Any:
         """Pads a batch to its longest text."""
-        return self.kind.collator(self.tokenizer)
+        own = self.kind.collator(self.tokenizer)
+        if self.of_teacher is None:
+            return own
+        other = self.of_teacher
+        return tokenization.TwoCollator(own, other.collator, (self.tokenizer, other.tokenizer))
 
     @property
     def full_length_collator(self) -> Any:
@@ -216,6 +238,8 @@ class NlpData:
     @property
     def preprocessing(self) -> dict[str, Any]:
         """What the teacher's inputs depend on beside the text, for the key of a cache."""
+        if self.of_teacher is not None:
+            return self.of_teacher.preprocessing
         return {
             "tokenizer": type(self.tokenizer).__name__,
             "vocabulary": len(self.tokenizer),
@@ -226,8 +250,8 @@ class NlpData:
         """One line with the numbers of samples."""
         free = 0 if self.unlabelled is None else len(self.unlabelled)
         held = f"{len(self.validation)} validation, {len(self.test)} test"
-        use = "labelled" if self.kind.head.logits else "to train on"
-        return f"{len(self.train)} {use}, {free} unlabelled, {held}; {self.kind.describe(self.labels)}"
+        use, kind = "labelled" if self.kind.head.logits else "to train on", self.kind.describe(self.labels)
+        return f"{len(self.train)} {use}, {free} unlabelled{self.copies}, {held}; {kind}"
 
 
 logger = logging.getLogger(__name__)
@@ -240,8 +264,12 @@ class NlpTask:
     recipe = NlpRecipe
     methods = METHODS
 
-    def load(self, recipe: NlpRecipe) -> NlpData:
+    def load(self, recipe: NlpRecipe, folder: Path | None = None) -> NlpData:
         """Read, split and tokenize the data.
+
+        Args:
+            recipe: says which.
+            folder: of the run, where augmented texts are kept; None: a look, none are made.
 
         Raises:
             DataError: a file, column, label or split is wrong.
@@ -250,29 +278,40 @@ class NlpTask:
         splits = _splits(config)
         for line in text.shared_texts(splits):
             logger.warning(line)
+        copies = _augment(config, splits, recipe.teacher.model, folder)
         names = kind.names(splits.train, config.labels)
         names = models.same_order(
             recipe.teacher.model, names, trained=recipe.teacher.finetune is None, head=kind.head
         )  # fmt: skip
-        tokenizer = models.load_tokenizer(recipe.teacher.model, kind.tokenizer_options)
-        encoding = encoding_of(config, tokenizer)
-        start, tables = 0, {}
-        for part in ("train", "unlabelled", "validation", "test"):
-            rows, training = getattr(splits, part), part in ("train", "unlabelled")
-            tables[part] = (
-                kind.encode(rows, tokenizer, names, encoding, first_id=start, training=training) if rows else None
+        teacher, student = _tokenizers(recipe)
+        configs = {"teacher": models.load_config(recipe.teacher.model), "student": _student_config(recipe)}
+        if tokenization.same(teacher, student):
+            encoder, encoding = tokenization.richer(teacher, student), encoding_of(config, student, configs)
+            tables = _encoded(kind, splits, encoder, names, encoding)
+            one = NlpData(**tables, labels=names, tokenizer=student, kind=kind, encoding=encoding, copies=copies)
+            return self.complete(one, lambda: self.teacher(recipe, one))
+        tokenization.check_kind(kind.head)
+        found = []
+        for who, tokenizer in (("student", student), ("teacher", teacher)):
+            encoding = encoding_of(config, tokenizer, {who: configs[who]})
+            tables = _encoded(kind, splits, tokenizer, names, encoding)
+            found.append(
+                NlpData(**tables, labels=names, tokenizer=tokenizer, kind=kind, encoding=encoding, copies=copies)
             )
-            start += len(tables[part] or ())
-        loaded = NlpData(**tables, labels=names, tokenizer=tokenizer, kind=kind, encoding=encoding)
+        loaded = two_tokenizers(found[0], found[1], {part: getattr(splits, part) for part in PARTS})
         return self.complete(loaded, lambda: self.teacher(recipe, loaded))
 
     def complete(self, data: NlpData, teacher: Callable[[], nn.Module]) -> NlpData:
         """The data, with the teacher's answers beside what is evaluated on where the kind of task needs them."""
-        if not isinstance(data.kind, ComparesWithTeacher):
+        kind, source = data.kind, data.of_teacher or data
+        if not isinstance(kind, ComparesWithTeacher):
             return data
         model = teacher()
-        tables = {t: data.kind.with_teacher(getattr(data, t), model, data.tokenizer) for t in ("validation", "test")}
-        return replace(data, **tables)
+        tables = {t: kind.with_teacher(getattr(source, t), model, source.tokenizer) for t in ("validation", "test")}
+        if data.of_teacher is None:
+            return replace(data, **tables)
+        own = {t: _beside(getattr(data, t), table) for t, table in tables.items()}
+        return replace(data, **own, of_teacher=replace(source, **tables))
 
     def fingerprint(self, recipe: NlpRecipe) -> str:
         """What tells that the teacher's files are the ones a run was started with; "" for a hub name."""
@@ -326,7 +365,10 @@ class NlpTask:
         table = kind.encode(rows, tokenizer, models.label_names(student), encoding, training=False)
         if isinstance(kind, ComparesWithTeacher):
             own = recipe.teacher
-            table = kind.with_teacher(table, models.load_model(own.model, head=kind.head, sha256=own.sha256), tokenizer)
+            reads = models.load_tokenizer(own.model, kind.tokenizer_options)
+            teacher = models.load_model(own.model, head=kind.head, sha256=own.sha256)
+            other = kind.encode(rows, reads, models.label_names(student), encoding_of(config, reads), training=False)
+            table = _beside(table, kind.with_teacher(other, teacher, reads))
         return table
 
     def predict(
@@ -338,6 +380,27 @@ class NlpTask:
     def has_labels(self, data: NlpData) -> bool:
         """Whether a student can be trained without a teacher."""
         return bool(data.kind.head.logits)
+
+    def teacher_data(self, data: NlpData) -> NlpData:
+        """The data for what runs the teacher alone."""
+        return data.of_teacher or data
+
+    def fit_terms(self, data: NlpData, terms: Sequence[Term]) -> list[Term]:
+        """A stage's terms as they suit the data: with two tokenizers those over words are aligned by words."""
+        return list(terms) if data.of_teacher is None else [tokenization.by_words(term) for term in terms]
+
+    def check_terms(self, data: NlpData, terms: Sequence[Term], student: nn.Module, batch: Mapping[str, Any]) -> None:
+        """Refuse terms that compare tokens of different tokenizers.
+
+        Raises:
+            RecipeError: there is such a term.
+        """
+        if data.of_teacher is not None:
+            tokenization.check_terms(terms, student, batch)
+
+    def pair(self, data: NlpData, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
+        """What is to be known of a pair of models before they are distilled."""
+        return describe_pair(data, student, teacher)
 
     def loss(self, recipe: NlpRecipe) -> Any:
         """The task loss, `(output, batch) -> scalar`."""
@@ -366,17 +429,79 @@ class NlpTask:
     def latency_batches(self, data: NlpData, count: int) -> list[dict[str, Any]]:
         """Real test samples, one by one, as the models' keyword arguments."""
         rows = [data.test[i] for i in range(min(count, len(data.test)))]
-        keep = set(data.tokenizer.model_input_names)
+        keep = {n for name in data.tokenizer.model_input_names for n in (name, f"teacher_{name}")}
         return [dict(data.collator([{k: v for k, v in row.items() if k in keep}])) for row in rows]
 
 
-def encoding_of(config: Data, tokenizer: Any) -> Encoding:
+def two_tokenizers(data: NlpData, teacher: NlpData, rows: Mapping[str, Sequence[text.Row]]) -> NlpData:
+    """A student's data with the teacher's columns beside it, for different tokenizers.
+
+    Args:
+        data: by the student's tokenizer.
+        teacher: the same samples by the teacher's.
+        rows: the samples, by part.
+    """
+    tables = {}
+    for part in PARTS:
+        own, other = getattr(data, part), getattr(teacher, part)
+        if own is not None:
+            own = tokenization.joined(own, other, teacher.tokenizer.model_input_names)
+            if data.kind.head is TOKENS:
+                words = [row.words or () for row in rows[part]]
+                for name, side in zip(tokenization.WORDS, (data, teacher), strict=True):
+                    index = tokenization.word_index(words, side.tokenizer, side.encoding.max_length)
+                    own = own.add_column(name, index)
+        tables[part] = own
+    return replace(data, **tables, of_teacher=teacher)
+
+
+def _beside(table: Any, other: Any) -> Any:
+    """A table with the columns of another of the same samples that it has not."""
+    for column in other.column_names:
+        if column not in table.column_names:
+            table = table.add_column(column, other[column])
+    return table
+
+
+def _tokenizers(recipe: NlpRecipe) -> tuple[Any, Any]:
+    """The teacher's and the student's; a student that is saved without one takes the teacher's."""
+    options = recipe.data.kind.tokenizer_options
+    teacher, source = models.load_tokenizer(recipe.teacher.model, options), recipe.student.model
+    if source is None or not models.has_tokenizer(source):
+        return teacher, teacher
+    return teacher, models.load_tokenizer(source, options)
+
+
+def _student_config(recipe: NlpRecipe) -> Any:
+    """The student's config, as far as it is known before there is a teacher."""
+    own = recipe.student
+    config = models.load_config(own.model or recipe.teacher.model)
+    if own.config and "max_position_embeddings" in own.config:
+        config.max_position_embeddings = own.config["max_position_embeddings"]
+    return config
+
+
+def _encoded(
+    kind: Kind, splits: text.Splits, tokenizer: Any, names: Sequence[str], encoding: Encoding
+) -> dict[str, Any]:
+    """A table for each part, or None; ids count through."""
+    start, tables = 0, {}
+    for part in PARTS:
+        rows, training = getattr(splits, part), part in ("train", "unlabelled")
+        tables[part] = (
+            kind.encode(rows, tokenizer, names, encoding, first_id=start, training=training) if rows else None
+        )
+        start += len(tables[part] or ())
+    return tables
+
+
+def encoding_of(config: Data, tokenizer: Any, configs: Mapping[str, Any] | None = None) -> Encoding:
     """How the texts of a recipe are encoded.
 
     Raises:
-        RecipeError: `max_length` is more than the model has positions.
+        RecipeError: `max_length` is more than a model has positions.
     """
-    length = fitting_length(config.max_length, tokenizer, config.kind.max_length)
+    length = tokenization.fitting_length(config.max_length, tokenizer, config.kind.max_length, configs)
     return Encoding(
         length,
         pairs=isinstance(config.text, list),
@@ -386,18 +511,6 @@ def encoding_of(config: Data, tokenizer: Any) -> Encoding:
         masking=config.masking,
         mask_share=config.mask_share,
     )
-
-
-def fitting_length(asked: int | None, tokenizer: Any, default: int = 128) -> int:
-    """The length that texts are cut to.
-
-    Raises:
-        RecipeError: more is asked for than the model has positions.
-    """
-    longest = int(min(getattr(tokenizer, "model_max_length", default), 2**31))
-    if asked is not None and asked > longest:
-        raise RecipeError(f"data.max_length {asked} is more than the teacher's {longest} positions.")
-    return asked or min(default, longest)
 
 
 def _splits(config: Data) -> text.Splits:
@@ -442,6 +555,18 @@ def _score(pairs: ScoredPairs, splits: text.Splits) -> None:
             if not text.has_label(row):
                 raise DataError(f"{row.where}: the pair has no score in column {pairs.label!r}.")
         setattr(splits, part, rows)
+
+
+def _augment(config: Data, splits: text.Splits, teacher: str, folder: Path | None) -> str:
+    """Add copies of the training texts to the unlabelled ones; words about it for the summary."""
+    if config.augment is None:
+        return ""
+    if folder is None:
+        return f" (a run adds {describe(splits.train, config.augment, teacher)})"
+    held = [*splits.validation, *splits.test]
+    copies = augmented(splits.train, held, config.augment, teacher=teacher, folder=folder)
+    splits.unlabelled = [*splits.unlabelled, *copies]
+    return f" ({len(copies)} of them copies with replaced words)"
 
 
 def _cut(config: Data, splits: text.Splits) -> text.Splits:

@@ -35,7 +35,8 @@ class TextsCollator(Collator):
         ids = samples[0]["input_ids"]
         if not len(ids) or not isinstance(ids[0], list):
             return super().__call__(samples)
-        own = [k for k in samples[0] if k in self.tokenizer.model_input_names]
+        # Token types also where this tokenizer gives none: the table may be made with the other model's.
+        own = [k for k in samples[0] if k in {*self.tokenizer.model_input_names, "token_type_ids"}]
         flat = [{k: sample[k][i] for k in own} for sample in samples for i in range(len(ids))]
         batch = {k: v.reshape(len(samples), len(ids), -1) for k, v in super().__call__(flat).items()}
         return batch | {k: torch.tensor([s[k] for s in samples]) for k in samples[0] if k not in own}
