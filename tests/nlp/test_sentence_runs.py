@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DistilBertModel
+from transformers import DistilBertConfig, DistilBertModel
 
 import taskkd as kd
 from taskkd import plans, recipes, reports, runs
 from taskkd.errors import CacheError, DataError, RecipeError
 from taskkd.nlp.sentence import SentenceEncoder, load_sentence_encoder
 from tests import tiny
+from tests.nlp import wordpieces
 
 SENTENCES = [text for text, _ in tiny.sentences(160, seed=4)]
 
@@ -217,6 +218,27 @@ def test_one_call(tmp_path: Path, teacher: Path) -> None:
         processing_class=tiny.tokenizer(),
     )  # fmt: skip
     assert held.report["metric"] == "pairwise_spearman"
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_student_with_another_tokenizer(recipe: Path, tmp_path: Path, columns: int) -> None:
+    pieces = wordpieces.wordpiece(700)
+    own = DistilBertModel(
+        DistilBertConfig(vocab_size=len(pieces), dim=16, n_layers=1, n_heads=2, hidden_dim=32)
+    )  # fmt: skip
+    wordpieces.save(own, pieces, tmp_path / "student")
+    if columns == 2:
+        rows = [list(pair) for pair in zip(SENTENCES[::2], SENTENCES[1::2], strict=True)]
+        write(tmp_path / "train.csv", ["text", "other"], rows)
+    changes = ["data.text=[text, other]"] if columns == 2 else []
+    result = run(recipe, tmp_path / "run", f"student={{model: {tmp_path}/student}}", "training.epochs=8", *changes)
+    assert result.student.normalise  # a plain transformer is pooled as the teacher is
+    assert values(result)["teacher"] == pytest.approx(1.0)
+    assert values(result)["distilled"] > 0.2
+    test = runs.evaluate(tmp_path / "run")
+    assert test["pairwise_spearman"] == pytest.approx(values(result)["distilled"])
+    again = runs.evaluate(tmp_path / "run", f"{tmp_path}/train.csv")
+    assert set(again) == {"pairwise_spearman", "teacher_cosine"}
 
 
 @pytest.mark.slow
