@@ -8,6 +8,7 @@ from taskkd.nlp.methods import (
     cofi,
     distilbert,
     embedding_mimic,
+    generalized_kd,
     lrc_bert,
     margin_mse,
     minilm,
@@ -17,6 +18,7 @@ from taskkd.nlp.methods import (
     soft_targets,
     tinybert,
     tinybert_general,
+    universal_logits,
 )
 from taskkd.nlp.models import load_model, load_tokenizer, student_from_layers
 from taskkd.nlp.sentence import SentenceEncoder, load_sentence_encoder
@@ -30,6 +32,7 @@ __all__ = [
     "distilbert",
     "distilbert_from_bert",
     "embedding_mimic",
+    "generalized_kd",
     "hidden_taps",
     "load_model",
     "load_sentence_encoder",
@@ -45,4 +48,5 @@ __all__ = [
     "task_loss",
     "tinybert",
     "tinybert_general",
+    "universal_logits",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Classification", "MaskedTokens", "Regression", "spearman"]
+__all__ = ["Classification", "MaskedTokens", "NextTokens", "Regression", "spearman"]
 
 
 class Classification:
@@ -132,6 +132,14 @@ class MaskedTokens:
         if not count:
             return {"accuracy": 0.0, "perplexity": 0.0}
         return {"accuracy": right / count, "perplexity": math.exp(min(loss / count, 700.0))}
+
+
+class NextTokens(MaskedTokens):
+    """Accuracy and perplexity of each token given those before it, at tokens with a label that is not -100."""
+
+    def update(self, output: Any, batch: Mapping[str, Any]) -> None:
+        """Count one batch: `output.logits` (batch, tokens, vocabulary) against `batch["labels"]` (batch, tokens)."""
+        super().update({"logits": output["logits"][:, :-1]}, {"labels": batch["labels"][:, 1:]})
 
 
 def _correlation(x: Tensor, y: Tensor) -> float:

@@ -13,7 +13,7 @@ from torch import nn
 
 from taskkd.caches import file_sha256
 from taskkd.errors import DataError, RecipeError
-from taskkd.nlp.heads import MASKED_LM, SENTENCE, SEQUENCE, TOKENS, Head, head_of, head_of_checkpoint
+from taskkd.nlp.heads import CAUSAL_LM, MASKED_LM, SENTENCE, SEQUENCE, TOKENS, Head, head_of, head_of_checkpoint
 from taskkd.taps import accepted_arguments
 
 __all__ = [
@@ -263,7 +263,7 @@ def check_same_labels(student: Any, teacher: Any) -> None:
         raise RecipeError(
             f"the student is for {heads[0].title}, the teacher for {heads[1].title}; their logits cannot be compared."
         )
-    if heads[0] is MASKED_LM:
+    if heads[0] in (MASKED_LM, CAUSAL_LM):
         sizes = student.config.vocab_size, teacher.config.vocab_size
         if sizes[0] != sizes[1]:
             raise RecipeError(f"the student has a vocabulary of {sizes[0]}, the teacher of {sizes[1]}.")

@@ -19,7 +19,7 @@ from taskkd.nlp import data as text
 from taskkd.nlp import models, tokenization
 from taskkd.nlp.augment import Augment, augmented, describe
 from taskkd.nlp.collation import FullLength
-from taskkd.nlp.heads import TOKENS
+from taskkd.nlp.heads import CAUSAL_LM, TOKENS
 from taskkd.nlp.kinds import KINDS, ComparesWithTeacher, Encoding, Kind
 from taskkd.nlp.kinds.sentences import SCORED_PAIRS, texts_row
 from taskkd.nlp.kinds.sequences import task_loss
@@ -34,10 +34,10 @@ __all__ = ["NlpData", "NlpRecipe", "task_loss"]
 
 Size = int | float
 #: kinds whose labels stand at words, which augmentation replaces
-NOT_AUGMENTED = ("token_classification", "question_answering")
+NOT_AUGMENTED = ("token_classification", "question_answering", "causal_lm")
 PARTS = ("train", "unlabelled", "validation", "test")
 #: what the embedded sample has labels for
-SAMPLE_TYPES = ("classification", "regression", "masked_lm", "sentence_embedding")
+SAMPLE_TYPES = ("classification", "regression", "masked_lm", "causal_lm", "sentence_embedding")
 #: keys of `Data` that are of one type
 OWNED = {
     "stride": "question_answering",
@@ -93,7 +93,13 @@ class Data(Model):
     sample: Sample | None = None
     hub: Hub | None = None
     type: Literal[
-        "classification", "regression", "token_classification", "question_answering", "masked_lm", "sentence_embedding"
+        "classification",
+        "regression",
+        "token_classification",
+        "question_answering",
+        "masked_lm",
+        "causal_lm",
+        "sentence_embedding",
     ] = "classification"
     text: str | list[str] = ""  # what is left out is as `type` has it
     label: str = ""
@@ -188,6 +194,8 @@ class NlpRecipe(Recipe):
                     "teacher, or `masking: static` in data"
                 )
             self.teacher.cache = None
+        if self.data.type == "causal_lm" and "cache" not in self.teacher.model_fields_set:
+            self.teacher.cache = None  # logits of a whole vocabulary at every token
         return self
 
 
@@ -386,8 +394,10 @@ class NlpTask:
         return data.of_teacher or data
 
     def fit_terms(self, data: NlpData, terms: Sequence[Term]) -> list[Term]:
-        """A stage's terms as they suit the data: with two tokenizers those over words are aligned by words."""
-        return list(terms) if data.of_teacher is None else [tokenization.by_words(term) for term in terms]
+        """A stage's terms as they suit the data: with two tokenizers they are aligned by words, or answers."""
+        if data.of_teacher is None:
+            return list(terms)
+        return [tokenization.by_answers(tokenization.by_words(term)) for term in terms]
 
     def check_terms(self, data: NlpData, terms: Sequence[Term], student: nn.Module, batch: Mapping[str, Any]) -> None:
         """Refuse terms that compare tokens of different tokenizers.
@@ -446,6 +456,8 @@ def two_tokenizers(data: NlpData, teacher: NlpData, rows: Mapping[str, Sequence[
         own, other = getattr(data, part), getattr(teacher, part)
         if own is not None:
             own = tokenization.joined(own, other, teacher.tokenizer.model_input_names)
+            if data.kind.head is CAUSAL_LM:
+                own = own.add_column("teacher_next_mask", tokenization.next_mask(other["labels"]))
             if data.kind.head is TOKENS:
                 words = [row.words or () for row in rows[part]]
                 for name, side in zip(tokenization.WORDS, (data, teacher), strict=True):

@@ -48,9 +48,18 @@ def grouped(data: dict[str, Any]) -> dict[str, Any]:
     return {k: torch.stack([v, v.flip(0), v], 1) for k, v in data.items() if v.ndim == 2}
 
 
+def decoder(vocabulary: int, seed: int) -> Any:
+    torch.manual_seed(seed)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    off = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=vocabulary, **sizes, **off)).double()
+
+
 def losses_of(stage: Stage, student: nn.Module, teacher: nn.Module, data: dict[str, Any]) -> dict[str, Tensor]:
     if {t.name for t in stage.terms} & {"margins", "candidates"}:
         data = grouped(data)
+    if isinstance(student, hf.GPT2LMHeadModel):
+        data = data | {"labels": data["input_ids"].masked_fill(data["attention_mask"] == 0, -100)}
     distiller = kd.Distiller(
         student, kd.Frozen(teacher), stage.terms, task_weight=stage.task_weight, perturbation=stage.perturbation
     )
@@ -163,6 +172,8 @@ def test_layers_that_do_not_fit() -> None:
 def pairs(name: str) -> tuple[Any, Any]:
     if name in ("candidate_kl", "embedding_mimic", "margin_mse"):
         return SentenceEncoder(bert(2, auto=hf.BertModel)), SentenceEncoder(bert(4, seed=1, auto=hf.BertModel))
+    if name == "universal_logits":
+        return decoder(families.SIZES["vocab_size"], 0), decoder(families.SIZES["vocab_size"] + 5, 1)
     layers = 4 if name == "mobilebert" else 2
     return bert(layers), bert(4, seed=1)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from taskkd.nlp.heads import head_of
 from taskkd.nlp.kinds.base import ComparesWithTeacher, Encoding, Kind
+from taskkd.nlp.kinds.causal import CAUSAL_LM
 from taskkd.nlp.kinds.masked import MASKED_LM
 from taskkd.nlp.kinds.questions import QUESTION_ANSWERING
 from taskkd.nlp.kinds.sentences import SENTENCE_EMBEDDING
@@ -16,7 +17,8 @@ from taskkd.nlp.models import is_regression
 __all__ = ["KINDS", "ComparesWithTeacher", "Encoding", "Kind", "kind_of"]
 
 ALL: tuple[Kind, ...] = (
-    CLASSIFICATION, REGRESSION, TOKEN_CLASSIFICATION, QUESTION_ANSWERING, MASKED_LM, SENTENCE_EMBEDDING,
+    CLASSIFICATION, REGRESSION, TOKEN_CLASSIFICATION, QUESTION_ANSWERING, MASKED_LM, CAUSAL_LM,
+    SENTENCE_EMBEDDING,
 )  # fmt: skip
 KINDS: dict[str, Kind] = {kind.name: kind for kind in ALL}
 
