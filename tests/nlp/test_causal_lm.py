@@ -3,6 +3,7 @@
 import csv
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +247,13 @@ def test_answers_of_two_tokenizers_are_aligned_by_order(recipe: Path, tmp_path: 
     assert set(two.sum(1).tolist()) <= set(counts)
     expected = losses.universal_logits(s, t, mask=one, teacher_mask=two)
     assert distiller(**found)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_recipe_of_the_docs_runs(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    (block,) = [b for b in re.findall(r"```yaml\n(.*?)```", page, re.S) if "type: causal_lm" in b]
+    monkeypatch.chdir(tmp_path)
+    Path("my.yaml").write_text(block)
+    Path("corpus.txt").write_text("\n".join(TEXTS))
+    result = run(Path("my.yaml"), tmp_path / "run", f"teacher.model={teacher}")
+    assert result.report["metric"] == "accuracy"

@@ -9,7 +9,6 @@ import taskkd as kd
 from taskkd.checkpoints import load_student, save_student
 from taskkd.errors import CheckpointError, DataError, RecipeError
 from taskkd.nlp import METHODS, hidden_taps, models
-from taskkd.nlp.methods.candidates import candidate_scores
 from taskkd.nlp.sentence import SentenceEncoder, load_sentence_encoder
 from taskkd.nlp.similarity import Similarity
 from tests import tiny
@@ -282,5 +281,6 @@ def test_methods_refuse_what_they_cannot_compare() -> None:
     for name in ("embedding_mimic", "margin_mse", "candidate_kl"):
         with pytest.raises(RecipeError, match=f"{name} compares sentence embeddings, which a BertForSequenceClass"):
             METHODS[name](teacher, tiny.teacher())
-    with pytest.raises(kd.errors.ShapeError, match=r"two candidates or more, got \(2, 2, 4\)"):
-        candidate_scores(torch.zeros(2, 2, 4))
+    pairs = {k: v[:2].reshape(1, 2, -1) for k, v in batch().items()}
+    with pytest.raises(kd.errors.ShapeError, match=r"two candidates or more, got \(1, 2, 16\)"):
+        value("margin_mse", models.student_from_layers(encoder(), [0]), encoder(), pairs)

@@ -1,8 +1,10 @@
 """Whole runs of sentence-embedding distillation on a tiny teacher."""
 
 import csv
+import itertools
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +250,16 @@ def test_a_real_student_of_three_layers(tmp_path: Path) -> None:
     loaded = recipes.load_recipe("nlp/sentence-embedding", ["training.epochs=1"])
     found = values(runs.run_recipe(loaded, tmp_path / "run", say=lambda _: None))
     assert found["distilled"] >= found["undistilled"] + 0.05
+
+
+def test_the_recipe_of_the_docs_runs(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    (block,) = [b for b in re.findall(r"```yaml\n(.*?)```", page, re.S) if "type: sentence_embedding" in b]
+    monkeypatch.chdir(tmp_path)
+    Path("my.yaml").write_text(block)
+    Path("sentences.txt").write_text("\n".join(SENTENCES))
+    pairs = [[a, b, str(len(set(a.split()) & set(b.split())))] for a, b in itertools.pairwise(SENTENCES[:60])]
+    for name in ("sts-dev.csv", "sts-test.csv"):
+        write(Path(name), ["sentence1", "sentence2", "score"], pairs)
+    result = run(Path("my.yaml"), tmp_path / "run", f"teacher.model={teacher}")
+    assert result.report["metric"] == "spearman"

@@ -13,46 +13,29 @@ from torch import Tensor, nn
 
 from taskkd import losses
 from taskkd.errors import ShapeError
-from taskkd.losses.primitives import l2_normalise
+from taskkd.losses.embeddings import candidate_scores
 from taskkd.nlp.methods.embedding_mimic import EMBEDDING
 from taskkd.nlp.sentence import check_sentence_encoders
 from taskkd.stages import Method, Stage
 from taskkd.terms import Match
 
-__all__ = ["candidate_kl", "candidate_scores", "margin_mse"]
+__all__ = ["candidate_kl", "margin_mse"]
 
 Similarity = Literal["dot", "cosine"]
 
 
-def candidate_scores(embedding: Tensor, similarity: Similarity = "dot") -> Tensor:
-    """The scores (batch, candidates) of each sample's query, its first text, with its other texts.
-
-    Args:
-        embedding: (batch, 1 + candidates, features).
-        similarity: "dot" or "cosine".
-
-    Raises:
-        ShapeError: a sample has not a query and two candidates or more.
-    """
-    if embedding.ndim != 3 or embedding.shape[1] < 3:
-        raise ShapeError(
-            "scores of candidates need embeddings (batch, 1 + candidates, features) of two candidates or more, got "
-            f"{tuple(embedding.shape)}; name the columns, as data.text=[query, positive, negative]."
-        )
-    embedding = l2_normalise(embedding) if similarity == "cosine" else embedding
-    return (embedding[:, :1] * embedding[:, 1:]).sum(-1)
-
-
 def _scores(similarity: Similarity) -> Callable[[Tensor], Tensor]:
-    return lambda embedding: candidate_scores(embedding, similarity)
+    """Of embeddings (batch, 1 + candidates, features) the scores (batch, candidates) of each query, the first text."""
 
+    def scores(embedding: Tensor) -> Tensor:
+        if embedding.ndim != 3 or embedding.shape[1] < 3:
+            raise ShapeError(
+                "scores of candidates need embeddings (batch, 1 + candidates, features) of two candidates or more, got "
+                f"{tuple(embedding.shape)}; name the columns, as data.text=[query, positive, negative]."
+            )
+        return candidate_scores(embedding[:, 0], embedding[:, 1:], normalise=similarity == "cosine")
 
-def _margins(similarity: Similarity) -> Callable[[Tensor], Tensor]:
-    def margins(embedding: Tensor) -> Tensor:
-        scores = candidate_scores(embedding, similarity)
-        return scores[:, :1] - scores[:, 1:]
-
-    return margins
+    return scores
 
 
 def margin_mse(
@@ -78,7 +61,7 @@ def margin_mse(
         RecipeError: one of the two is no sentence encoder.
     """
     check_sentence_encoders("margin_mse", student, teacher)
-    term = Match("margins", losses.mse, EMBEDDING, select=_margins(similarity), weight=weight)
+    term = Match("margins", losses.margin_mse, EMBEDDING, select=_scores(similarity), weight=weight)
     return Method("margin_mse", [Stage("distil", [term], task_weight=0.0)])
 
 
