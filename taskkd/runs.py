@@ -161,7 +161,7 @@ def fingerprint(data: Any) -> str:
     digest = xxhash.xxh3_128()
     # Not what a teacher computed: its last digits follow the number of threads.
     left_out = {"id", "teacher_embedding"}
-    for split in (data.train, data.validation, data.test, data.unlabelled):
+    for split in (data.train, data.validation, data.test, data.unlabelled, *data.further_tests.values()):
         for column in [] if split is None else sorted(set(split.column_names) - left_out):
             digest.update(column.encode())
             digest.update(repr(list(split[column])).encode())

@@ -21,12 +21,16 @@ class Similarity:
     """Embeddings against the teacher's for the same texts and, where pairs of texts have a score, against the scores.
 
     The teacher's are a column of the data, so that nothing but the student runs.
+
+    Args:
+        scored: whether pairs of texts have scores.
     """
 
     #: what it reads of a batch beside what the models do
     columns = ("teacher_embedding", "labels")
 
-    def __init__(self) -> None:
+    def __init__(self, *, scored: bool = False) -> None:
+        self.scored = scored
         self.reset()
 
     def reset(self) -> None:
@@ -61,7 +65,8 @@ class Similarity:
         1,000); `teacher_cosine`: mean cosine to the teacher's embedding (left out where sizes differ); `spearman`: rank
         correlation of the cosine of scored pairs with their scores (left out without scores). 0 where undefined."""
         if not self.parts:
-            return {"pairwise_spearman": 0.0}
+            names = ("pairwise_spearman", "teacher_cosine", *(["spearman"] if self.scored else []))
+            return dict.fromkeys(names, 0.0)
         own, teacher, ids, scores = (torch.cat(column) for column in zip(*self.parts, strict=True))
         order = ids.argsort(stable=True)
         own, teacher, scores = (l2_normalise(own[order]), l2_normalise(teacher[order]), scores[order])

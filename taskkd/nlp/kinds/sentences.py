@@ -149,7 +149,7 @@ class SentenceKind:
 
     def metric(self, names: Sequence[str], tables: Sequence[Table]) -> Similarity:
         """Nearness to the teacher, and the order of scored pairs."""
-        return Similarity()
+        return Similarity(scored=self.scored)
 
     def main_metric(self, names: Sequence[str]) -> str:
         """How well similarities are the teacher's, or those that pairs are scored with."""
