@@ -539,7 +539,7 @@ def _sized(about: Mapping[str, Any], length: Any) -> tuple[Any, ...]:
 
 def _mask(inputs: Mapping[str, Any]) -> NDArray[np.bool_] | None:
     mask = inputs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
+    if not isinstance(mask, Tensor) or mask.ndim < 2:
         return None
     array: NDArray[np.bool_] = mask.detach().cpu().numpy().astype(bool)
     return array
@@ -559,9 +559,7 @@ def _hashes(inputs: Mapping[str, Any], count: int) -> list[int]:
         if isinstance(value, Tensor):
             array = value.detach().cpu()
             array = array.float() if array.dtype == torch.bfloat16 else array
-            columns.append(
-                (name, array.numpy(), mask is not None and array.ndim > 1 and array.shape[1] == mask.shape[1])
-            )
+            columns.append((name, array.numpy(), mask is not None and array.shape[: mask.ndim] == mask.shape))
         elif isinstance(value, list | tuple) and len(value) == count:
             columns.append((name, [v.detach().cpu().numpy() if isinstance(v, Tensor) else v for v in value], False))
     digests = []

@@ -63,10 +63,10 @@ def rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The table of a report: one row for the teacher, the student alone, and every distilled variant."""
     name, samples = report["metric"], report["test_samples"]
     share = name == "accuracy"
-    models = report["models"]
+    models, alone_title = report["models"], report.get("alone_title", "student alone")
     entries = [("teacher", {"-": report["teacher"]}, "teacher")]
     if report["alone"]:
-        entries.append(("student alone", report["alone"], "student"))
+        entries.append((alone_title, report["alone"], "student"))
     entries += [(variant, runs, "student") for variant, runs in report["distilled"].items()]
     top = report["teacher"]["test"][name]
     alone = statistics.fmean(r["test"][name] for r in report["alone"].values()) if report["alone"] else None
@@ -78,7 +78,7 @@ def rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "model": title,
                 name: mean,
                 "standard_error": error,
-                "gain": mean - alone if alone is not None and kind == "student" and title != "student alone" else None,
+                "gain": mean - alone if alone is not None and kind == "student" and title != alone_title else None,
                 "kept": mean / top if top else math.nan,
                 "validation": statistics.fmean(r["validation"][name] for r in runs.values()),
                 "seconds": sum(r.get("seconds", 0.0) for r in runs.values()),
@@ -99,7 +99,7 @@ def table(report: Mapping[str, Any]) -> Any:
     over = f"mean over {seeds} seeds" if seeds > 1 else "1 seed"
     title = f"{report['recipe']}: {name} on {report['test_samples']} test samples, {over}"
     shown = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    short = {"accuracy": "acc"}.get(name, name)
+    short = {"accuracy": "acc", "pairwise_spearman": "pairwise"}.get(name, name)
     for column in ("", short, "± s.e.", "gain", "kept", "params", "size", "ms", "speed"):
         shown.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for row in rows(report):
@@ -126,7 +126,7 @@ def curves(report: Mapping[str, Any], path: Path) -> None:
 
     name = report["metric"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    runs = {"student alone": report["alone"], **report["distilled"]}
+    runs = {report.get("alone_title", "student alone"): report["alone"], **report["distilled"]}
     for title, seeds in runs.items():
         if not seeds:
             continue

@@ -22,7 +22,7 @@ from torch import nn
 
 from taskkd import recipes
 from taskkd.caches import Cached
-from taskkd.checkpoints import staged
+from taskkd.checkpoints import save_student, staged
 from taskkd.errors import RecipeError
 from taskkd.plans import build_method, look
 from taskkd.session import ADAPTERS, Record, Say, Session, locked, strip, training_arguments
@@ -121,6 +121,7 @@ def run_recipe(
             "teacher": {**finished["teacher"], "test": finished["teacher/test"]},
             "seeds": recipe.seeds,
             "alone": {},
+            "alone_title": "student alone" if task.has_labels(session.data) else "undistilled",
             "distilled": {},
         }
         for seed in recipe.seeds:
@@ -158,8 +159,10 @@ def _same_inputs(session: Session) -> None:
 def fingerprint(data: Any) -> str:
     """A digest of every sample of every split, as tokenized."""
     digest = xxhash.xxh3_128()
+    # Not what a teacher computed: its last digits follow the number of threads.
+    left_out = {"id", "teacher_embedding"}
     for split in (data.train, data.validation, data.test, data.unlabelled, *data.further_tests.values()):
-        for column in [] if split is None else sorted(set(split.column_names) - {"id"}):
+        for column in [] if split is None else sorted(set(split.column_names) - left_out):
             digest.update(column.encode())
             digest.update(repr(list(split[column])).encode())
     return digest.hexdigest()
@@ -211,7 +214,12 @@ def _teacher(session: Session) -> nn.Module:
 
 
 def _alone(session: Session, teacher: nn.Module, seed: int) -> dict[str, Any]:
-    """The student alone: every setting of its own search from the same start, the best on validation."""
+    """The student alone: every setting of its own search from the same start, the best on validation.
+
+    Where there are no labels it has nothing to learn from: it is the student at its start.
+    """
+    if not session.task.has_labels(session.data):
+        return _untrained(session, teacher, seed)
     baseline, training = session.recipe.baseline, session.recipe.training
     runs = {}
     for rate, dropout in itertools.product(baseline.learning_rates, baseline.dropouts):
@@ -231,6 +239,24 @@ def _alone(session: Session, teacher: nn.Module, seed: int) -> dict[str, Any]:
     model = f"seed-{seed}/alone-{best}/model"
     test = session.tested(f"seed-{seed}/alone/test", lambda: session.student(teacher, seed, model))
     return {**runs[best], "test": test, "setting": best, "model": model}
+
+
+def _untrained(session: Session, teacher: nn.Module, seed: int) -> dict[str, Any]:
+    """The student at its start."""
+    step = f"seed-{seed}/start"
+    student = session.student(teacher, seed)
+
+    def work() -> dict[str, Any]:
+        save_student(student, session.folder / step / "model", session.data.tokenizer)
+        return {"validation": session.evaluated(student, session.data.validation)}
+
+    result = session.record.step(step, work)
+    test = session.tested(f"{step}/test", lambda: student)
+    session.say(f"student at its start, seed {seed}: {session.metric} {result['validation'][session.metric]:.4f}")
+    return {
+        **result, "test": test, "setting": "undistilled", "model": f"{step}/model", "seconds": 0.0, "steps": 0,
+        "history": [],
+    }  # fmt: skip
 
 
 def _distilled(session: Session, teacher: nn.Module, seed: int, name: str) -> dict[str, Any]:

@@ -49,7 +49,10 @@ SKIPS_IN_A_ROW = 10
 
 
 class Metric(Protocol):
-    """A task's metric: it sees batches one by one, so nothing is gathered but its small state."""
+    """A task's metric: it sees batches one by one, so nothing is gathered but its small state.
+
+    It may have an attribute `columns`: the names of what it reads of a batch that no model does.
+    """
 
     def reset(self) -> None:
         """Forget everything."""
@@ -206,6 +209,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if self._signature_columns is None:
             # Also where no model reads labels: a task loss or a term may.
             names = self.distiller.columns() | {"label", "labels", "label_ids", *self.label_names}
+            names |= set(getattr(self.metric, "columns", ()))
             self._signature_columns = sorted(names)
 
     def get_train_dataloader(self) -> DataLoader[Any]:

@@ -43,7 +43,8 @@ DOMAINS = ("movie", "amazon", "nyt", "tweets")
 class Row:
     """One sample: its text, a second text for pairs, its raw label (None: unlabelled) and where it stands.
 
-    Where words have labels of their own, `words` holds them, and `text` is their line.
+    Where words have labels of their own, `words` holds them, and `text` is their line. Where texts are encoded one by
+    one, `texts` holds them all.
     """
 
     text: str
@@ -51,6 +52,7 @@ class Row:
     label: Any
     where: str
     words: tuple[str, ...] | None = None
+    texts: tuple[str, ...] | None = None
 
 
 MakeRow: TypeAlias = Callable[[Mapping[str, Any], str | Sequence[str], str | None, str], Row]

@@ -113,7 +113,7 @@ class GivenTask(NlpTask):
         configs = {"teacher": self._teacher.config, "student": self._student.config}
         if tokenization.same(teacher, student):
             data = self._tables(sources, tokenization.richer(teacher, student), configs)
-            return replace(data, tokenizer=student)
+            return self.complete(replace(data, tokenizer=student), lambda: self._teacher)
         tokenization.check_kind(self._kind.head)
         if any(_is_tokenized(source) for source in sources.values()):
             raise RecipeError(
@@ -123,7 +123,8 @@ class GivenTask(NlpTask):
             self._tables(sources, tokenizer, {who: configs[who]})
             for who, tokenizer in (("student", student), ("teacher", teacher))
         )
-        return two_tokenizers(own, other, {"test": sources["validation"], **sources})
+        both = two_tokenizers(own, other, {"test": sources["validation"], **sources})
+        return self.complete(both, lambda: self._teacher)
 
     def _tables(self, sources: Mapping[str, Any], tokenizer: Any, configs: Mapping[str, Any]) -> NlpData:
         """The data by one tokenizer."""
@@ -171,6 +172,8 @@ class GivenTask(NlpTask):
             source = source.to_dict("records") if hasattr(source, "iloc") else source.to_dicts()
         rows = []
         for number, row in enumerate(source):
+            if isinstance(row, str) and isinstance(column, str) and not self._kind.head.logits:
+                row = {column: row}  # noqa: PLW2901
             if not isinstance(row, Mapping):
                 raise DataError(f"sample {number}: expected a dict with text and label, got {type(row).__name__}.")
             value = dict(row)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from taskkd.errors import RecipeError, nearest
 
-__all__ = ["Classification", "MaskedTokens", "Regression", "best_constant", "chosen"]
+__all__ = ["Classification", "MaskedTokens", "NextTokens", "Regression", "best_constant", "chosen", "spearman"]
 
 #: metrics that models cannot be selected by, as less is better
 LESS_IS_BETTER = ("perplexity", "rmse")
@@ -132,9 +132,14 @@ class Regression:
             return {"pearson": 0.0, "spearman": 0.0, "rmse": 0.0}
         return {
             "pearson": _correlation(predictions, labels),
-            "spearman": _correlation(_ranks(predictions), _ranks(labels)),
+            "spearman": spearman(predictions, labels),
             "rmse": (predictions - labels).square().mean().sqrt().item(),
         }
+
+
+def spearman(x: Tensor, y: Tensor) -> float:
+    """Spearman's rank correlation of two rows of numbers, mean ranks for ties; 0 where undefined."""
+    return _correlation(_ranks(x.double()), _ranks(y.double())) if len(x) else 0.0
 
 
 class MaskedTokens:
@@ -170,6 +175,14 @@ class MaskedTokens:
         if not count:
             return {"accuracy": 0.0, "perplexity": 0.0}
         return {"accuracy": right / count, "perplexity": math.exp(min(loss / count, 700.0))}
+
+
+class NextTokens(MaskedTokens):
+    """Accuracy and perplexity of each token given those before it, at tokens with a label that is not -100."""
+
+    def update(self, output: Any, batch: Mapping[str, Any]) -> None:
+        """Count one batch: `output.logits` (batch, tokens, vocabulary) against `batch["labels"]` (batch, tokens)."""
+        super().update({"logits": output["logits"][:, :-1]}, {"labels": batch["labels"][:, 1:]})
 
 
 def _correlation(x: Tensor, y: Tensor) -> float:

@@ -6,14 +6,14 @@ import copy
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from taskkd.caches import file_sha256
 from taskkd.errors import DataError, RecipeError
-from taskkd.nlp.heads import MASKED_LM, SEQUENCE, TOKENS, Head, head_of, head_of_checkpoint
+from taskkd.nlp.heads import CAUSAL_LM, MASKED_LM, SENTENCE, SEQUENCE, TOKENS, Head, head_of, head_of_checkpoint
 from taskkd.taps import accepted_arguments
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "number_of_labels",
+    "pretrained",
     "resolve",
     "same_order",
     "student_from_config",
@@ -77,6 +78,18 @@ def _from_pretrained(auto: Any, source: str, **options: Any) -> Any:
         raise DataError(f"model {source!r} cannot be loaded: {first}") from error
 
 
+def pretrained(auto: Any, source: str, *, seed: int = 0, **options: Any) -> Any:
+    """`auto.from_pretrained`, without code of the model's folder, without reports and bars; what is missing is
+    initialised from `seed`, the global random state left as it was.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    with torch.random.fork_rng([]), _quiet():
+        torch.manual_seed(seed)
+        return _from_pretrained(auto, source, **options)
+
+
 def load_tokenizer(source: str, options: Mapping[str, Any] | None = None) -> Any:
     """The tokenizer of a hub name, a path or a package's folder; `options` are its own.
 
@@ -120,7 +133,8 @@ def load_model(
         source: hub name, path, or `package:name/folder`.
         labels: class names in order; none, `[]`, for what has no classes (a sequence classifier without is a
             regressor); None: as the checkpoint says.
-        head: default: the one that the checkpoint has, or sequence classification.
+        head: default: the one that the checkpoint has, that of a folder of sentence-transformers, or sequence
+            classification.
         sha256: expected digest of a package's weights.
         seed: of the head's initialisation; the global random state is left as it was.
 
@@ -129,7 +143,11 @@ def load_model(
     """
     import transformers
 
+    from taskkd.nlp.sentence import is_sentence_encoder, load_sentence_encoder
+
     folder = resolve(source, sha256)
+    if head is SENTENCE or (head is None and labels is None and is_sentence_encoder(folder)):
+        return load_sentence_encoder(folder)
     found = _from_pretrained(transformers.AutoConfig, folder)
     saved = head_of_checkpoint(found)
     head = head or saved or SEQUENCE
@@ -140,9 +158,7 @@ def load_model(
     if saved is not None and saved is not head:  # a classifier of something else is no start for this one
         options["ignore_mismatched_sizes"] = True
     auto = getattr(transformers, f"AutoModel{head.suffix}")
-    with torch.random.fork_rng([]), _quiet():
-        torch.manual_seed(seed)
-        model: nn.Module = _from_pretrained(auto, folder, dtype=torch.float32, **options)
+    model: nn.Module = pretrained(auto, folder, seed=seed, dtype=torch.float32, **options)
     return model
 
 
@@ -160,6 +176,8 @@ def same_order(source: str, names: Sequence[str], *, trained: bool, head: Head =
     """
     from transformers import AutoConfig
 
+    if not names:
+        return []
     config = _from_pretrained(AutoConfig, resolve(source))
     known = [str(config.id2label[i]) for i in sorted(config.id2label or {})]
     if trained and head is TOKENS and head_of_checkpoint(config) is head and set(names) < set(known):
@@ -245,7 +263,7 @@ def check_same_labels(student: Any, teacher: Any) -> None:
         raise RecipeError(
             f"the student is for {heads[0].title}, the teacher for {heads[1].title}; their logits cannot be compared."
         )
-    if heads[0] is MASKED_LM:
+    if heads[0] in (MASKED_LM, CAUSAL_LM):
         sizes = student.config.vocab_size, teacher.config.vocab_size
         if sizes[0] != sizes[1]:
             raise RecipeError(f"the student has a vocabulary of {sizes[0]}, the teacher of {sizes[1]}.")
@@ -274,14 +292,31 @@ def encoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     raise RecipeError(f"{type(model).__name__} has no list of {count} layers to choose from.")
 
 
-def student_from_layers(teacher: nn.Module, layers: Sequence[int]) -> nn.Module:
+def student_from_layers(
+    teacher: nn.Module, layers: Sequence[int], *, architecture: Literal["distilbert"] | None = None, seed: int = 0
+) -> nn.Module:
     """A student with these layers of a model (0-based), its embeddings, pooler and head: weights are copied.
 
     Source: the initialisation of DistilBERT (Sanh et al. 2019) and Patient KD (Sun et al. 2019).
 
+    Args:
+        teacher: the model whose layers are taken.
+        layers: in the student's order.
+        architecture: None: the teacher's own; "distilbert": see `distilbert_from_bert`.
+        seed: of what starts at random, with an architecture.
+
     Raises:
-        RecipeError: a layer is not there, or the model has no list of layers.
+        RecipeError: a layer is not there, the model has no list of layers, or the architecture does not fit.
     """
+    from taskkd.nlp.architectures import distilbert_from_bert
+    from taskkd.nlp.sentence import SentenceEncoder
+
+    if isinstance(teacher, SentenceEncoder):
+        return teacher.around(student_from_layers(teacher.encoder, layers, architecture=architecture, seed=seed))
+    if architecture is not None:
+        if architecture != "distilbert":
+            raise RecipeError(f"no architecture {architecture!r} to build from layers; known: distilbert.")
+        return distilbert_from_bert(teacher, layers, seed=seed)
     path, own = encoder_layers(teacher)
     if not layers or not all(0 <= i < len(own) for i in layers):
         raise RecipeError(f"student.layers {list(layers)}: expected numbers from 0 to {len(own) - 1}.")
@@ -311,6 +346,10 @@ def student_from_config(teacher: nn.Module, changes: Mapping[str, Any], *, seed:
         RecipeError: the config has no such setting, or the sizes do not go together.
     """
     from taskkd.errors import nearest
+    from taskkd.nlp.sentence import SentenceEncoder
+
+    if isinstance(teacher, SentenceEncoder):
+        return teacher.around(student_from_config(teacher.encoder, changes, seed=seed))
 
     config = copy.deepcopy(teacher.config)
     for name, value in changes.items():

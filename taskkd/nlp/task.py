@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +20,14 @@ from taskkd.nlp import metrics, models, tokenization
 from taskkd.nlp.augment import Augment, augmented, describe
 from taskkd.nlp.collation import FullLength
 from taskkd.nlp.glue import GLUE_TASKS, HIDDEN_LABELS, Glue
-from taskkd.nlp.heads import TOKENS
-from taskkd.nlp.kinds import KINDS, Encoding, Kind
+from taskkd.nlp.heads import CAUSAL_LM, TOKENS
+from taskkd.nlp.kinds import KINDS, ComparesWithTeacher, Encoding, Kind
+from taskkd.nlp.kinds.sentences import SCORED_PAIRS, texts_row
 from taskkd.nlp.kinds.sequences import CLASSIFICATION, task_loss
 from taskkd.nlp.masking import Masked
 from taskkd.nlp.methods import METHODS
 from taskkd.nlp.pairs import describe_pair
+from taskkd.nlp.sentence import SentenceEncoder, load_sentence_encoder
 from taskkd.schema import Model, Recipe, TeacherConfig
 from taskkd.terms import Term
 
@@ -33,16 +35,17 @@ __all__ = ["NlpData", "NlpRecipe", "task_loss"]
 
 Size = int | float
 #: kinds whose labels stand at words, which augmentation replaces
-NOT_AUGMENTED = ("token_classification", "question_answering")
+NOT_AUGMENTED = ("token_classification", "question_answering", "causal_lm")
 PARTS = ("train", "unlabelled", "validation", "test", "mismatched")
 #: what the embedded sample has labels for
-SAMPLE_TYPES = ("classification", "regression", "masked_lm")
+SAMPLE_TYPES = ("classification", "regression", "masked_lm", "causal_lm", "sentence_embedding")
 #: keys of `Data` that are of one type
 OWNED = {
     "stride": "question_answering",
     "no_answer": "question_answering",
     "masking": "masked_lm",
     "mask_share": "masked_lm",
+    "scored_pairs": "sentence_embedding",
 }
 
 
@@ -75,6 +78,15 @@ class Hub(Model):
     unlabelled: str | None = None
 
 
+class ScoredPairs(Model):
+    """Files of two texts and how alike they are, to evaluate sentence embeddings on (STS)."""
+
+    validation: str
+    test: str
+    text: list[str] = Field(["sentence1", "sentence2"], min_length=2, max_length=2)
+    label: str = "score"
+
+
 class Data(Model):
     """Where the text comes from: exactly one of `files`, `sample`, `hub`, `glue`."""
 
@@ -82,13 +94,20 @@ class Data(Model):
     sample: Sample | None = None
     hub: Hub | None = None
     glue: Glue | None = None
-    type: Literal["classification", "regression", "token_classification", "question_answering", "masked_lm"] = (
-        "classification"
-    )
+    type: Literal[
+        "classification",
+        "regression",
+        "token_classification",
+        "question_answering",
+        "masked_lm",
+        "causal_lm",
+        "sentence_embedding",
+    ] = "classification"
     text: str | list[str] = ""  # what is left out is as `type` has it
     label: str = ""
     labels: list[str] | None = None
     metric: str | None = None  # that models are selected by; None: as `type` has it
+    scored_pairs: ScoredPairs | None = None  # sentence_embedding: what is validated and tested on
     max_length: int | None = Field(None, ge=2)  # None: as `type` has it, or what the teacher takes if that is less
     stride: int | None = Field(None, ge=0)  # tokens that windows of a context share; None: a third of max_length
     no_answer: bool = False
@@ -107,12 +126,15 @@ class Data(Model):
             raise ValueError("exactly one of files, sample, hub and glue must be given")
         if self.glue is not None:
             self._fill(self.glue.task)
-        if isinstance(self.text, list) and len(self.text) != 2:
+        several = self.type == "sentence_embedding"
+        if isinstance(self.text, list) and (len(self.text) < 2 or (len(self.text) > 2 and not several)):
             raise ValueError("text takes one column, or a list of two for pairs")
         if self.sample is not None and self.type not in SAMPLE_TYPES:
             raise ValueError(f"the embedded sample is for {', '.join(SAMPLE_TYPES)}, not for {self.type}")
         if self.augment is not None and self.type in NOT_AUGMENTED:
             raise ValueError(f"augment replaces words of whole texts; with {self.type} labels are of words")
+        if self.augment is not None and several and isinstance(self.text, list):
+            raise ValueError("augment replaces words of one text; with sentence_embedding a sample here is several")
         for key, owner in OWNED.items():
             if self.type != owner and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} is for the type {owner}, not for {self.type}")
@@ -135,6 +157,8 @@ class Data(Model):
     @property
     def kind(self) -> Kind:
         """What knows this type of data."""
+        if self.scored_pairs is not None:
+            return SCORED_PAIRS
         return KINDS[self.type]
 
 
@@ -144,12 +168,15 @@ class Student(Model):
     layers: list[int] | None = None
     config: dict[str, Any] | None = None
     model: str | None = None
+    architecture: Literal["distilbert"] | None = None  # None: the teacher's
     start: str = "teacher"  # whose layers: the "teacher"'s, its own before it was fine-tuned ("pretrained"), a model's
 
     @model_validator(mode="after")
     def _one_kind(self) -> Student:
         if sum(s is not None for s in (self.layers, self.config, self.model)) != 1:
             raise ValueError("exactly one of layers, config and model must be given")
+        if self.architecture is not None and self.layers is None:
+            raise ValueError("architecture goes with layers")
         return self
 
 
@@ -169,6 +196,12 @@ class NlpRecipe(Recipe):
     student: Student
 
     @model_validator(mode="after")
+    def _labels_to_learn(self) -> NlpRecipe:
+        if self.teacher.finetune is not None and not self.data.kind.head.logits:
+            raise ValueError(f"teacher.finetune: {self.data.type} has no labels to fine-tune on")
+        return self
+
+    @model_validator(mode="after")
     def _no_cache_of_random_masks(self) -> NlpRecipe:
         if self.data.type == "masked_lm" and self.data.masking == "dynamic" and self.teacher.cache is not None:
             if "cache" in self.teacher.model_fields_set:
@@ -177,6 +210,8 @@ class NlpRecipe(Recipe):
                     "teacher, or `masking: static` in data"
                 )
             self.teacher.cache = None
+        if self.data.type == "causal_lm" and "cache" not in self.teacher.model_fields_set:
+            self.teacher.cache = None  # logits of a whole vocabulary at every token
         return self
 
 
@@ -250,8 +285,8 @@ class NlpData:
         free = 0 if self.unlabelled is None else len(self.unlabelled)
         held = f"{len(self.validation)} validation, {len(self.test)} test"
         held += "".join(f", {len(table)} {name} test" for name, table in self.further_tests.items())
-        kind = self.kind.describe(self.labels)
-        return f"{len(self.train)} labelled, {free} unlabelled{self.copies}, {held}; {kind}{self.note}"
+        use, kind = "labelled" if self.kind.head.logits else "to train on", self.kind.describe(self.labels)
+        return f"{len(self.train)} {use}, {free} unlabelled{self.copies}, {held}; {kind}{self.note}"
 
 
 logger = logging.getLogger(__name__)
@@ -298,7 +333,8 @@ class NlpTask:
         if tokenization.same(teacher, student):
             encoder, encoding = tokenization.richer(teacher, student), encoding_of(config, student, configs)
             tables = _encoded(kind, splits, encoder, names, encoding)
-            return NlpData(**tables, labels=names, tokenizer=student, kind=kind, encoding=encoding, copies=copies)
+            one = NlpData(**tables, labels=names, tokenizer=student, kind=kind, encoding=encoding, copies=copies)
+            return self.complete(one, lambda: self.teacher(recipe, one))
         tokenization.check_kind(kind.head)
         found = []
         for who, tokenizer in (("student", student), ("teacher", teacher)):
@@ -307,7 +343,20 @@ class NlpTask:
             found.append(
                 NlpData(**tables, labels=names, tokenizer=tokenizer, kind=kind, encoding=encoding, copies=copies)
             )
-        return two_tokenizers(found[0], found[1], {part: getattr(splits, part) for part in PARTS})
+        loaded = two_tokenizers(found[0], found[1], {part: getattr(splits, part) for part in PARTS})
+        return self.complete(loaded, lambda: self.teacher(recipe, loaded))
+
+    def complete(self, data: NlpData, teacher: Callable[[], nn.Module]) -> NlpData:
+        """The data, with the teacher's answers beside what is evaluated on where the kind of task needs them."""
+        kind, source = data.kind, data.of_teacher or data
+        if not isinstance(kind, ComparesWithTeacher):
+            return data
+        model = teacher()
+        tables = {t: kind.with_teacher(getattr(source, t), model, source.tokenizer) for t in ("validation", "test")}
+        if data.of_teacher is None:
+            return replace(data, **tables)
+        own = {t: _beside(getattr(data, t), table) for t, table in tables.items()}
+        return replace(data, **own, of_teacher=replace(source, **tables))
 
     def fingerprint(self, recipe: NlpRecipe) -> str:
         """What tells that the teacher's files are the ones a run was started with; "" for a hub name."""
@@ -325,6 +374,8 @@ class NlpTask:
     def student(self, recipe: NlpRecipe, data: NlpData, teacher: nn.Module, seed: int) -> nn.Module:
         """The student at its start; the same for a seed, whatever it is then trained with."""
         own, head = recipe.student, data.kind.head
+        if own.model is not None and isinstance(teacher, SentenceEncoder):
+            return load_sentence_encoder(own.model, like=teacher)
         if own.model is not None:
             return models.load_model(own.model, data.labels, head=head, seed=seed)
         if own.config is not None:
@@ -332,7 +383,7 @@ class NlpTask:
         if own.start != "teacher":
             source = recipe.teacher.model if own.start == "pretrained" else own.start
             teacher = models.load_model(source, data.labels, head=head, seed=seed)
-        return models.student_from_layers(teacher, own.layers or [])
+        return models.student_from_layers(teacher, own.layers or [], architecture=own.architecture, seed=seed)
 
     def reload(self, student: nn.Module, folder: Path) -> nn.Module:
         """Load a trained student of this run into one of the same architecture."""
@@ -352,9 +403,19 @@ class NlpTask:
     def read(self, recipe: NlpRecipe, path: str, student: Any, tokenizer: Any) -> Any:
         """Another file with the recipe's columns, tokenized, with the labels of a trained student."""
         config, kind = recipe.data, recipe.data.kind
-        rows = text.read_rows(path, config.text, config.label, row=kind.row, readers=kind.readers)
+        columns, label, row = config.text, config.label, kind.row
+        if config.scored_pairs is not None:
+            columns, label, row = config.scored_pairs.text, config.scored_pairs.label, texts_row
+        rows = text.read_rows(path, columns, label, row=row, readers=kind.readers)
         encoding = encoding_of(config, tokenizer)
-        return kind.encode(rows, tokenizer, models.label_names(student), encoding, training=False)
+        table = kind.encode(rows, tokenizer, models.label_names(student), encoding, training=False)
+        if isinstance(kind, ComparesWithTeacher):
+            own = recipe.teacher
+            reads = models.load_tokenizer(own.model, kind.tokenizer_options)
+            teacher = models.load_model(own.model, head=kind.head, sha256=own.sha256)
+            other = kind.encode(rows, reads, models.label_names(student), encoding_of(config, reads), training=False)
+            table = _beside(table, kind.with_teacher(other, teacher, reads))
+        return table
 
     def predict(
         self, recipe: NlpRecipe, student: Any, tokenizer: Any, inputs: Sequence[str]
@@ -362,13 +423,19 @@ class NlpTask:
         """(answer, its probability or None, text) of each text; the two of a pair are tab-separated."""
         yield from recipe.data.kind.predict(student, tokenizer, inputs, encoding_of(recipe.data, tokenizer))
 
+    def has_labels(self, data: NlpData) -> bool:
+        """Whether a student can be trained without a teacher."""
+        return bool(data.kind.head.logits)
+
     def teacher_data(self, data: NlpData) -> NlpData:
         """The data for what runs the teacher alone."""
         return data.of_teacher or data
 
     def fit_terms(self, data: NlpData, terms: Sequence[Term]) -> list[Term]:
-        """A stage's terms as they suit the data: with two tokenizers those over words are aligned by words."""
-        return list(terms) if data.of_teacher is None else [tokenization.by_words(term) for term in terms]
+        """A stage's terms as they suit the data: with two tokenizers they are aligned by words, or answers."""
+        if data.of_teacher is None:
+            return list(terms)
+        return [tokenization.by_answers(tokenization.by_words(term)) for term in terms]
 
     def check_terms(self, data: NlpData, terms: Sequence[Term], student: nn.Module, batch: Mapping[str, Any]) -> None:
         """Refuse terms that compare tokens of different tokenizers.
@@ -444,6 +511,8 @@ def two_tokenizers(data: NlpData, teacher: NlpData, rows: Mapping[str, Sequence[
         own, other = getattr(data, part), getattr(teacher, part)
         if own is not None:
             own = tokenization.joined(own, other, teacher.tokenizer.model_input_names)
+            if data.kind.head is CAUSAL_LM:
+                own = own.add_column("teacher_next_mask", tokenization.next_mask(other["labels"]))
             if data.kind.head is TOKENS:
                 words = [row.words or () for row in rows[part]]
                 for name, side in zip(tokenization.WORDS, (data, teacher), strict=True):
@@ -451,6 +520,14 @@ def two_tokenizers(data: NlpData, teacher: NlpData, rows: Mapping[str, Sequence[
                     own = own.add_column(name, index)
         tables[part] = own
     return replace(data, **tables, of_teacher=teacher)
+
+
+def _beside(table: Any, other: Any) -> Any:
+    """A table with the columns of another of the same samples that it has not."""
+    for column in other.column_names:
+        if column not in table.column_names:
+            table = table.add_column(column, other[column])
+    return table
 
 
 def _tokenizers(recipe: NlpRecipe) -> tuple[Any, Any]:
@@ -507,7 +584,7 @@ def _splits(config: Data) -> text.Splits:
     splits, kind = text.Splits(), config.kind
     if config.sample is not None:
         own = config.sample
-        splits.train = text.sentiment_rows(own.domains, label="none" if config.type == "masked_lm" else own.label)
+        splits.train = text.sentiment_rows(own.domains, label=own.label if kind.head.labelled else "none")
         taken = {text.same_text(r.text) for r in splits.train}
         extra = text.sentiment_rows(own.unlabelled_domains, label="none") if own.unlabelled_domains else []
         splits.unlabelled = [r for r in extra if text.same_text(r.text) not in taken]
@@ -528,7 +605,25 @@ def _splits(config: Data) -> text.Splits:
                 setattr(splits, part, text.hub_rows(hub.name, hub.subset, name, config.text, label, row=kind.row))
     elif config.glue is not None:
         splits = config.glue.read()
+    if config.scored_pairs is not None:
+        _score(config.scored_pairs, splits)
     return _cut(config, splits)
+
+
+def _score(pairs: ScoredPairs, splits: text.Splits) -> None:
+    """Evaluate on scored pairs.
+
+    Raises:
+        DataError: there is other data to evaluate on, or a pair has no score.
+    """
+    for part in ("validation", "test"):
+        if getattr(splits, part):
+            raise DataError(f"data.scored_pairs are what is evaluated on; there is other {part} data too.")
+        rows = text.read_rows(getattr(pairs, part), pairs.text, pairs.label, row=texts_row)
+        for row in rows:
+            if not text.has_label(row):
+                raise DataError(f"{row.where}: the pair has no score in column {pairs.label!r}.")
+        setattr(splits, part, rows)
 
 
 def _augment(config: Data, splits: text.Splits, teacher: str, folder: Path | None) -> str:

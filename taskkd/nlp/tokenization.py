@@ -16,17 +16,20 @@ from torch import Tensor, nn
 
 from taskkd.adapters import build_adapter
 from taskkd.errors import RecipeError
+from taskkd.losses import universal_logits
 from taskkd.nlp.heads import MASKED_LM, QUESTION_ANSWERING, TOKENS, Head
 from taskkd.taps import Taps, accepted_arguments, parse_tap
 from taskkd.terms import Match, Term
 
 __all__ = [
     "TwoCollator",
+    "by_answers",
     "by_words",
     "check_kind",
     "check_terms",
     "fitting_length",
     "joined",
+    "next_mask",
     "over_words",
     "positions",
     "richer",
@@ -175,7 +178,9 @@ class TwoCollator:
     def __init__(self, student: Collate, teacher: Collate, tokenizers: tuple[Any, Any]) -> None:
         self.student, self.teacher, self.tokenizers = student, teacher, tokenizers
         self.fills = {**getattr(student, "fills", {}), **dict.fromkeys(WORDS, -1)}
-        self.inputs = {TEACHER + name: name for name in {*tokenizers[1].model_input_names, "token_type_ids"}}
+        self.inputs = {
+            TEACHER + name: name for name in {*tokenizers[1].model_input_names, "token_type_ids", "next_mask"}
+        }
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of these samples, as tensors."""
@@ -250,6 +255,27 @@ def by_words(term: Term) -> Term:
     )
 
 
+def next_mask(labels: Sequence[Sequence[int]]) -> list[list[int]]:
+    """1 at the positions before a token with a label, for each sample: where a causal model is asked for it."""
+    return [[*(int(label >= 0) for label in row[1:]), 0] for row in labels]
+
+
+def by_answers(term: Term) -> Term:
+    """A term of universal logits, told where the teacher's answers are; any other as it is."""
+    if not isinstance(term, Match) or term.loss is not universal_logits or "teacher_mask" in term.option_taps:
+        return term
+    return Match(
+        term.name,
+        term.loss,
+        term.student_pairs[0],
+        term.teacher_pairs[0],
+        mask=term.mask,
+        weight="auto" if term.automatic else term.schedule,
+        teacher_mask="batch.teacher_next_mask",
+        **{**term.option_schedules, **term.options},
+    )
+
+
 def _given(adapters: nn.ModuleList, spec: Any) -> Any:
     """The adapter that exists, or what builds it: of one token each, as the two have different numbers of them."""
     if len(adapters) or spec is None:
@@ -288,7 +314,8 @@ def check_terms(terms: Sequence[Term], student: nn.Module, batch: Mapping[str, A
 def _compared(term: Term) -> list[str]:
     """The student's taps that a term compares with the teacher's; none if it aligns words."""
     if isinstance(term, Match):
-        return [] if "teacher_word_index" in term.option_taps else list(term.student_pairs)
+        aligned = {"teacher_word_index", "teacher_mask"} & set(term.option_taps)
+        return [] if aligned else list(term.student_pairs)
     return [tap for tap in term.student_taps if parse_tap(tap).root != "batch"] if term.teacher_taps else []
 
 

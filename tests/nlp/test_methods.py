@@ -20,6 +20,7 @@ from taskkd.errors import RecipeError, TapError
 from taskkd.nlp import METHODS, lrc_bert, minilm, minilm_v2, mobilebert, tinybert
 from taskkd.nlp.methods.cofi import cofi
 from taskkd.nlp.methods.distilbert import distilbert
+from taskkd.nlp.sentence import SentenceEncoder
 from taskkd.stages import Method, Stage
 from tests import families
 from tests.parity.end_to_end import tinybert_e2e
@@ -43,7 +44,23 @@ def batch(length: int = 7, labels: Any = None) -> dict[str, Any]:
     return padded | {"labels": torch.tensor([0, 1]) if labels is None else labels}
 
 
+def grouped(data: dict[str, Any]) -> dict[str, Any]:
+    """Each sample with the other as first candidate and itself as second."""
+    return {k: torch.stack([v, v.flip(0), v], 1) for k, v in data.items() if v.ndim == 2}
+
+
+def decoder(vocabulary: int, seed: int) -> Any:
+    torch.manual_seed(seed)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    off = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=vocabulary, **sizes, **off)).double()
+
+
 def losses_of(stage: Stage, student: nn.Module, teacher: nn.Module, data: dict[str, Any]) -> dict[str, Tensor]:
+    if {t.name for t in stage.terms} & {"margins", "candidates"}:
+        data = grouped(data)
+    if isinstance(student, hf.GPT2LMHeadModel):
+        data = data | {"labels": data["input_ids"].masked_fill(data["attention_mask"] == 0, -100)}
     distiller = kd.Distiller(
         student, kd.Frozen(teacher), stage.terms, task_weight=stage.task_weight, perturbation=stage.perturbation
     )
@@ -154,6 +171,10 @@ def test_layers_that_do_not_fit() -> None:
 
 
 def pairs(name: str) -> tuple[Any, Any]:
+    if name in ("candidate_kl", "embedding_mimic", "margin_mse"):
+        return SentenceEncoder(bert(2, auto=hf.BertModel)), SentenceEncoder(bert(4, seed=1, auto=hf.BertModel))
+    if name == "universal_logits":
+        return decoder(families.SIZES["vocab_size"], 0), decoder(families.SIZES["vocab_size"] + 5, 1)
     layers = 4 if name == "mobilebert" else 2
     return bert(layers), bert(4, seed=1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ from taskkd.nlp.collation import Collator
 from taskkd.nlp.data import Reader, Row
 from taskkd.nlp.heads import Head
 
-__all__ = ["Encoding", "Kind", "Prediction"]
+__all__ = ["ComparesWithTeacher", "Encoding", "Kind", "Prediction"]
 
 Prediction: TypeAlias = tuple[str, float | None, str]
 Table: TypeAlias = Any  # a `datasets.Dataset`
@@ -39,6 +39,18 @@ class Encoding:
     no_answer: bool = False
     masking: Literal["dynamic", "static"] = "dynamic"
     mask_share: float = 0.15
+
+
+@runtime_checkable
+class ComparesWithTeacher(Protocol):
+    """A kind whose metric needs the teacher's answers beside the data."""
+
+    def with_teacher(self, table: Table, teacher: nn.Module, tokenizer: Any) -> Table:
+        """A table to evaluate on, with the teacher's answers in it.
+
+        Raises:
+            RecipeError: they cannot be learned from.
+        """
 
 
 class Kind(Protocol):

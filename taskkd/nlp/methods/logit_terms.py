@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from taskkd import losses
-from taskkd.nlp.heads import MASKED_LM, QUESTION_ANSWERING, SEQUENCE, head_of
+from taskkd.errors import RecipeError
+from taskkd.nlp.heads import CAUSAL_LM, MASKED_LM, QUESTION_ANSWERING, SEQUENCE, head_of
 from taskkd.nlp.models import check_same_labels, is_regression, number_of_labels
 from taskkd.terms import Match, Term, Weight
 
-__all__ = ["classes", "logit_terms"]
+__all__ = ["classes", "logit_terms", "next_tokens"]
 
 #: a logit that softmax turns into exactly 0 at any temperature up to a million, and that stays finite
 NEVER = -1e9
@@ -37,6 +38,7 @@ def logit_terms(
     word (`batch["word_mask"]`). Question answering: the mean of `loss` on start and on end logits (batch, tokens),
     whose distributions are over [CLS] and the context (`batch["context_mask"]`); question and padding have probability
     0 on both sides. Masked language modelling: (batch, tokens, vocabulary) at all tokens that are no padding.
+    Causal language modelling: the same at the positions before a token with a label (an answer's).
 
     Args:
         student, teacher: models with the same head and labels (or vocabulary).
@@ -46,10 +48,12 @@ def logit_terms(
         **options: of `loss`.
 
     Raises:
-        RecipeError: heads or labels differ.
+        RecipeError: heads or labels differ, or there are no logits.
     """
     check_same_labels(student, teacher)
     head = head_of(student)
+    if not head.logits:
+        raise RecipeError(f"a {head.title} has no logits to compare; the method embedding_mimic is for it.")
     if is_regression(student):
         return [Match(name, losses.logit_mse, "out.logits", weight=weight)]
     if head is SEQUENCE:
@@ -57,6 +61,8 @@ def logit_terms(
     if head is QUESTION_ANSWERING:
         return [Match(name, _over_positions(loss), head.logits, mask=head.mask, weight=weight, **options)]
     mask: Any = _labelled if head is MASKED_LM and positions == "masked" else head.mask
+    if head is CAUSAL_LM:
+        mask = next_tokens
     if loss is not losses.logit_mse:
         options = {"dim": -1, **options}
     return [Match(name, loss, "out.logits", mask=mask, weight=weight, **options)]
@@ -68,6 +74,11 @@ def classes(student: nn.Module) -> int:
     1 for regression, and where the logits are not of labels (positions, a vocabulary): nobody publishes a weight there.
     """
     return number_of_labels(student) if head_of(student).labelled and not is_regression(student) else 1
+
+
+def next_tokens(batch: Mapping[str, Any], _: Tensor) -> Tensor:
+    """The positions (batch, tokens) before a token with a label: those whose logits a causal model is asked for."""
+    return torch.nn.functional.pad(batch["labels"][:, 1:] >= 0, (0, 1))
 
 
 def _labelled(batch: Mapping[str, Any], _: Tensor) -> Tensor:
