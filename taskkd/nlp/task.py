@@ -1,218 +1,37 @@
-"""What a recipe of task `nlp` may say, and how it becomes data, models and metrics."""
+"""How a recipe of task `nlp` becomes data, models and metrics."""
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field, model_validator
 from torch import nn
 
 from taskkd.caches import file_sha256
 from taskkd.checkpoints import load_student
-from taskkd.errors import DataError
 from taskkd.nlp import data as text
 from taskkd.nlp import metrics, models, tokenization
-from taskkd.nlp.augment import Augment, augmented, describe
+from taskkd.nlp.augment import augmented, describe
 from taskkd.nlp.collation import FullLength
-from taskkd.nlp.glue import GLUE_TASKS, HIDDEN_LABELS, Glue
+from taskkd.nlp.glue import GLUE_TASKS, HIDDEN_LABELS
 from taskkd.nlp.heads import CAUSAL_LM, TOKENS
-from taskkd.nlp.kinds import KINDS, ComparesWithTeacher, Encoding, Kind
-from taskkd.nlp.kinds.sentences import SCORED_PAIRS, texts_row
+from taskkd.nlp.kinds import ComparesWithTeacher, Encoding, Kind
+from taskkd.nlp.kinds.sentences import texts_row
 from taskkd.nlp.kinds.sequences import CLASSIFICATION, task_loss
 from taskkd.nlp.masking import Masked
 from taskkd.nlp.methods import METHODS
 from taskkd.nlp.pairs import describe_pair
+from taskkd.nlp.schema import Data, NlpRecipe
 from taskkd.nlp.sentence import SentenceEncoder, load_sentence_encoder
-from taskkd.schema import Model, Recipe, TeacherConfig
+from taskkd.nlp.splits import read_splits
 from taskkd.terms import Term
 
 __all__ = ["NlpData", "NlpRecipe", "task_loss"]
 
-Size = int | float
-#: kinds whose labels stand at words, which augmentation replaces
-NOT_AUGMENTED = ("token_classification", "question_answering", "causal_lm")
 PARTS = ("train", "unlabelled", "validation", "test", "mismatched")
-#: what the embedded sample has labels for
-SAMPLE_TYPES = ("classification", "regression", "masked_lm", "causal_lm", "sentence_embedding")
-#: keys of `Data` that are of one type
-OWNED = {
-    "stride": "question_answering",
-    "no_answer": "question_answering",
-    "masking": "masked_lm",
-    "mask_share": "masked_lm",
-    "scored_pairs": "sentence_embedding",
-}
-
-
-class Files(Model):
-    """Files by use; what is missing of validation and test is held out from train."""
-
-    train: str
-    validation: str | None = None
-    test: str | None = None
-    unlabelled: str | list[str] | None = None
-
-
-class Sample(Model):
-    """The embedded sentiment sample."""
-
-    name: Literal["sentiment"] = "sentiment"
-    domains: list[str] = Field(["movie"], min_length=1)
-    unlabelled_domains: list[str] = Field([])
-    label: Literal["binary", "score"] = "binary"
-
-
-class Hub(Model):
-    """An HF data set by name or folder."""
-
-    name: str
-    subset: str | None = None
-    train: str = "train"
-    validation: str | None = None
-    test: str | None = None
-    unlabelled: str | None = None
-
-
-class ScoredPairs(Model):
-    """Files of two texts and how alike they are, to evaluate sentence embeddings on (STS)."""
-
-    validation: str
-    test: str
-    text: list[str] = Field(["sentence1", "sentence2"], min_length=2, max_length=2)
-    label: str = "score"
-
-
-class Data(Model):
-    """Where the text comes from: exactly one of `files`, `sample`, `hub`, `glue`."""
-
-    files: Files | None = None
-    sample: Sample | None = None
-    hub: Hub | None = None
-    glue: Glue | None = None
-    type: Literal[
-        "classification",
-        "regression",
-        "token_classification",
-        "question_answering",
-        "masked_lm",
-        "causal_lm",
-        "sentence_embedding",
-    ] = "classification"
-    text: str | list[str] = ""  # what is left out is as `type` has it
-    label: str = ""
-    labels: list[str] | None = None
-    metric: str | None = None  # that models are selected by; None: as `type` has it
-    scored_pairs: ScoredPairs | None = None  # sentence_embedding: what is validated and tested on
-    max_length: int | None = Field(None, ge=2)  # None: as `type` has it, or what the teacher takes if that is less
-    stride: int | None = Field(None, ge=0)  # tokens that windows of a context share; None: a third of max_length
-    no_answer: bool = False
-    masking: Literal["dynamic", "static"] = "dynamic"
-    mask_share: float = Field(0.15, gt=0, lt=1)
-    train_size: int | None = Field(None, ge=1)
-    validation_size: Size = Field(0.1, gt=0)
-    test_size: Size = Field(0.1, gt=0)
-    unlabelled_size: int | None = Field(None, ge=0)
-    split_seed: int = 0
-    augment: Augment | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Data:
-        if sum(s is not None for s in (self.files, self.sample, self.hub, self.glue)) != 1:
-            raise ValueError("exactly one of files, sample, hub and glue must be given")
-        if self.glue is not None:
-            self._fill(self.glue.task)
-        several = self.type == "sentence_embedding"
-        if isinstance(self.text, list) and (len(self.text) < 2 or (len(self.text) > 2 and not several)):
-            raise ValueError("text takes one column, or a list of two for pairs")
-        if self.sample is not None and self.type not in SAMPLE_TYPES:
-            raise ValueError(f"the embedded sample is for {', '.join(SAMPLE_TYPES)}, not for {self.type}")
-        if self.augment is not None and self.type in NOT_AUGMENTED:
-            raise ValueError(f"augment replaces words of whole texts; with {self.type} labels are of words")
-        if self.augment is not None and several and isinstance(self.text, list):
-            raise ValueError("augment replaces words of one text; with sentence_embedding a sample here is several")
-        for key, owner in OWNED.items():
-            if self.type != owner and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} is for the type {owner}, not for {self.type}")
-        own = self.kind.text
-        self.text = self.text or (own if isinstance(own, str) else list(own))
-        self.label = self.label or self.kind.label
-        return self
-
-    def _fill(self, task: str) -> None:
-        """Set what a task of GLUE says."""
-        for key, value in GLUE_TASKS[task].columns.items():
-            given = getattr(self, key)
-            if key in self.model_fields_set and given != value:
-                raise ValueError(f"{key} is {value!r} in GLUE's {task}, got {given!r}; leave it out")
-            setattr(self, key, value)
-        for key, value in GLUE_TASKS[task].defaults.items():
-            if key not in self.model_fields_set:
-                setattr(self, key, value)
-
-    @property
-    def kind(self) -> Kind:
-        """What knows this type of data."""
-        if self.scored_pairs is not None:
-            return SCORED_PAIRS
-        return KINDS[self.type]
-
-
-class Student(Model):
-    """The student: exactly one of `layers` (of the teacher), `config` (its architecture, other sizes), `model`."""
-
-    layers: list[int] | None = None
-    config: dict[str, Any] | None = None
-    model: str | None = None
-    architecture: Literal["distilbert"] | None = None  # None: the teacher's
-    start: str = "teacher"  # whose layers: the "teacher"'s, its own before it was fine-tuned ("pretrained"), a model's
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Student:
-        if sum(s is not None for s in (self.layers, self.config, self.model)) != 1:
-            raise ValueError("exactly one of layers, config and model must be given")
-        if self.architecture is not None and self.layers is None:
-            raise ValueError("architecture goes with layers")
-        return self
-
-
-class Teacher(TeacherConfig):
-    """A teacher by hub name, path or `package:name/folder`."""
-
-    model: str
-    sha256: str | None = None
-
-
-class NlpRecipe(Recipe):
-    """A recipe of task `nlp`."""
-
-    task: Literal["nlp"] = "nlp"
-    data: Data
-    teacher: Teacher
-    student: Student
-
-    @model_validator(mode="after")
-    def _labels_to_learn(self) -> NlpRecipe:
-        if self.teacher.finetune is not None and not self.data.kind.head.logits:
-            raise ValueError(f"teacher.finetune: {self.data.type} has no labels to fine-tune on")
-        return self
-
-    @model_validator(mode="after")
-    def _no_cache_of_random_masks(self) -> NlpRecipe:
-        if self.data.type == "masked_lm" and self.data.masking == "dynamic" and self.teacher.cache is not None:
-            if "cache" in self.teacher.model_fields_set:
-                raise ValueError(
-                    "the teacher cannot be cached, as masks are drawn anew in each epoch: say `cache: null` in "
-                    "teacher, or `masking: static` in data"
-                )
-            self.teacher.cache = None
-        if self.data.type == "causal_lm" and "cache" not in self.teacher.model_fields_set:
-            self.teacher.cache = None  # logits of a whole vocabulary at every token
-        return self
 
 
 @dataclass
@@ -320,7 +139,7 @@ class NlpTask:
 
     def _loaded(self, recipe: NlpRecipe, folder: Path | None) -> NlpData:
         config, kind = recipe.data, recipe.data.kind
-        splits = _splits(config)
+        splits = read_splits(config)
         for line in text.shared_texts(splits):
             logger.warning(line)
         copies = _augment(config, splits, recipe.teacher.model, folder)
@@ -580,52 +399,6 @@ def encoding_of(config: Data, tokenizer: Any, configs: Mapping[str, Any] | None 
     )
 
 
-def _splits(config: Data) -> text.Splits:
-    splits, kind = text.Splits(), config.kind
-    if config.sample is not None:
-        own = config.sample
-        splits.train = text.sentiment_rows(own.domains, label=own.label if kind.head.labelled else "none")
-        taken = {text.same_text(r.text) for r in splits.train}
-        extra = text.sentiment_rows(own.unlabelled_domains, label="none") if own.unlabelled_domains else []
-        splits.unlabelled = [r for r in extra if text.same_text(r.text) not in taken]
-    elif config.files is not None:
-        files = config.files
-        read = functools.partial(text.read_rows, text=config.text, row=kind.row, readers=kind.readers)
-        splits.train = read(files.train, label=config.label)
-        splits.validation = read(files.validation, label=config.label) if files.validation else []
-        splits.test = read(files.test, label=config.label) if files.test else []
-        free = [files.unlabelled] if isinstance(files.unlabelled, str) else files.unlabelled or []
-        splits.unlabelled = [r for f in free for r in read(f, label=None)]
-    elif config.hub is not None:
-        hub = config.hub
-        for part in ("train", "validation", "test", "unlabelled"):
-            name = getattr(hub, part)
-            if name:
-                label = None if part == "unlabelled" else config.label
-                setattr(splits, part, text.hub_rows(hub.name, hub.subset, name, config.text, label, row=kind.row))
-    elif config.glue is not None:
-        splits = config.glue.read()
-    if config.scored_pairs is not None:
-        _score(config.scored_pairs, splits)
-    return _cut(config, splits)
-
-
-def _score(pairs: ScoredPairs, splits: text.Splits) -> None:
-    """Evaluate on scored pairs.
-
-    Raises:
-        DataError: there is other data to evaluate on, or a pair has no score.
-    """
-    for part in ("validation", "test"):
-        if getattr(splits, part):
-            raise DataError(f"data.scored_pairs are what is evaluated on; there is other {part} data too.")
-        rows = text.read_rows(getattr(pairs, part), pairs.text, pairs.label, row=texts_row)
-        for row in rows:
-            if not text.has_label(row):
-                raise DataError(f"{row.where}: the pair has no score in column {pairs.label!r}.")
-        setattr(splits, part, rows)
-
-
 def _augment(config: Data, splits: text.Splits, teacher: str, folder: Path | None) -> str:
     """Add copies of the training texts to the unlabelled ones; words about it for the summary."""
     if config.augment is None:
@@ -636,41 +409,6 @@ def _augment(config: Data, splits: text.Splits, teacher: str, folder: Path | Non
     copies = augmented(splits.train, held, config.augment, teacher=teacher, folder=folder)
     splits.unlabelled = [*splits.unlabelled, *copies]
     return f" ({len(copies)} of them copies with replaced words)"
-
-
-def _cut(config: Data, splits: text.Splits) -> text.Splits:
-    """Hold out what is missing, then limit the sizes; training rows that are left over serve as unlabelled text."""
-    has_label = config.kind.has_label
-    labelled = [r for r in splits.train if has_label(r)]
-    left = [r for r in splits.train if not has_label(r)]
-    for part in ("validation", "test"):
-        rows = getattr(splits, part)
-        kept = [r for r in rows if has_label(r)]
-        if rows and not kept:
-            raise DataError(f"{rows[0].where.partition(', ')[0]}: no row of the {part} data has a label.")
-        setattr(splits, part, kept)
-    total = len(labelled)
-    sizes = [_count(config.test_size, total) if not splits.test else 0]
-    sizes.append(_count(config.validation_size, total) if not splits.validation else 0)
-    sizes.append(config.train_size if config.train_size is not None else total - sum(sizes))
-    if sizes[2] < 1:
-        raise DataError(
-            f"{total} labelled rows are too few for a test set of {sizes[0]} and a validation set of {sizes[1]}."
-        )
-    test, validation, train, rest = text.holdout(labelled, sizes, config.split_seed)
-    unlabelled = [*rest, *left, *splits.unlabelled]
-    if config.unlabelled_size is not None:
-        if config.unlabelled_size > len(unlabelled):
-            raise DataError(
-                f"data.unlabelled_size is {config.unlabelled_size}, but only {len(unlabelled)} rows are left for it."
-            )
-        unlabelled = text.holdout(unlabelled, [config.unlabelled_size], config.split_seed + 1)[0]
-    stripped = [replace(r, label=None) for r in unlabelled]
-    return text.Splits(train, splits.validation or validation, splits.test or test, stripped, splits.mismatched)
-
-
-def _count(size: Size, total: int) -> int:
-    return max(1, round(size * total)) if isinstance(size, float) and size < 1 else int(size)
 
 
 TASK = NlpTask()
