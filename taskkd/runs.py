@@ -310,7 +310,7 @@ def _supplier(session: Session, teacher: nn.Module, stage: Stage, *, live: bool 
         return Frozen(teacher, dtype=dtype)
     path = session.folder / "cache" / hashlib.sha256("\n".join(taps).encode()).hexdigest()[:12]
     budget = None if config.budget_gb is None else int(config.budget_gb * 1e9)
-    source = Frozen(teacher, dtype="float32" if dtype == "auto" else dtype)
+    source = Frozen(teacher, dtype="float32" if dtype in (None, "auto") else dtype)
     return Cached(source, path, dtype=config.dtype, preprocessing=session.data.preprocessing, budget=budget)
 
 

@@ -64,11 +64,11 @@ class CacheConfig(Model):
 class TeacherConfig(Model):
     """What every task's teacher has.
 
-    `dtype` "auto" is bfloat16 on a device that has instructions for it, but never for a cache: it is built once, and
-    promises that cached equals live.
+    `dtype` is what it computes in; None: as the training does (a cache: float32). "auto" is bfloat16 on a device that
+    has instructions for it, but never for a cache, which is built once. Then cached no longer equals live.
     """
 
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] | None = None
     finetune: Finetune | None = None
     cache: CacheConfig | None = CacheConfig()
 

@@ -112,11 +112,12 @@ def test_patient_kd_and_a_frozen_teacher(recipe: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
-    [((), "float32"), (("teacher.cache.dtype=float16",), "float32"), (("teacher.cache=null",), "auto"),
+    [((), "float32"), (("teacher.dtype=auto",), "float32"), (("teacher.cache=null",), None),
+     (("teacher.cache=null", "teacher.dtype=auto"), "auto"),
      (("teacher.dtype=bfloat16",), "bfloat16"), (("teacher.cache=null", "teacher.dtype=float32"), "float32")],
 )  # fmt: skip
 def test_what_a_teacher_computes_in(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], expected: str
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], expected: str | None
 ) -> None:
     seen: list[Any] = []
     made = runs.Frozen
