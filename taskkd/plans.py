@@ -14,6 +14,7 @@ from taskkd import recipes
 from taskkd.distiller import Distiller
 from taskkd.errors import RecipeError
 from taskkd.preparation import Preparation
+from taskkd.schema import Training
 from taskkd.session import Record, Session
 from taskkd.stages import Method, Stage
 from taskkd.teachers import Frozen
@@ -67,11 +68,20 @@ def check(recipe: Any, *, evaluate: int = 200) -> Plan:
     training = recipe.training
     plan.stages = look(recipe, task, data, student, teacher)
     plan.warnings += [sentence for preparation in plan.stages.values() for sentence in preparation.advice]
-    steps = -(-len(data.everything) // (training.batch_size * training.accumulation))
-    most = f", at most {training.max_steps} steps" if training.max_steps is not None else ""
-    words = f"{training.epochs:g} epochs of {steps} steps{most}, batch {training.batch_size}"
-    plan.summary.append(("distillation", words))
+    method = build_method(recipe, task, data, student, teacher)
+    plan.summary.append(("distillation", duration(method, training, len(data.everything))))
     return plan
+
+
+def duration(method: Method, training: Training, samples: int) -> str:
+    """How long the stages are, as "20 epochs at 5e-05, then 3 epochs at 3e-05; 313 steps an epoch, batch 32"."""
+    steps = -(-samples // (training.batch_size * training.accumulation))
+    stages = []
+    for stage in method.stages:
+        epochs, rate = stage.epochs(training.epochs), stage.overrides.get("learning_rate", training.learning_rate)
+        stages.append(f"{epochs:g} epochs at {rate:g}")
+    most = f", at most {training.max_steps} steps a stage" if training.max_steps is not None else ""
+    return f"{', then '.join(stages)}; {steps} steps an epoch{most}, batch {training.batch_size}"
 
 
 def build_method(recipe: Any, task: Any, data: Any, student: nn.Module, teacher: nn.Module) -> Method:

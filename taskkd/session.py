@@ -117,9 +117,8 @@ def training_arguments(
 
 def _most_steps(training: Training, stage: Stage, samples: int, ranks: int) -> int:
     """The engine's `max_steps`, which is no limit but a length: -1 where all epochs have no more steps."""
-    epochs = stage.overrides.get("num_train_epochs", training.epochs * stage.share)
     batches = math.ceil(samples / (training.batch_size * ranks))
-    steps = math.ceil(epochs * math.ceil(batches / training.accumulation))
+    steps = math.ceil(stage.epochs(training.epochs) * math.ceil(batches / training.accumulation))
     return training.max_steps if training.max_steps is not None and training.max_steps < steps else -1
 
 

@@ -41,6 +41,10 @@ class Stage:
     keep: Literal["best", "last"] = "best"
     perturbation: GradientPerturbation | None = None
 
+    def epochs(self, asked: float) -> float:
+        """How long this stage is, in a training for which `asked` epochs are asked."""
+        return float(self.overrides.get("num_train_epochs", asked * self.share))
+
 
 @dataclass(frozen=True)
 class Method:

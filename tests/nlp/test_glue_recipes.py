@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers import BertConfig, DistilBertConfig
 
-from taskkd import recipes, runs
+from taskkd import plans, recipes, runs
 from taskkd.errors import DataError
 from taskkd.nlp.glue import GLUE_TASKS
 from taskkd.nlp.task import NlpTask
@@ -27,7 +27,7 @@ from tests import tiny
 from tests.nlp import glue_tree
 from tests.nlp.wordpieces import SPECIAL, save
 
-PACKAGED = [name for name in recipes.packaged_recipes() if "/sentiment-" not in name]
+PACKAGED = [n for n in recipes.packaged_recipes() if n.startswith(("nlp/glue-", "nlp/general-", "nlp/pretrain-"))]
 GLUE = [name for name in PACKAGED if "/glue-" in name]
 
 
@@ -181,6 +181,16 @@ def test_what_general_distillation_gives_starts_a_task(folder: Path, tmp_path: P
     general = transformers.BertForMaskedLM.from_pretrained(student).state_dict()
     same = [k for k, v in model.state_dict().items() if k in general and torch.equal(v, general[k])]
     assert len(same) == sum(k.startswith("bert.") for k in general) > 60
+
+
+def test_a_plan_says_how_long_each_stage_is(folder: Path) -> None:
+    def said(name: str, *overrides: str) -> str:
+        return dict(plans.check(small(name, folder, *overrides)).summary)["distillation"]
+
+    tinybert, cola = "nlp/glue-tinybert-4", "data.glue.task=cola"
+    more = "training.max_steps=null"
+    assert said(tinybert, cola, more) == "50 epochs at 5e-05, then 3 epochs at 3e-05; 1 steps an epoch, batch 32"
+    assert said("nlp/glue-lrc-bert").startswith("14.4 epochs at 5e-05, then 3.6 epochs at 5e-05; 2 steps an epoch, at")
 
 
 # ---- what the recipes say
