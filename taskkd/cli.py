@@ -123,6 +123,7 @@ def list_recipes(name: Annotated[str | None, typer.Argument(help="Print this rec
 def methods(name: Annotated[str | None, typer.Argument(help="Print everything about this method.")] = None) -> None:
     """List the methods: task, paper, options with defaults."""
     import inspect
+    import re
 
     from taskkd import recipes
     from taskkd.errors import RecipeError, nearest
@@ -135,7 +136,10 @@ def methods(name: Annotated[str | None, typer.Argument(help="Print everything ab
         return
     for method, (task, function) in found.items():
         doc = inspect.getdoc(function) or ""
-        source = next((line.removeprefix("Source: ") for line in doc.splitlines() if line.startswith("Source:")), "")
+        paragraph = " ".join(doc.partition("Source: ")[2].partition("\n\n")[0].split())
+        # authors and year, and the title where it is given
+        found_source = re.match(r'[^"]*?\d{4}(, ".*?")?', paragraph)
+        source = found_source[0] if found_source else paragraph
         options = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
         _say(f"{task:12} {method:20} {source}")
         _say(f"{'':33} {', '.join(f'{p.name}={p.default}' for p in options)}")

@@ -68,7 +68,9 @@ def check(recipe: Any, *, evaluate: int = 200) -> Plan:
     plan.stages = look(recipe, task, data, student, teacher)
     plan.warnings += [sentence for preparation in plan.stages.values() for sentence in preparation.advice]
     steps = -(-len(data.everything) // (training.batch_size * training.accumulation))
-    plan.summary.append(("distillation", f"{training.epochs:g} epochs of {steps} steps, batch {training.batch_size}"))
+    most = f", at most {training.max_steps} steps" if training.max_steps is not None else ""
+    words = f"{training.epochs:g} epochs of {steps} steps{most}, batch {training.batch_size}"
+    plan.summary.append(("distillation", words))
     return plan
 
 

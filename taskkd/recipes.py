@@ -6,6 +6,7 @@ nearest right one. `distill` is the same run from Python.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import io
@@ -60,18 +61,28 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Any:
     data, lines = _parse(text, title)
     if "name" not in data:
         data["name"] = path.stem if path.suffix else str(source).rpartition("/")[2]
-    for key, value in parse_overrides(overrides).items():
-        set_key(data, key, value)
-        lines.pop(tuple(key.split(".")), None)
-    return validate(data, title, lines)
+    return validate(data, title, lines, parse_overrides(overrides))
 
 
-def validate(data: Mapping[str, Any], title: str, lines: Mapping[tuple[Any, ...], int] | None = None) -> Any:
+def validate(
+    data: Mapping[str, Any],
+    title: str,
+    lines: Mapping[tuple[Any, ...], int] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Any:
     """A recipe from plain data.
+
+    Args:
+        data: what the file holds; `by_task` is applied to it.
+        title: of the file, for errors.
+        lines: of its keys.
+        overrides: dotted key -> value; they are stronger than `by_task`.
 
     Raises:
         RecipeError: see `load_recipe`.
     """
+    lines = dict(lines or {})
+    data = _settled(data, title, lines, overrides or {})
     task = task_named(data.get("task"), title)
     try:
         recipe = task.recipe.model_validate(dict(data))
@@ -90,6 +101,58 @@ def validate(data: Mapping[str, Any], title: str, lines: Mapping[tuple[Any, ...]
         except ValidationError as error:
             raise RecipeError(_explain(error, schema, title, lines or {}, ("method",))) from None
     return recipe
+
+
+def _settled(
+    data: Mapping[str, Any], title: str, lines: dict[tuple[Any, ...], int], overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The data with what `by_task` says of its task, then with the overrides; `lines` follow."""
+    if any(key.partition(".")[0] == "by_task" for key in overrides):
+        raise RecipeError("by_task cannot be overridden: it is weaker than overrides; override the key itself.")
+    base = {key: value for key, value in data.items() if key != "by_task"}
+    wanted = _changed(base, overrides)
+    changes: Mapping[str, Any] = {}
+    if data.get("by_task"):
+        task = task_named(wanted.get("task"), title)
+        _check_by_task(data["by_task"], base, task, title, lines)
+        changes = data["by_task"].get(_get_key(wanted, task.task_key)) or {}
+    for key in (*changes, *overrides):
+        lines.pop(tuple(key.split(".")), None)
+    return _changed(_changed(base, changes), overrides)
+
+
+def _check_by_task(
+    table: Any, base: Mapping[str, Any], task: Any, title: str, lines: Mapping[tuple[Any, ...], int]
+) -> None:
+    """See that every task is known, and that its changes make a valid recipe.
+
+    Raises:
+        RecipeError: they do not.
+    """
+    if not isinstance(table, Mapping) or not all(isinstance(changes, Mapping) for changes in table.values()):
+        raise RecipeError(f"{title}: by_task is a mapping of tasks to changes: {{cola: {{training.epochs: 10}}}}.")
+    for name, changes in table.items():
+        if name not in task.task_names:
+            known = ", ".join(task.task_names)
+            raise RecipeError(f"{title}: by_task: no task {name!r}{nearest(name, task.task_names)}; known: {known}.")
+        moved = {tuple(key.split(".")): lines.get(("by_task", name, key), 0) for key in changes}
+        changed = _changed(base, {task.task_key: name, **changes})
+        validate(changed, f"{title}, by_task.{name}", {**lines, **moved})
+
+
+def _changed(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with these dotted keys set."""
+    found = copy.deepcopy(dict(data))
+    for key, value in changes.items():
+        set_key(found, key, copy.deepcopy(value))
+    return found
+
+
+def _get_key(data: Any, key: str) -> Any:
+    """The value of a dotted key; None: there is none."""
+    for part in key.split("."):
+        data = data.get(part) if isinstance(data, Mapping) else None
+    return data
 
 
 def task_named(name: Any, title: str = "recipe") -> Any:

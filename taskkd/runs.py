@@ -158,7 +158,7 @@ def _same_inputs(session: Session) -> None:
 def fingerprint(data: Any) -> str:
     """A digest of every sample of every split, as tokenized."""
     digest = xxhash.xxh3_128()
-    for split in (data.train, data.validation, data.test, data.unlabelled):
+    for split in (data.train, data.validation, data.test, data.unlabelled, *data.further_tests.values()):
         for column in [] if split is None else sorted(set(split.column_names) - {"id"}):
             digest.update(column.encode())
             digest.update(repr(list(split[column])).encode())

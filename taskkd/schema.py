@@ -31,6 +31,7 @@ class Training(Model):
     """How a student is trained. One optimiser: AdamW."""
 
     epochs: float = Field(3.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)  # at most so many optimiser steps in each stage
     learning_rate: float = Field(1e-4, gt=0)
     batch_size: int = Field(32, ge=1)
     eval_batch_size: int = Field(128, ge=1)
@@ -48,6 +49,7 @@ class Finetune(Model):
     """How a teacher is fine-tuned on the labelled data first."""
 
     epochs: float = Field(3.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
     batch_size: int = Field(32, ge=1)
 
@@ -131,11 +133,16 @@ class TermConfig(BaseModel):
 
 
 class Recipe(Model):
-    """The frame of every task's recipe."""
+    """The frame of every task's recipe.
+
+    `by_task` has changes (dotted key -> value) for tasks of a benchmark. They are made when a recipe is read; what
+    a run writes holds their values instead.
+    """
 
     schema_: Literal[1] = Field(1, alias="schema")
     name: str = "run"
     task: str
+    by_task: dict[str, dict[str, Any]] = Field({}, exclude=True)
     method: MethodConfig | None = None
     terms: list[TermConfig] = Field([])
     training: Training = Training()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -114,6 +115,14 @@ def training_arguments(
     )
 
 
+def _most_steps(training: Training, stage: Stage, samples: int, ranks: int) -> int:
+    """The engine's `max_steps`, which is no limit but a length: -1 where all epochs have no more steps."""
+    epochs = stage.overrides.get("num_train_epochs", training.epochs * stage.share)
+    batches = math.ceil(samples / (training.batch_size * ranks))
+    steps = math.ceil(epochs * math.ceil(batches / training.accumulation))
+    return training.max_steps if training.max_steps is not None and training.max_steps < steps else -1
+
+
 def set_dropout(model: nn.Module, rate: float) -> None:
     """Give every dropout of a model this rate. The config that is saved keeps its own."""
     for module in model.modules():
@@ -185,8 +194,10 @@ class Session:
             if isinstance(table, Augmented):
                 table = table.with_seed(seed)
             args = training_arguments(folder, training, seed, metric if judged else None)
-            # Short epochs are logged as well: at least once each.
-            args.logging_steps = max(1, min(10, len(table) // (training.batch_size * training.accumulation)))
+            args.max_steps = _most_steps(training, stage, len(table), args.world_size)
+            # Short epochs, and short trainings, are logged as well: at least once each.
+            often = min(10, len(table) // (training.batch_size * training.accumulation), training.max_steps or 10)
+            args.logging_steps = max(1, often)
             bar = ProgressBar(f"{title}, seed {seed}", self.metric)
             trainer = Trainer(
                 student,
@@ -238,8 +249,16 @@ class Session:
         return strip(trainer.evaluate(table))
 
     def tested(self, step: str, model: Callable[[], nn.Module]) -> dict[str, float]:
-        """The metrics of a finished model on the test set, worked out once."""
-        result: dict[str, float] = self.record.step(step, lambda: self.evaluated(model(), self.data.test))
+        """The metrics of a finished model on the test sets, worked out once."""
+
+        def work() -> dict[str, float]:
+            trained = model()
+            found = self.evaluated(trained, self.data.test)
+            for name, table in self.data.further_tests.items():
+                found |= {f"{name}_{key}": value for key, value in self.evaluated(trained, table).items()}
+            return found
+
+        result: dict[str, float] = self.record.step(step, work)
         return result
 
     def student(self, teacher: nn.Module, seed: int, source: str | None = None) -> nn.Module:

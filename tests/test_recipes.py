@@ -86,7 +86,7 @@ def test_every_default_of_a_method_survives_yaml(name: str, recipe: Any) -> None
         ("temperature: 2", "temperature: hot", r"method\.temperature: input should be a valid number.*'hot'"),
         ("layers: [0, 2]", "layers: 2", r"line 6: student\.layers: input should be a valid list"),
         ("layers: [0, 2]", "model: x, layers: [1]", r"student: exactly one of layers, config and model"),
-        ("files: {train: a.csv}", "text: a", r"exactly one of files, sample and hub"),
+        ("files: {train: a.csv}", "text: a", r"exactly one of files, sample, hub and glue"),
         ("soft_targets", "soft_target", r"no method 'soft_target' \(did you mean 'soft_targets'\?\)"),
         ("task: nlp", "task: nlb", r"task 'nlb' is not known \(did you mean 'nlp'\?\)"),
         ("task: nlp", "task: nlp\ntask: nlp", r"duplicate key"),
@@ -197,3 +197,67 @@ def test_what_cannot_follow_a_schedule_is_said(recipe: Any) -> None:
     loaded = recipes.load_recipe(recipe(GOOD + TERM.replace("temperature: 2", "dim: {constant: 1}")))
     with pytest.raises(TaskkdError, match="'dim' of `kl_divergence` cannot follow a schedule"):
         recipes.build_terms(loaded)
+
+
+# ---- changes for a task of a benchmark
+
+BENCHMARK = """schema: 1
+task: nlp
+data: {glue: {task: sst2}, augment: {neighbours: true}}
+teacher: {model: some/name}
+student: {layers: [0, 2]}
+method: {name: tinybert}
+by_task:
+  cola: {method.intermediate_epochs: 50, data.augment.n: 30}
+  mnli: {method.intermediate_epochs: 10}
+"""
+
+
+def test_changes_for_a_task_are_weaker_than_overrides(recipe: Any) -> None:
+    def epochs(*overrides: str) -> tuple[float, int | None]:
+        loaded = recipes.load_recipe(recipe(BENCHMARK), overrides)
+        augment = loaded.data.augment
+        return recipes.method_options(loaded)["intermediate_epochs"], augment.n if augment else None
+
+    assert epochs() == (20, 20)
+    assert epochs("data.glue.task=cola") == (50, 30)
+    assert epochs("data.glue={task: mnli}") == (10, 20)
+    assert epochs("method.intermediate_epochs=3", "data.glue.task=cola") == (3, 30)
+    assert epochs("data.augment={mlm: x, n: 2}", "data.glue.task=cola") == (50, 2)
+    assert epochs("data.glue.task=cola", "data.augment=null") == (50, None)
+    assert epochs("data.glue=null", "data.files.train=cola.csv") == (20, 20)
+
+
+def test_a_resolved_recipe_holds_the_values_for_its_task(recipe: Any) -> None:
+    loaded = recipes.load_recipe(recipe(BENCHMARK), ["data.glue.task=cola", "data.augment.n=4"])
+    text = recipes.dump_recipe(loaded)
+    assert "by_task" not in text
+    again = recipes.load_recipe(recipe(text))
+    assert recipes.dump_recipe(again) == text
+    assert (again.data.augment.n, recipes.method_options(again)["intermediate_epochs"]) == (4, 50)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("mnli:", "mlni:", r"my\.yaml: by_task: no task 'mlni' \(did you mean 'mnli', .*\); known: cola, sst2"),
+        (
+            "cola: {method.intermediate_epochs",
+            "cola: {method.intermediate_epoch",
+            r"by_task\.cola, line 8: unknown key 'method\.intermediate_epoch' \(did you mean 'intermediate_epochs'",
+        ),
+        ("epochs: 10", "epochs: -1", r"by_task\.mnli, line 9: method\.intermediate_epochs: input should be greater"),
+        ("{method.intermediate_epochs: 10}", "10", r"by_task is a mapping of tasks to changes"),
+        ("by_task", "by_tasks", r"unknown key 'by_tasks' \(did you mean 'by_task'"),
+        ("task: sst2", "task: sst", r"line 3: data\.glue\.task: no task 'sst' in GLUE \(did you mean 'sst2'"),
+    ],
+)
+def test_bad_changes_for_a_task_end_in_a_sentence(recipe: Any, old: str, new: str, sentence: str) -> None:
+    assert BENCHMARK.count(old) == 1
+    with pytest.raises(RecipeError, match=sentence):
+        recipes.load_recipe(recipe(BENCHMARK.replace(old, new)))
+
+
+def test_changes_for_a_task_cannot_be_overridden(recipe: Any) -> None:
+    with pytest.raises(RecipeError, match="override the key itself"):
+        recipes.load_recipe(recipe(BENCHMARK), ["by_task.cola={}"])

@@ -346,3 +346,38 @@ def test_a_stopped_training_goes_on_from_where_it_stopped(recipe: Path, tmp_path
     stage = tmp_path / "run" / "seed-0" / "distilled" / "stages" / "0-distil"
     steps = [int(p.name.partition("-")[2]) for p in stage.glob("checkpoint-*")]
     assert 27 <= max(steps) <= 28
+
+
+def test_no_stage_has_more_steps_than_asked_for(recipe: Path, tmp_path: Path) -> None:
+    short = run(recipe, tmp_path / "short", "training.max_steps=3").report
+    long = run(recipe, tmp_path / "long", "training.max_steps=100", "training.epochs=1", "baseline=null").report
+    distilled, alone = short["distilled"]["distilled"]["0"], short["alone"]["0"]
+    assert (distilled["steps"], alone["steps"]) == (3, 3)
+    assert distilled["validation"]["accuracy"] >= 0  # evaluated at the end, though no epoch is over
+    assert any(h.get("step") == 3 and "loss" in h for h in distilled["history"])
+    assert long["distilled"]["distilled"]["0"]["steps"] == 10  # 156 texts in batches of 16: a limit is no length
+
+
+def test_a_teacher_has_its_own_limit(recipe: Path, tmp_path: Path) -> None:
+    run(recipe, tmp_path / "run", "teacher.finetune={epochs: 1}", "training.max_steps=1", "baseline=null")
+    finished = json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
+    assert finished["teacher"]["steps"] == 3
+    run(recipe, tmp_path / "other", "teacher.finetune={max_steps: 2}", "baseline=null", "training.epochs=1")
+    finished = json.loads((tmp_path / "other" / "run.json").read_text())["finished"]
+    assert finished["teacher"]["steps"] == 2
+
+
+def test_models_are_selected_by_the_metric_asked_for(recipe: Path, tmp_path: Path) -> None:
+    report = run(recipe, tmp_path / "run", "data.metric=mcc", "training.epochs=3").report
+    history = report["distilled"]["distilled"]["0"]["history"]
+    found = [h["eval_mcc"] for h in history if "eval_mcc" in h]
+    assert len(found) == 3
+    assert report["distilled"]["distilled"]["0"]["validation"]["mcc"] == max(found)
+    assert report["metric"] == "mcc"
+    assert reports.rows(report)[0]["mcc"] == report["teacher"]["test"]["mcc"]
+    rows = [{"text": text, "label": label} for text, label in tiny.sentences(60)]
+    given = {"task": "nlp", "processing_class": tiny.tokenizer(), "training": {"epochs": 1}}
+    result = kd.distill([0, 2], tiny.teacher(), rows, output_dir=tmp_path / "call", metric="f1", **given)
+    assert result.report["metric"] == "f1"
+    with pytest.raises(RecipeError, match=r"by 'f2', there is none \(did you mean 'f1'"):
+        kd.distill([0, 2], tiny.teacher(), rows, output_dir=tmp_path / "other", metric="f2", **given)

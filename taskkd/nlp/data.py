@@ -60,12 +60,16 @@ Reader: TypeAlias = Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]
 
 @dataclass
 class Splits:
-    """Rows by use. `unlabelled` is text for distillation only; labels it may have had are dropped."""
+    """Rows by use. `unlabelled` is text for distillation only; labels it may have had are dropped.
+
+    `mismatched` is a second test set, of other genres than the training text (MNLI).
+    """
 
     train: list[Row] = field(default_factory=list)
     validation: list[Row] = field(default_factory=list)
     test: list[Row] = field(default_factory=list)
     unlabelled: list[Row] = field(default_factory=list)
+    mismatched: list[Row] = field(default_factory=list)
 
 
 # ---- reading

@@ -16,7 +16,7 @@ from taskkd.errors import DataError, RecipeError
 from taskkd.nlp import data as text
 from taskkd.nlp import models, tokenization
 from taskkd.nlp.kinds import Encoding, kind_of
-from taskkd.nlp.task import NlpData, NlpTask, two_tokenizers
+from taskkd.nlp.task import NlpData, NlpTask, select_by, two_tokenizers
 from taskkd.nlp.tokenization import fitting_length
 
 __all__ = ["GivenTask"]
@@ -40,6 +40,7 @@ class GivenTask(NlpTask):
         text, label: columns; None: those of the kind of task, "text" and "label" for classification.
         max_length: texts are cut to it; None: that of the kind (128 for classification), or what the model takes if
             that is less.
+        metric: that the best epoch is chosen by; None: as the kind of task has it.
         stride, no_answer, masking, mask_share: as in a recipe's data.
 
     Raises:
@@ -61,6 +62,7 @@ class GivenTask(NlpTask):
         text: str | Sequence[str] | None = None,
         label: str | None = None,
         max_length: int | None = None,
+        metric: str | None = None,
         stride: int | None = None,
         no_answer: bool = False,
         masking: Literal["dynamic", "static"] = "dynamic",
@@ -103,7 +105,8 @@ class GivenTask(NlpTask):
         if unlabelled is not None:
             sources["unlabelled"] = self._read(unlabelled, labelled=False)
         self._max_length = max_length
-        self._data = self._encoded(sources, processing_class, student_processing_class or processing_class)
+        data = self._encoded(sources, processing_class, student_processing_class or processing_class)
+        self._data = select_by(data, metric)
 
     def _encoded(self, sources: Mapping[str, Any], teacher: Any, student: Any) -> NlpData:
         """The data by the tokenizers of teacher and student, which may be the same."""
@@ -195,7 +198,7 @@ class GivenTask(NlpTask):
         encoding = asdict(self._encoding)
         del encoding["pairs"], encoding["seed"]
         return {
-            "data": {"files": files, "type": self._kind.name, **encoding},
+            "data": {"files": files, "type": self._kind.name, "metric": self._data.metric, **encoding},
             "teacher": {"model": f"given:{weights_sha256(self._teacher)[:16]}"},
             "student": {"model": f"given:{weights_sha256(self._student)[:16]}"},
         }

@@ -10,11 +10,50 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Classification", "MaskedTokens", "Regression"]
+from taskkd.errors import RecipeError, nearest
+
+__all__ = ["Classification", "MaskedTokens", "Regression", "best_constant", "chosen"]
+
+#: metrics that models cannot be selected by, as less is better
+LESS_IS_BETTER = ("perplexity", "rmse")
+
+
+def chosen(name: str, metric: Any) -> str:
+    """The name of a metric that models may be selected by.
+
+    Args:
+        name: as a recipe has it.
+        metric: whose results are to choose from.
+
+    Raises:
+        RecipeError: there is no such result, or less of it is better.
+    """
+    known = [n for n in metric.compute() if n not in LESS_IS_BETTER]
+    if name not in known:
+        why = "less of it is better" if name in LESS_IS_BETTER else f"there is none{nearest(name, known)}"
+        raise RecipeError(f"data.metric: models cannot be selected by {name!r}, {why}; choose of {', '.join(known)}.")
+    return name
+
+
+def best_constant(name: str, metric: Classification, labels: Sequence[int]) -> float:
+    """A metric of the best answer that is the same for every text.
+
+    Args:
+        name: of the result.
+        metric: works it out; it is reset.
+        labels: class numbers, -100 for none.
+    """
+    found = []
+    for label in range(metric.labels):
+        logits = F.one_hot(torch.full((len(labels),), label), metric.labels)
+        metric.reset()
+        metric.update({"logits": logits}, {"labels": torch.tensor(labels)})
+        found.append(metric.compute()[name])
+    return max(found)
 
 
 class Classification:
-    """Accuracy, macro F1 and Matthews correlation; samples with label -100 are left out.
+    """Accuracy, F1 and Matthews correlation; samples with label -100 are left out.
 
     Args:
         labels: number of classes.
@@ -44,7 +83,10 @@ class Classification:
         self.matrix = torch.stack(list(states)).sum(0)
 
     def compute(self) -> dict[str, float]:
-        """`accuracy`, `f1` (macro), `mcc`, all in [0, 1] but `mcc` in [-1, 1]; 0 where undefined."""
+        """`accuracy`, `f1` (macro), `mcc`, and of two classes `binary_f1`, that of the second; 0 where undefined.
+
+        All are in [0, 1] but `mcc`, which is in [-1, 1].
+        """
         m = self.matrix.double()
         total, right = m.sum().item(), m.diagonal()
         true, predicted = m.sum(1), m.sum(0)
@@ -55,6 +97,7 @@ class Classification:
         return {
             "accuracy": right.sum().item() / total if total else 0.0,
             "f1": f1[seen].mean().item() if bool(seen.any()) else 0.0,
+            **({"binary_f1": f1[1].item()} if self.labels == 2 else {}),
             "mcc": covariance / spread if spread else 0.0,
         }
 

@@ -16,12 +16,13 @@ from taskkd.caches import file_sha256
 from taskkd.checkpoints import load_student
 from taskkd.errors import DataError
 from taskkd.nlp import data as text
-from taskkd.nlp import models, tokenization
+from taskkd.nlp import metrics, models, tokenization
 from taskkd.nlp.augment import Augment, augmented, describe
 from taskkd.nlp.collation import FullLength
+from taskkd.nlp.glue import GLUE_TASKS, HIDDEN_LABELS, Glue
 from taskkd.nlp.heads import TOKENS
 from taskkd.nlp.kinds import KINDS, Encoding, Kind
-from taskkd.nlp.kinds.sequences import task_loss
+from taskkd.nlp.kinds.sequences import CLASSIFICATION, task_loss
 from taskkd.nlp.masking import Masked
 from taskkd.nlp.methods import METHODS
 from taskkd.nlp.pairs import describe_pair
@@ -33,7 +34,7 @@ __all__ = ["NlpData", "NlpRecipe", "task_loss"]
 Size = int | float
 #: kinds whose labels stand at words, which augmentation replaces
 NOT_AUGMENTED = ("token_classification", "question_answering")
-PARTS = ("train", "unlabelled", "validation", "test")
+PARTS = ("train", "unlabelled", "validation", "test", "mismatched")
 #: what the embedded sample has labels for
 SAMPLE_TYPES = ("classification", "regression", "masked_lm")
 #: keys of `Data` that are of one type
@@ -75,17 +76,19 @@ class Hub(Model):
 
 
 class Data(Model):
-    """Where the text comes from: exactly one of `files`, `sample`, `hub`."""
+    """Where the text comes from: exactly one of `files`, `sample`, `hub`, `glue`."""
 
     files: Files | None = None
     sample: Sample | None = None
     hub: Hub | None = None
+    glue: Glue | None = None
     type: Literal["classification", "regression", "token_classification", "question_answering", "masked_lm"] = (
         "classification"
     )
     text: str | list[str] = ""  # what is left out is as `type` has it
     label: str = ""
     labels: list[str] | None = None
+    metric: str | None = None  # that models are selected by; None: as `type` has it
     max_length: int | None = Field(None, ge=2)  # None: as `type` has it, or what the teacher takes if that is less
     stride: int | None = Field(None, ge=0)  # tokens that windows of a context share; None: a third of max_length
     no_answer: bool = False
@@ -100,8 +103,10 @@ class Data(Model):
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
-        if sum(s is not None for s in (self.files, self.sample, self.hub)) != 1:
-            raise ValueError("exactly one of files, sample and hub must be given")
+        if sum(s is not None for s in (self.files, self.sample, self.hub, self.glue)) != 1:
+            raise ValueError("exactly one of files, sample, hub and glue must be given")
+        if self.glue is not None:
+            self._fill(self.glue.task)
         if isinstance(self.text, list) and len(self.text) != 2:
             raise ValueError("text takes one column, or a list of two for pairs")
         if self.sample is not None and self.type not in SAMPLE_TYPES:
@@ -115,6 +120,17 @@ class Data(Model):
         self.text = self.text or (own if isinstance(own, str) else list(own))
         self.label = self.label or self.kind.label
         return self
+
+    def _fill(self, task: str) -> None:
+        """Set what a task of GLUE says."""
+        for key, value in GLUE_TASKS[task].columns.items():
+            given = getattr(self, key)
+            if key in self.model_fields_set and given != value:
+                raise ValueError(f"{key} is {value!r} in GLUE's {task}, got {given!r}; leave it out")
+            setattr(self, key, value)
+        for key, value in GLUE_TASKS[task].defaults.items():
+            if key not in self.model_fields_set:
+                setattr(self, key, value)
 
     @property
     def kind(self) -> Kind:
@@ -168,7 +184,7 @@ class NlpRecipe(Recipe):
 class NlpData:
     """Tokenized data of a run. `train` is labelled; `unlabelled` has labels that count nothing, its ids follow on.
 
-    `copies` says which of the unlabelled texts are augmented ones, for the summary.
+    `copies` says which of the unlabelled texts are augmented ones, `note` what else there is to say, for the summary.
     """
 
     train: Any
@@ -180,6 +196,11 @@ class NlpData:
     kind: Kind
     encoding: Encoding
     copies: str = ""
+    note: str = ""
+    #: that models are selected by; None: as the kind has it
+    metric: str | None = None
+    #: a second test set
+    mismatched: Any | None = None
     #: the same samples as the teacher reads them, where its tokenizer is another one
     of_teacher: NlpData | None = None
 
@@ -193,6 +214,11 @@ class NlpData:
                 text.joined(self.train.dataset, self.unlabelled.dataset), self.train.transform, seed=self.train.seed
             )
         return text.joined(self.train, self.unlabelled)
+
+    @property
+    def further_tests(self) -> dict[str, Any]:
+        """Test sets beside `test`, by the name that their results have in front."""
+        return {} if self.mismatched is None else {"mismatched": self.mismatched}
 
     @property
     def collator(self) -> Any:
@@ -223,8 +249,9 @@ class NlpData:
         """One line with the numbers of samples."""
         free = 0 if self.unlabelled is None else len(self.unlabelled)
         held = f"{len(self.validation)} validation, {len(self.test)} test"
+        held += "".join(f", {len(table)} {name} test" for name, table in self.further_tests.items())
         kind = self.kind.describe(self.labels)
-        return f"{len(self.train)} labelled, {free} unlabelled{self.copies}, {held}; {kind}"
+        return f"{len(self.train)} labelled, {free} unlabelled{self.copies}, {held}; {kind}{self.note}"
 
 
 logger = logging.getLogger(__name__)
@@ -236,6 +263,9 @@ class NlpTask:
     name = "nlp"
     recipe = NlpRecipe
     methods = METHODS
+    #: the key of a recipe that `by_task` goes by, and what it may say
+    task_key = "data.glue.task"
+    task_names = tuple(GLUE_TASKS)
 
     def load(self, recipe: NlpRecipe, folder: Path | None = None) -> NlpData:
         """Read, split and tokenize the data.
@@ -246,7 +276,14 @@ class NlpTask:
 
         Raises:
             DataError: a file, column, label or split is wrong.
+            RecipeError: models cannot be selected by `data.metric`.
         """
+        data = self._loaded(recipe, folder)
+        if recipe.data.glue is not None:
+            data.note = HIDDEN_LABELS
+        return select_by(data, recipe.data.metric)
+
+    def _loaded(self, recipe: NlpRecipe, folder: Path | None) -> NlpData:
         config, kind = recipe.data, recipe.data.kind
         splits = _splits(config)
         for line in text.shared_texts(splits):
@@ -364,17 +401,34 @@ class NlpTask:
 
     def main_metric(self, data: NlpData) -> str:
         """The metric that models are selected by."""
-        return data.kind.main_metric(data.labels)
+        return data.metric or data.kind.main_metric(data.labels)
 
     def chance(self, data: NlpData) -> float:
-        """The main metric on the validation set without looking at the text."""
-        return data.kind.chance(data.labels, data.validation)
+        """The main metric on the validation set without looking at the text; 0 where that is not known."""
+        name = self.main_metric(data)
+        if name == data.kind.main_metric(data.labels):
+            return data.kind.chance(data.labels, data.validation)
+        known = data.kind is CLASSIFICATION
+        return metrics.best_constant(name, self.metric(data), data.validation["labels"]) if known else 0.0
 
     def latency_batches(self, data: NlpData, count: int) -> list[dict[str, Any]]:
         """Real test samples, one by one, as the models' keyword arguments."""
         rows = [data.test[i] for i in range(min(count, len(data.test)))]
         keep = {n for name in data.tokenizer.model_input_names for n in (name, f"teacher_{name}")}
         return [dict(data.collator([{k: v for k, v in row.items() if k in keep}])) for row in rows]
+
+
+def select_by(data: NlpData, name: str | None) -> NlpData:
+    """The data with the metric that models are selected by; None: as the kind has it.
+
+    Raises:
+        RecipeError: models cannot be selected by this one.
+    """
+    if name is None:
+        return data
+    name = metrics.chosen(name, data.kind.metric(data.labels, [data.validation, data.test]))
+    other = data.of_teacher
+    return replace(data, metric=name, of_teacher=None if other is None else replace(other, metric=name))
 
 
 def two_tokenizers(data: NlpData, teacher: NlpData, rows: Mapping[str, Sequence[text.Row]]) -> NlpData:
@@ -472,6 +526,8 @@ def _splits(config: Data) -> text.Splits:
             if name:
                 label = None if part == "unlabelled" else config.label
                 setattr(splits, part, text.hub_rows(hub.name, hub.subset, name, config.text, label, row=kind.row))
+    elif config.glue is not None:
+        splits = config.glue.read()
     return _cut(config, splits)
 
 
@@ -515,7 +571,7 @@ def _cut(config: Data, splits: text.Splits) -> text.Splits:
             )
         unlabelled = text.holdout(unlabelled, [config.unlabelled_size], config.split_seed + 1)[0]
     stripped = [replace(r, label=None) for r in unlabelled]
-    return text.Splits(train, splits.validation or validation, splits.test or test, stripped)
+    return text.Splits(train, splits.validation or validation, splits.test or test, stripped, splits.mismatched)
 
 
 def _count(size: Size, total: int) -> int:

@@ -15,6 +15,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import taskkd as kd
+from taskkd.caches import weights_sha256
 from taskkd.errors import RecipeError, TapError
 from taskkd.nlp import METHODS, lrc_bert, minilm, minilm_v2, mobilebert, tinybert
 from taskkd.nlp.methods.cofi import cofi
@@ -316,3 +317,44 @@ def test_methods_work_on_other_families(family: str, method: Callable[..., Metho
     student, teacher = families.build(family), families.build(family)
     for stage in method(student, teacher).stages:
         assert losses_of(stage, student, teacher, batch())["loss"].isfinite()
+
+
+# ---- cached and untouched teachers (A6, A7)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tolerance"),
+    [
+        *((n, "float32", 1e-6) for n in ("tinybert", "minilm", "minilm_v2", "mobilebert", "lrc_bert", "cofi")),
+        # not MobileBERT's means of states, which agree to 1e-5 here, with a weight of 5000
+        *((n, "float16", 2e-3) for n in ("tinybert", "minilm", "minilm_v2", "lrc_bert", "cofi")),
+    ],
+)
+def test_a_cached_teacher_gives_the_losses_of_the_live_one(
+    name: str, dtype: Any, tolerance: float, tmp_path: Path
+) -> None:
+    student, teacher, method = built(name)
+    student.float(), teacher.float()
+    data = batch() | {"id": torch.arange(2)}
+    stage = method.stages[0]
+    live = losses_of(stage, student, teacher, data)
+    cached = kd.Cached(teacher, tmp_path / "cache", dtype=dtype)
+    distiller = kd.Distiller(student, cached, stage.terms, task_weight=stage.task_weight)
+    cached.build([data], total=2, announce=lambda _: None)
+    forward = teacher.register_forward_pre_hook(lambda *_: pytest.fail("the teacher ran"))
+    distiller.prepare(data)
+    found = distiller(**batch(16), id=data["id"])
+    forward.remove()
+    distiller.close()
+    for term, value in live.items():
+        torch.testing.assert_close(found[term], value, rtol=tolerance, atol=tolerance * 1e-2)
+
+
+def test_the_teacher_is_as_it_was() -> None:
+    student, teacher = bert(2), bert(4, seed=1)
+    before = weights_sha256(teacher)
+    for stage in tinybert(student, teacher).stages:
+        losses_of(stage, student, teacher, batch())["loss"].backward()
+    assert weights_sha256(teacher) == before and not teacher.training
+    assert all(p.grad is None for p in teacher.parameters())
+    assert teacher.config._attn_implementation == "sdpa"

@@ -1,9 +1,13 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from taskkd.nlp.metrics import Classification, Regression
+from taskkd.errors import RecipeError
+from taskkd.nlp.answers import Answers
+from taskkd.nlp.entities import Tags
+from taskkd.nlp.metrics import Classification, MaskedTokens, Regression, best_constant, chosen
 from taskkd.nlp.task import task_loss
 
 
@@ -15,6 +19,39 @@ def test_classification_by_hand() -> None:
     assert found["accuracy"] == pytest.approx(3 / 5)
     # per class F1: 0 -> 2*1/(2+2), 1 -> 2*1/(2+1), 2 -> 2*1/(1+2)
     assert found["f1"] == pytest.approx((0.5 + 2 / 3 + 2 / 3) / 3)
+
+
+def test_binary_f1_is_that_of_the_second_class() -> None:
+    metric = Classification(2)
+    metric.update({"logits": torch.eye(2)[[1, 1, 1, 0, 0]]}, {"labels": torch.tensor([1, 0, 1, 1, 0])})
+    assert metric.compute()["binary_f1"] == pytest.approx(2 / 3)  # precision 2/3, recall 2/3
+    assert "binary_f1" not in Classification(3).compute()
+
+
+def test_the_best_constant_answer() -> None:
+    labels = [1, 1, 1, 0, -100]
+    assert best_constant("accuracy", Classification(2), labels) == pytest.approx(3 / 4)
+    assert best_constant("binary_f1", Classification(2), labels) == pytest.approx(6 / 7)
+    assert best_constant("f1", Classification(2), labels) == pytest.approx(3 / 7)
+    assert best_constant("mcc", Classification(2), labels) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "nearest"),
+    [
+        ("binary_f1", Classification(2), "f1"),
+        ("pearson", Regression(), "spearman"),
+        ("precision", Tags(["O", "B-PER"]), "recall"),
+        ("exact_match", Answers([]), "f1"),
+        ("accuracy", MaskedTokens(), "accuracy"),
+    ],
+)
+def test_every_metric_of_every_kind_may_be_chosen(name: str, metric: Any, nearest: str) -> None:
+    assert chosen(name, metric) == name
+    with pytest.raises(RecipeError, match=f"there is none.*choose of .*{nearest}"):
+        chosen("perplex", metric)
+    with pytest.raises(RecipeError, match="less of it is better"):
+        chosen("perplexity", metric)
 
 
 def test_matthews_is_the_correlation_of_two_classes() -> None:
