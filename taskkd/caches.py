@@ -11,21 +11,18 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
-import os
 import shutil
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import xxhash
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from taskkd.errors import CacheError
+from taskkd.shards import Files, Writer, file_sha256, input_hashes, load_file, sized, token_mask
 from taskkd.taps import parse_tap
 from taskkd.teachers import Frozen, first_tensor
 
@@ -34,12 +31,8 @@ __all__ = ["CACHE_KEY", "Cached", "file_sha256", "weights_sha256"]
 #: the batch entry under which a collator hands over what it looked up
 CACHE_KEY = "teacher_cache"
 FORMAT = 2
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+#: a shard is collected in memory: of wide taps it has fewer samples
+SHARD_BYTES = 2**28
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -76,7 +69,7 @@ class Cached:
         dtype: "float32" (cached equals live to rounding of the batch) or "float16" (half the size, 1e-3).
         preprocessing: anything JSON can hold that describes how inputs are made (tokenizer, max length, transforms);
             part of the key.
-        shard_size: samples in a shard.
+        shard_size: samples in a shard, at most; a shard of 256 MB is closed before.
         budget: largest size in bytes that may be built; None: what the disk has.
 
     Raises:
@@ -211,11 +204,11 @@ class Cached:
     def _map(self) -> None:
         """Open the shards of the index and sort the ids."""
         assert self._index is not None
-        self._shards, files = [], _Files()
+        self._shards, files = [], Files()
         ids, where = [], []
         for number, shard in enumerate(self._index["shards"]):
             folder = self.path / shard["name"]
-            arrays = {n: _load(folder / n, files) for n in shard["files"]}
+            arrays = {n: load_file(folder / n, files) for n in shard["files"]}
             own = arrays["ids.npy"]
             ids.append(own)
             where.append(np.stack([np.full(len(own), number), np.arange(len(own))], 1))
@@ -257,13 +250,13 @@ class Cached:
         assert self._index is not None and self._shards is not None
         where = self._where[positions]
         inputs = self.live.inputs(batch)
-        for sample, digest, (shard, row) in zip(ids, _hashes(inputs, len(ids)), where, strict=True):
+        for sample, digest, (shard, row) in zip(ids, input_hashes(inputs, len(ids)), where, strict=True):
             if self._shards[shard]["hashes.npy"][row] != digest:
                 raise CacheError(
                     f"cache {self.path}: the teacher input of sample id {sample} is not the one the cache was built "
                     "with (changed data, another tokenizer, or random augmentation, which a cache does not allow)."
                 )
-        mask = _mask(inputs)
+        mask = token_mask(inputs)
         return {tap: self._rows(tap, where, mask) for tap in self.taps}
 
     def _rows(self, tap: str, where: NDArray[np.int64], mask: NDArray[np.bool_] | None) -> Tensor:
@@ -279,11 +272,11 @@ class Cached:
         lengths = mask.sum(1)
         # Texts stand at the beginning of their rows as a rule; else each token is put in its place.
         at_start = [bool(m[:n].all()) for m, n in zip(mask, lengths, strict=True)]
-        rows = np.zeros((len(where), *_sized(about, mask.shape[1])), first.dtype)
+        rows = np.zeros((len(where), *sized(about, mask.shape[1])), first.dtype)
         for i, (shard, row) in enumerate(where):
             arrays = self._shards[shard]
             start, end = arrays[f"tap-{number}.offsets.npy"][row : row + 2]
-            values = arrays[f"tap-{number}.npy"][start:end].reshape(_sized(about, lengths[i]))
+            values = arrays[f"tap-{number}.npy"][start:end].reshape(sized(about, lengths[i]))
             if at_start[i]:
                 rows[i][tuple(slice(lengths[i]) if d in ragged else slice(None) for d in range(values.ndim))] = values
             else:
@@ -319,7 +312,7 @@ class Cached:
         self.path.mkdir(parents=True, exist_ok=True)
         if self._index is None and (self.path / "index.json").exists():
             self._open()
-        writer: _Writer | None = None
+        writer: Writer | None = None
         done = 0
         for raw in batches:
             ids = _ids(raw)
@@ -332,7 +325,7 @@ class Cached:
                 if writer is None:
                     writer = self._start(batch, values, inputs, total - len(self), lengths, announce)
                 writer.add(ids, fresh, values, inputs)
-                if writer.rows >= self.shard_size:
+                if writer.rows >= self.shard_size or writer.bytes >= SHARD_BYTES:
                     writer.flush()
             progress(done)
         if writer is not None:
@@ -349,7 +342,7 @@ class Cached:
         total: int,
         lengths: Sequence[int] | None,
         announce: Callable[[str], None],
-    ) -> _Writer:
+    ) -> Writer:
         ragged = self._ragged(batch, values, inputs)
         if self._index is None:
             taps = {t: {"shape": list(v.shape[1:]), "ragged": ragged[t]} for t, v in values.items()}
@@ -359,9 +352,9 @@ class Cached:
                 f"cache {self.path} holds the taps {', '.join(map(repr, self._index['taps']))} and is not complete; "
                 f"to go on building it, {', '.join(map(repr, unasked))} must be asked for too. Or delete the folder."
             )
-        writer = _Writer(self.path, self._index, self.dtype)
+        writer = Writer(self.path, self._index, self.dtype)
         if lengths is None:
-            mask = _mask(inputs)
+            mask = token_mask(inputs)
             lengths = [0] if mask is None else mask.sum(1).tolist()
         size = writer.bytes_per_sample(lengths) * total
         free = shutil.disk_usage(self.path).free
@@ -406,122 +399,6 @@ class Cached:
         return ragged
 
 
-class _Files:
-    """The files that were read last, open; a process may not have as many open as a large cache has."""
-
-    def __init__(self, most: int = 256) -> None:
-        self.most = most
-        self.open: OrderedDict[Path, Any] = OrderedDict()
-
-    def number(self, path: Path) -> int:
-        """The descriptor of a file."""
-        file = self.open.pop(path, None) or path.open("rb", buffering=0)
-        self.open[path] = file
-        while len(self.open) > self.most:
-            self.open.popitem(last=False)[1].close()
-        found: int = file.fileno()
-        return found
-
-
-class _Rows:
-    """The rows of a .npy file, read from it when they are asked for.
-
-    In a memory map every row that was ever read, and its neighbours, would count as resident memory: soon all.
-    """
-
-    def __init__(self, path: Path, files: _Files) -> None:
-        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-        self.dtype, self.shape, self._start = mapped.dtype, mapped.shape, mapped.offset
-        self._size = self.dtype.itemsize * math.prod(self.shape[1:])
-        self._path, self._files = path, files
-
-    def __getitem__(self, key: int | slice) -> NDArray[Any]:
-        start, stop = (key.start, key.stop) if isinstance(key, slice) else (key, key + 1)
-        # At a place of its own choice: workers of a loader share the file and its position.
-        number = self._files.number(self._path)
-        data = os.pread(number, int(stop - start) * self._size, int(self._start + start * self._size))
-        rows = np.frombuffer(data, self.dtype).reshape(-1, *self.shape[1:])
-        return rows if isinstance(key, slice) else rows[0]
-
-
-def _load(path: Path, files: _Files) -> Any:
-    """A file of a shard: values stay on disk; ids, hashes and offsets, a few bytes a sample, are read."""
-    values = path.name.startswith("tap-") and not path.name.endswith(".offsets.npy")
-    return _Rows(path, files) if values else np.load(path, allow_pickle=False)
-
-
-class _Writer:
-    """Collects rows and writes shards."""
-
-    def __init__(self, path: Path, index: dict[str, Any], dtype: str) -> None:
-        self.path, self.index, self.dtype = path, index, np.dtype(dtype)
-        self._seen = {int(i) for s in index["shards"] for i in np.load(path / s["name"] / "ids.npy")}
-        self._reset()
-
-    def _reset(self) -> None:
-        self.rows = 0
-        self.ids: list[int] = []
-        self.hashes: list[int] = []
-        self.values: dict[str, list[NDArray[Any]]] = {t: [] for t in self.index["taps"]}
-
-    def bytes_per_sample(self, lengths: Sequence[int]) -> float:
-        """The mean over samples of these numbers of tokens."""
-        tokens = np.array(lengths, float)
-        numbers = 0.0
-        for about in self.index["taps"].values():
-            fixed = math.prod(size for d, size in enumerate(about["shape"]) if d not in about["ragged"])
-            numbers += fixed * float((tokens ** len(about["ragged"])).mean())
-        return 16 + numbers * self.dtype.itemsize
-
-    def add(
-        self, ids: NDArray[np.int64], fresh: NDArray[np.bool_], values: Mapping[str, Tensor], inputs: Mapping[str, Any]
-    ) -> None:
-        digests = _hashes(inputs, len(ids))
-        mask = _mask(inputs)
-        arrays = {t: values[t].detach().float().cpu().numpy().astype(self.dtype) for t in self.index["taps"]}
-        for tap, array in arrays.items():
-            if not np.isfinite(array).all():
-                raise CacheError(
-                    f"tap {tap!r} of the teacher is not finite as {self.dtype} for some of the samples {ids.tolist()}."
-                )
-        for i in np.flatnonzero(fresh):
-            if int(ids[i]) in self._seen:
-                raise CacheError(f"sample id {ids[i]} occurs twice in the data; ids must be unique.")
-            self._seen.add(int(ids[i]))
-            self.ids.append(int(ids[i]))
-            self.hashes.append(digests[i])
-            for tap, array in arrays.items():
-                row, ragged = array[i], self.index["taps"][tap]["ragged"]
-                for dimension in ragged:
-                    row = row if mask is None else np.compress(mask[i], row, axis=dimension)
-                self.values[tap].append(row.reshape(-1) if ragged else row)
-            self.rows += 1
-
-    def flush(self) -> None:
-        if not self.rows:
-            return
-        name = f"shard-{len(self.index['shards']):05d}"
-        staging = self.path / f"{name}.tmp"
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        np.save(staging / "ids.npy", np.array(self.ids, np.int64))
-        np.save(staging / "hashes.npy", np.array(self.hashes, np.uint64))
-        for number, (tap, rows) in enumerate(self.values.items()):
-            if self.index["taps"][tap]["ragged"]:
-                np.save(staging / f"tap-{number}.offsets.npy", np.cumsum([0, *(len(r) for r in rows)]))
-                np.save(staging / f"tap-{number}.npy", np.concatenate(rows))
-            else:
-                np.save(staging / f"tap-{number}.npy", np.stack(rows))
-        files = {f.name: file_sha256(f) for f in sorted(staging.iterdir())}
-        shutil.rmtree(self.path / name, ignore_errors=True)
-        staging.replace(self.path / name)
-        self.index["shards"].append({"name": name, "rows": self.rows, "files": files})
-        temporary = self.path / "index.json.tmp"
-        temporary.write_text(json.dumps(self.index, indent=1))
-        temporary.replace(self.path / "index.json")
-        self._reset()
-
-
 def _ids(batch: Mapping[str, Any]) -> NDArray[np.int64]:
     ids = batch.get("id")
     if ids is None:
@@ -532,49 +409,9 @@ def _ids(batch: Mapping[str, Any]) -> NDArray[np.int64]:
     return array.astype(np.int64).reshape(-1)
 
 
-def _sized(about: Mapping[str, Any], length: Any) -> tuple[Any, ...]:
-    """The shape of a sample of so many tokens."""
-    return tuple(length if d in about["ragged"] else size for d, size in enumerate(about["shape"]))
-
-
-def _mask(inputs: Mapping[str, Any]) -> NDArray[np.bool_] | None:
-    mask = inputs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim < 2:
-        return None
-    array: NDArray[np.bool_] = mask.detach().cpu().numpy().astype(bool)
-    return array
-
-
 def _padded_length(inputs: Mapping[str, Any]) -> int | None:
     mask = inputs.get("attention_mask")
     return int(mask.shape[1]) if isinstance(mask, Tensor) and mask.ndim == 2 else None
-
-
-def _hashes(inputs: Mapping[str, Any], count: int) -> list[int]:
-    """A 64-bit hash of each sample's unpadded teacher input."""
-    mask = _mask(inputs)
-    columns: list[tuple[str, Any, bool]] = []
-    for name in sorted(inputs):
-        value = inputs[name]
-        if isinstance(value, Tensor):
-            array = value.detach().cpu()
-            array = array.float() if array.dtype == torch.bfloat16 else array
-            columns.append((name, array.numpy(), mask is not None and array.shape[: mask.ndim] == mask.shape))
-        elif isinstance(value, list | tuple) and len(value) == count:
-            columns.append((name, [v.detach().cpu().numpy() if isinstance(v, Tensor) else v for v in value], False))
-    digests = []
-    for i in range(count):
-        digest = xxhash.xxh3_64()
-        for name, column, padded in columns:
-            row = column[i]
-            if padded and mask is not None:
-                row = row[mask[i]]
-            digest.update(name.encode())
-            digest.update(
-                np.ascontiguousarray(row).tobytes() if isinstance(row, np.ndarray | np.generic) else repr(row).encode()
-            )
-        digests.append(digest.intdigest())
-    return digests
 
 
 def _short(value: Any) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import taskkd as kd
-from taskkd import losses
+from taskkd import caches, losses
 from taskkd.caches import CACHE_KEY, Cached, weights_sha256
 from taskkd.errors import CacheError
 from taskkd.teachers import Frozen
@@ -181,6 +181,13 @@ def test_several_shards(tmp_path: Path) -> None:
     batch = regrouped([8, 0, 4])
     for tap in TAPS:
         assert torch.equal(cached(batch)[tap], whole(batch)[tap])
+
+
+def test_a_shard_of_wide_taps_has_fewer_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caches, "SHARD_BYTES", 900)
+    built(tmp_path).close()
+    assert len(list(tmp_path.glob("shard-*"))) == 3
+    assert len(reopened(tmp_path)) == 9
 
 
 def test_few_files_are_open_at_a_time(tmp_path: Path) -> None:

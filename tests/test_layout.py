@@ -23,6 +23,7 @@ CORE = [
     "losses",
     "perturbation",
     "recorder",
+    "shards",
     "taps",
     "schedules",
     "adapters",
