@@ -207,7 +207,7 @@ def test_prompts_and_answers_with_another_tokenizer(recipe: Path, tmp_path: Path
         csv.writer(file).writerows([["ask", "say"], *(t.split(" ", 1) for t in TEXTS)])
     changes = [
         f"data.files.train={tmp_path}/pairs.csv", "data.text=[ask, say]", f"student={{model: {tmp_path}/student}}",
-        "method={name: universal_logits}", "baseline=null",
+        "method={name: universal_logits}", "baseline=null", "training.epochs=6",
     ]  # fmt: skip
     result = run(recipe, tmp_path / "run", *changes)
     history = result.report["distilled"]["distilled"]["0"]["history"]
