@@ -106,7 +106,7 @@ TABLES = {
             "max_length": 64,
         },
         labelled=1600,
-        epochs=12,
+        epochs=8,
         finetune={"epochs": 3, "learning_rate": 1e-4},
         alone=[1e-4, 3e-4, 5e-4],
         rows={
@@ -125,7 +125,7 @@ TABLES = {
             "max_length": 48,
         },
         labelled=2000,
-        epochs=20,
+        epochs=15,
         finetune={"epochs": 12, "learning_rate": 2e-4},
         alone=[3e-4, 5e-4, 1e-3],
         rows={
