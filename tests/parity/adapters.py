@@ -23,6 +23,7 @@ from taskkd.losses.features import overhaul_margin
 from taskkd.mixup import mixing_shares
 from taskkd.schedules import Progress, warmup
 from taskkd.terms import Run
+from tests.parity.detection import ADAPTERS as DETECTION
 from tests.parity.end_to_end import tinybert_e2e
 
 Arrays = Mapping[str, Tensor]
@@ -691,4 +692,5 @@ ADAPTERS: dict[str, Callable[[Arrays, Params], Mapping[str, Tensor]]] = {
     "nlp/tinybert_intermediate": tinybert_intermediate,
     "nlp/tinybert_prediction": tinybert_prediction,
     "nlp/uld": uld,
+    **DETECTION,
 }

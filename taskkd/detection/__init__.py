@@ -1,0 +1,1 @@
+"""Object detection: detectors of torchvision and transformers, any other through tap names."""
