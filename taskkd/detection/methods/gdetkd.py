@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Gt, Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from taskkd.errors import ShapeError
+from taskkd.adapters import Embedding
+from taskkd.detection.families import family_of
+from taskkd.detection.pooling import pool_all_levels, pool_own_level
+from taskkd.detection.responses import check_predictions
+from taskkd.detection.terms import DetectionTerm
+from taskkd.errors import RecipeError, ShapeError
+from taskkd.losses.logits import kl_divergence
 from taskkd.losses.primitives import (
     check_same_shape,
     check_temperature,
@@ -16,8 +24,19 @@ from taskkd.losses.primitives import (
     l2_normalise,
     masked_mean,
 )
+from taskkd.ranks import gather_ranks
+from taskkd.stages import Method, Stage
+from taskkd.terms import Run, Term, Weight
 
-__all__ = ["SemanticGuide", "class_aware_regression", "level_weights", "region_contrast", "semantic_guided"]
+__all__ = [
+    "SemanticGuide",
+    "class_aware_regression",
+    "gdetkd",
+    "level_weights",
+    "region_contrast",
+    "semantic_guided",
+    "transfer_head",
+]
 
 
 class SemanticGuide(nn.Module):
@@ -193,3 +212,259 @@ def class_aware_regression(
         )
     expected = (probabilities[..., None] * (teacher - student)).sum(-2)
     return masked_mean(expected.abs().sum(-1), mask)
+
+
+class RegionQueue(nn.Module):
+    """The last embeddings of the teacher's regions, first in, first out: a buffer, so checkpoints carry it.
+
+    On several ranks it takes in the regions of all, on every rank alike.
+
+    Args:
+        size: how many.
+        features: of an embedding.
+    """
+
+    rows: Tensor
+    seen: Tensor
+
+    def __init__(self, size: int, features: int) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(size, features))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def known(self) -> Tensor:
+        """(Q, features), those that there are so far; a copy, as rows change before the backward."""
+        return self.rows[: min(int(self.seen), len(self.rows))].clone()
+
+    @torch.no_grad()
+    def push(self, embeddings: Tensor) -> None:
+        """Take in (R, features); the oldest go. Every rank must call it in every step."""
+        embeddings = gather_ranks(embeddings.detach().to(self.rows.dtype))[-len(self.rows) :]
+        where = (self.seen + torch.arange(len(embeddings), device=self.rows.device)) % len(self.rows)
+        self.rows[where] = embeddings
+        self.seen += len(embeddings)
+
+
+class SemanticImitation(DetectionTerm):
+    """`semantic_guided` of the regions that both sides look at; memory grows with regions times levels."""
+
+    def __init__(self, name: str, student: nn.Module, teacher: nn.Module, *, tau: float, weight: Weight) -> None:
+        views = ("neck", "regions")
+        super().__init__(name, student, teacher, student_views=views, teacher_views=("rois",), weight=weight)
+        self.tau = tau
+        self.guide: SemanticGuide | None = None
+
+    @property
+    def built(self) -> bool:
+        return self.guide is not None
+
+    def build(self, run: Run) -> None:
+        if self.guide is not None:
+            return
+        maps, target = self.student_views(run).neck, self.teacher_views(run).rois.features
+        widths = [x.shape[1] for x in maps]
+        if len(set(widths)) > 1:
+            raise ShapeError(
+                f"term {self.name!r}: the student's levels have {widths} channels; regions are mixed over levels, "
+                "which takes a pyramid of one width."
+            )
+        self.guide = SemanticGuide(widths[0], target.shape[1], tau=self.tau).to(maps[0].device, _precision(maps[0]))
+
+    def forward(self, run: Run) -> Tensor:
+        assert self.guide is not None
+        views, target = self.student_views(run), self.teacher_views(run).rois.features
+        shape = (views.images.tensors.shape[2], views.images.tensors.shape[3])
+        pooled = pool_all_levels(views.neck, views.regions, shape, target.shape[-1])
+        return self.guide.loss(pooled, target)
+
+
+class ContrastiveImitation(DetectionTerm):
+    """`region_contrast` of projected embeddings, with a queue of the teacher's.
+
+    The student's embedding of a region is that of its own second stage; of a one-stage student the region pooled from
+    its classification tower, or from its neck.
+
+    Args:
+        name, student, teacher, weight: see `DetectionTerm`.
+        tower: taps of the tower, one for each level; of one-stage students.
+        features: of the projected embeddings.
+        queue: how many embeddings of earlier regions are remembered; 0: none.
+        gamma, iou: of `region_contrast`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        tower: Sequence[str] = (),
+        features: int,
+        queue: int,
+        gamma: float,
+        iou: float,
+        weight: Weight,
+    ) -> None:
+        self.two_stage = "rois" in family_of(student, "student").views
+        views = ("rois",) if self.two_stage else ("neck", "regions")
+        super().__init__(name, student, teacher, student_views=views, teacher_views=("rois",), weight=weight)
+        self.student_taps = tuple(dict.fromkeys([*self.student_taps, *tower]))
+        self.tower, self.features, self.queue_size, self.gamma, self.iou = tuple(tower), features, queue, gamma, iou
+        self.projections = nn.ModuleList()
+        self.queue: RegionQueue | None = None
+
+    @property
+    def built(self) -> bool:
+        return len(self.projections) == 2
+
+    def _embeddings(self, run: Run) -> tuple[Tensor, Tensor]:
+        """(R, ...) of student and teacher."""
+        views, other = self.student_views(run), self.teacher_views(run).rois.embeddings
+        if self.two_stage:
+            return views.rois.embeddings, other
+        maps = [run.student[tap] for tap in self.tower] or views.neck
+        shape = (views.images.tensors.shape[2], views.images.tensors.shape[3])
+        return pool_own_level(maps, views.regions, shape), other
+
+    def build(self, run: Run) -> None:
+        if self.built:
+            return
+        both = self._embeddings(run)
+        for x in both:
+            self.projections.append(Embedding(x.shape[1:].numel(), self.features).to(x.device, _precision(both[0])))
+        if self.queue_size:
+            self.queue = RegionQueue(self.queue_size, self.features).to(both[0].device, _precision(both[0]))
+
+    def forward(self, run: Run) -> Tensor:
+        boxes = self.student_views(run).regions
+        s, t = (project(x) for project, x in zip(self.projections, self._embeddings(run), strict=True))
+        images = torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
+        known = None if self.queue is None else self.queue.known()
+        loss = region_contrast(
+            s, t, boxes=torch.cat(boxes).detach(), images=images, queue=known, gamma=self.gamma, iou=self.iou
+        )
+        if self.queue is not None:
+            self.queue.push(t)
+        return loss
+
+
+class ClassAwareLocalisation(DetectionTerm):
+    """`class_aware_regression` of both second stages; background has no box and does not count."""
+
+    def __init__(self, name: str, student: nn.Module, teacher: nn.Module, *, weight: Weight) -> None:
+        super().__init__(name, student, teacher, student_views=("rois",), teacher_views=("rois",), weight=weight)
+
+    def forward(self, run: Run) -> Tensor:
+        own, other = self.student_views(run).rois, self.teacher_views(run).rois
+        check_predictions(self.name, own.logits, other.logits)
+        s, t = (x.deltas.reshape(len(x.deltas), x.logits.shape[1], -1)[:, 1:] for x in (own, other))
+        return class_aware_regression(s, t, probabilities=other.logits.softmax(-1)[:, 1:])
+
+
+class RoiDivergence(DetectionTerm):
+    """Soft targets of both second stages."""
+
+    def __init__(self, name: str, student: nn.Module, teacher: nn.Module, *, weight: Weight) -> None:
+        super().__init__(name, student, teacher, student_views=("rois",), teacher_views=("rois",), weight=weight)
+
+    def forward(self, run: Run) -> Tensor:
+        own, other = self.student_views(run).rois.logits, self.teacher_views(run).rois.logits
+        check_predictions(self.name, own, other)
+        return kl_divergence(own, other)
+
+
+def _precision(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@torch.no_grad()
+def transfer_head(student: Any, teacher: Any) -> list[str]:
+    """Copy the teacher's second stage into the student, parameter by parameter, where the shapes agree.
+
+    Source: Yao et al. 2021. The student is changed.
+
+    Args:
+        student, teacher: two-stage detectors.
+
+    Returns:
+        The names of what was copied.
+    """
+    own = student.roi_heads.state_dict()
+    known = {
+        name: value
+        for name, value in teacher.roi_heads.state_dict().items()
+        if name.startswith(("box_head.", "box_predictor.")) and name in own and own[name].shape == value.shape
+    }
+    for name, value in known.items():
+        own[name].copy_(value)
+    return [f"roi_heads.{name}" for name in known]
+
+
+def gdetkd(
+    student: nn.Module,
+    teacher: nn.Module,
+    *,
+    feature_weight: Annotated[float, Ge(0)] | Literal["auto"] = "auto",
+    contrast_weight: Annotated[float, Ge(0)] | Literal["auto"] = 0.1,
+    localisation_weight: Annotated[float, Ge(0)] = 1.0,
+    classes_weight: Annotated[float, Ge(0)] = 1.0,
+    tau: Annotated[float, Gt(0)] = 1.0,
+    gamma: Annotated[float, Gt(0)] = 0.07,
+    iou: Annotated[float, Interval(ge=0, le=1)] = 0.5,
+    queue: Annotated[int, Ge(0)] = 4096,
+    embedding: Annotated[int, Gt(0)] = 128,
+    head_transfer: bool = True,
+) -> Method:
+    """Regions imitated from the levels that mean the same, and told from other regions; of two second stages more.
+
+    Source: Yao, Pi, Xu, Zhang, Li, Zhang 2021, "G-DetKD: Towards General Distillation Framework for Object Detectors
+    via Contrastive and Semantic-guided Feature Imitation". No code of the authors is public, and the weights, gamma,
+    queue and IoU are not published: gamma and IoU are a port's, the rest is ours ("auto": the gradient of the feature
+    term begins as large as the task loss's).
+
+    A two-stage student looks at its sampled proposals; class-aware localisation and soft targets are compared too, and
+    the teacher's second stage is copied into it where the shapes agree. **`gdetkd(...)` then changes the student.** A
+    one-stage student (RetinaNet, FCOS) looks at its own predictions and the ground truth, one positive to three
+    negatives, with the feature and the contrastive term alone; classes may then differ.
+
+    Args:
+        student: a two-stage detector, RetinaNet or FCOS.
+        teacher: a two-stage detector.
+        feature_weight, contrast_weight: of the two general terms.
+        localisation_weight, classes_weight: of the two terms for two-stage students.
+        tau: temperature over levels to begin with; it is learned.
+        gamma, iou: of the contrast, see `region_contrast`.
+        queue: how many of the teacher's earlier regions are negatives too; 0: none.
+        embedding: features of the projected embeddings.
+        head_transfer: copy the teacher's second stage.
+
+    Raises:
+        RecipeError: the teacher has no second stage, or the student no pyramid.
+    """
+    own, other = family_of(student, "student"), family_of(teacher, "teacher")
+    if "rois" not in other.views:
+        raise RecipeError(f"gdetkd: the teacher, a {other.name}, has no second stage; expected Faster or Mask R-CNN.")
+    if "regions" not in own.views or own.name == "SSD":
+        raise RecipeError(f"gdetkd: the student is a {own.name}; expected a two-stage detector, RetinaNet or FCOS.")
+    two_stage, models = "rois" in own.views, (student, teacher)
+    terms: list[tuple[Weight, Callable[[Weight], Term]]] = [
+        (feature_weight, lambda w: SemanticImitation("feature", *models, tau=tau, weight=w)),
+        (
+            contrast_weight,
+            lambda w: ContrastiveImitation(
+                "contrast", *models, tower=() if two_stage else _tower(student), features=embedding, queue=queue,
+                gamma=gamma, iou=iou, weight=w,
+            ),
+        ),
+    ]  # fmt: skip
+    if two_stage:
+        terms.append((localisation_weight, lambda w: ClassAwareLocalisation("localisation", *models, weight=w)))
+        terms.append((classes_weight, lambda w: RoiDivergence("classes", *models, weight=w)))
+        if head_transfer:
+            transfer_head(student, teacher)
+    return Method("gdetkd", [Stage("distil", [make(w) for w, make in terms if w != 0])], ("labels",))
+
+
+def _tower(student: Any) -> list[str]:
+    """Taps of the classification tower at each level."""
+    return [f"head.classification_head.conv@{i}" for i in range(len(student.anchor_generator.sizes))]
