@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from taskkd.detection.methods.crosskd import counted, positives
+from taskkd.detection.methods.crosskd import Branch, counted, positives, proper
 from taskkd.detection.methods.dense_losses import box_overlap, quality_focal
 from taskkd.detection.terms import DetectionTerm
 from taskkd.detection.views import Dense
@@ -38,13 +38,11 @@ class BinaryDense(DetectionTerm):
         student: nn.Module,
         teacher: nn.Module,
         *,
-        what: Literal["classification", "box"],
+        what: Branch,
         beta: float = 1.0,
         weight: Weight = 1.0,
     ) -> None:
-        super().__init__(
-            name, student, teacher, student_views=("dense",), teacher_views=("dense",), weight=weight
-        )
+        super().__init__(name, student, teacher, student_views=("dense",), teacher_views=("dense",), weight=weight)
         self.what, self.beta = what, beta
 
     def _pair(self, run: Run) -> tuple[Dense, Dense]:
@@ -71,8 +69,9 @@ class BinaryDense(DetectionTerm):
         if self.what == "classification":
             scores = own.logits[..., own.first :], other.logits[..., other.first :]
             return quality_focal(*scores, beta=self.beta, weights=counts, divisor=positives(matched, counts))
-        apart = (own.probabilities() - other.probabilities()).detach().abs().amax(-1) * counts
-        return box_overlap(own.decode(), other.decode(), weights=apart)
+        boxes = other.decode()
+        apart = (own.probabilities() - other.probabilities()).detach().abs().amax(-1) * (counts & proper(boxes))
+        return box_overlap(own.decode(), boxes, weights=apart)
 
 
 def bckd(
@@ -86,11 +85,12 @@ def bckd(
 ) -> Method:
     """Task loss + binary classification distillation + GIoU of both networks' boxes.
 
-    Source: Yang L. et al. 2023, "Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object Detection":
-    the scores of a dense detector are independent yes/no decisions, which a softmax over classes does not see.
+    Source: Yang L. et al. 2023, "Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object
+    Detection": the scores of a dense detector are independent yes/no decisions, which a softmax does not see.
 
     Scaling: the classification is divided by the positives, by at least one for each image; the boxes by the sum of
-    their weights. Anchors in padding, or that the assigner ignores, do not count.
+    their weights. Anchors in padding, or that the assigner ignores, and teacher's boxes
+    without area do not count.
 
     Args:
         student, teacher: torchvision's RetinaNet or FCOS with the same classes, anchors and levels.
@@ -101,9 +101,10 @@ def bckd(
     Raises:
         TaskkdError: a detector does not predict at anchors.
     """
+    weights: dict[Branch, float] = {"classification": classification_weight, "box": box_weight}
     terms = [
         BinaryDense(f"binary-{what}", student, teacher, what=what, beta=beta, weight=w)
-        for what, w in (("classification", classification_weight), ("box", box_weight))
+        for what, w in weights.items()
         if w > 0
-    ]  # fmt: skip
+    ]
     return Method("bckd", [Stage("distil", terms, task_weight)], ("labels",))

@@ -19,8 +19,9 @@ from taskkd.losses.primitives import check_same_shape, full_precision
 from taskkd.stages import Method, Stage
 from taskkd.terms import Run, Weight
 
-__all__ = ["CrossHead", "counted", "crosskd", "positives", "standardise_like"]
+__all__ = ["Branch", "CrossHead", "counted", "crosskd", "positives", "proper", "standardise_like"]
 
+Branch = Literal["classification", "box"]
 #: torchvision's mark of an anchor whose overlap is between the thresholds: neither positive nor negative
 BETWEEN = -2
 
@@ -55,7 +56,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def counted(dense: Dense, images: SharedImages) -> tuple[Tensor, Tensor]:
-    """What the detector's assigner gives each anchor (N, A), and whether the anchor counts: not ignored, not in padding."""
+    """(N, A): what the detector's assigner gives each anchor; and whether it counts: not ignored, not in padding."""
     matched = dense.match(images.boxes)
     centres = torch.stack([(a[:, :2] + a[:, 2:]) / 2 for a in dense.anchors])
     sizes = centres.new_tensor([(w, h) for h, w in images.sizes])[:, None]
@@ -65,6 +66,11 @@ def counted(dense: Dense, images: SharedImages) -> tuple[Tensor, Tensor]:
 def positives(matched: Tensor, counts: Tensor) -> Tensor:
     """The number of positive anchors of a batch, at least one for each image."""
     return ((matched >= 0) & counts).sum().clamp(min=len(matched))
+
+
+def proper(boxes: Tensor) -> Tensor:
+    """(...): whether boxes (..., 4) have an area; that of a teacher says nothing otherwise."""
+    return (boxes[..., 2:] > boxes[..., :2]).all(-1)
 
 
 class CrossHead(DetectionTerm):
@@ -94,7 +100,7 @@ class CrossHead(DetectionTerm):
         student: nn.Module,
         teacher: nn.Module,
         *,
-        branch: Literal["classification", "box"],
+        branch: Branch,
         convolutions: int = 3,
         beta: float = 1.0,
         boxes: Literal["giou", "iou"] = "giou",
@@ -151,8 +157,9 @@ class CrossHead(DetectionTerm):
             own, other = crossed[..., dense.first :], dense.logits[..., dense.first :]
             number = positives(matched, counts)
             return quality_focal(own, other, beta=self.beta, weights=counts, divisor=number)
-        certain = dense.probabilities().amax(-1).detach() * counts
-        return box_overlap(dense.decode(crossed), dense.decode(), kind=self.boxes, weights=certain)
+        boxes = dense.decode()
+        certain = dense.probabilities().amax(-1) * (counts & proper(boxes))
+        return box_overlap(dense.decode(crossed), boxes, kind=self.boxes, weights=certain)
 
 
 def crosskd(
@@ -168,12 +175,13 @@ def crosskd(
 ) -> Method:
     """Task loss + what the teacher's head makes of the student's features, compared with what it makes of its own.
 
-    Source: Wang J. et al. 2023, "CrossKD: Cross-Head Knowledge Distillation for Object Detection". So labels and teacher
-    do not pull at the same predictions. The defaults (None) are the paper's for the teacher's family: RetinaNet cut
-    after 3 convolutions, weights 1 and 1, GIoU; FCOS after 2, weights 0.4 and 0.75, IoU.
+    Source: Wang J. et al. 2023, "CrossKD: Cross-Head Knowledge Distillation for Object Detection". So labels and
+    teacher do not pull at the same predictions. The defaults (None) are the paper's for the teacher's family: RetinaNet
+    cut after 3 convolutions, weights 1 and 1, GIoU; FCOS after 2, weights 0.4 and 0.75, IoU.
 
     Scaling: the classification is divided by the positives as the authors do, but by at least one for each image; the
-    boxes by the sum of their weights. Anchors in padding, or that the assigner ignores, do not count.
+    boxes by the sum of their weights. Anchors in padding, or that the assigner ignores, and teacher's boxes without area do
+    not count.
 
     Args:
         student, teacher: torchvision's RetinaNet or FCOS, with as many levels.
@@ -192,7 +200,7 @@ def crosskd(
     if isinstance(teacher, tv.FCOS):
         defaults = (2, 0.4, 0.75, "iou")
     cut = defaults[0] if convolutions is None else convolutions
-    weights = {
+    weights: dict[Branch, float] = {
         "classification": defaults[1] if classification_weight is None else classification_weight,
         "box": defaults[2] if box_weight is None else box_weight,
     }

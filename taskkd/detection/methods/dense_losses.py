@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taskkd.errors import ShapeError
-from taskkd.losses.primitives import check_mask, check_same_shape, check_temperature, full_precision, masked_mean, softened_kl
+from taskkd.losses.primitives import (
+    check_mask,
+    check_same_shape,
+    check_temperature,
+    full_precision,
+    masked_mean,
+    softened_kl,
+)
 
 __all__ = ["box_overlap", "distribution_kl", "quality_focal"]
 
@@ -84,7 +91,8 @@ def distribution_kl(
 ) -> Tensor:
     """`T^2 KL(softmax(t / T) || softmax(s / T))` of discrete distributions, the sides of boxes or the classes.
 
-    Source: Zheng et al. 2022, "Localization Distillation for Dense Object Detection" (the mean over bins); CrossKD sums.
+    Source: Zheng et al. 2022, "Localization Distillation for Dense Object Detection" (LD: the mean over bins);
+    CrossKD sums.
 
     Scaling: the mean over positions. `bins="mean"` divides by the number of bins, as LD's weights expect.
 

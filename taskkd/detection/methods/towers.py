@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from taskkd.errors import RecipeError
 
-__all__ = ["Branch", "FrozenHead", "box_activation", "branch_of", "flat_predictions"]
+__all__ = ["Cut", "FrozenHead", "box_activation", "branch_of", "flat_predictions"]
 
 
 @dataclass(frozen=True)
-class Branch:
+class Cut:
     """One branch of a head: a tower that is run at each level, and the convolution that predicts.
 
     Args:
@@ -63,7 +63,7 @@ class FrozenHead:
         return x
 
 
-def branch_of(model: nn.Module, kind: Literal["classification", "box"], convolutions: int, who: str) -> Branch:
+def branch_of(model: nn.Module, kind: Literal["classification", "box"], convolutions: int, who: str) -> Cut:
     """A branch of torchvision's RetinaNet or FCOS, cut before the activation after its first `convolutions`.
 
     Args:
@@ -79,8 +79,8 @@ def branch_of(model: nn.Module, kind: Literal["classification", "box"], convolut
 
     if not isinstance(model, tv.RetinaNet | tv.FCOS):
         raise RecipeError(
-            f"crosskd: the {who} is a {type(model).__name__}, whose head has no tower of convolutions to cut; RetinaNet "
-            "and FCOS have. For other pairs: bckd, gid, or methods of the neck such as pkd."
+            f"crosskd: the {who} is a {type(model).__name__}, whose head has no tower of convolutions to cut; those of "
+            "RetinaNet and FCOS have. For other pairs: bckd, gid, or methods of the neck such as pkd."
         )
     path = "head.classification_head" if kind == "classification" else "head.regression_head"
     head = model.get_submodule(path)
@@ -99,13 +99,14 @@ def branch_of(model: nn.Module, kind: Literal["classification", "box"], convolut
     tapped = f"{path}.conv.{leaves[cut - 1][0]}"
     taps = tuple(f"{tapped}@{i}" for i in range(levels)) if convolutions else ()
     last = head.get_submodule("cls_logits" if kind == "classification" else "bbox_reg")
-    channels = int(head.num_classes) if kind == "classification" else 4  # type: ignore[arg-type]
-    return Branch(taps, (*(m for _, m in leaves[cut:]), last), channels)
+    channels = int(head.num_classes) if kind == "classification" else 4
+    return Cut(taps, (*(m for _, m in leaves[cut:]), last), channels)
 
 
 def flat_predictions(maps: Sequence[Tensor], channels: int) -> Tensor:
-    """Maps (N, anchors per cell * channels, h, w) of all levels as (N, A, channels), ordered as torchvision's heads do."""
-    flat = [m.unflatten(1, (-1, channels)).permute(0, 3, 4, 1, 2).flatten(1, 3) for m in maps]
+    """Maps (N, anchors per cell * channels, h, w) of all levels as (N, A, channels), in torchvision's order."""
+    cells = [m.reshape(len(m), -1, channels, *m.shape[2:]) for m in maps]
+    flat = [m.permute(0, 3, 4, 1, 2).flatten(1, 3) for m in cells]
     return torch.cat(flat, 1)
 
 

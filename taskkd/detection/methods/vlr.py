@@ -110,7 +110,10 @@ def vlr_weights(
     threshold = _threshold(overlaps, _candidates(anchors, boxes, level_sizes, candidates))
     shared = overlaps
     if legacy_iof:
-        corner, other = torch.maximum(anchors[:, None, :2], boxes[:, :2]), torch.minimum(anchors[:, None, 2:], boxes[:, 2:])
+        corner, other = (
+            torch.maximum(anchors[:, None, :2], boxes[:, :2]),
+            torch.minimum(anchors[:, None, 2:], boxes[:, 2:]),
+        )
         area = (anchors[:, 2:] - anchors[:, :2]).prod(-1)
         shared = (other - corner).clamp(min=0).prod(-1) / area[:, None].clamp(min=1e-6)
     around = torch.maximum(anchors[:, None, 2:], boxes[:, 2:]) - torch.minimum(anchors[:, None, :2], boxes[:, :2])
@@ -122,7 +125,10 @@ def vlr_weights(
 
 @torch.no_grad()
 def fine_grained_region(anchors: Tensor, boxes: Tensor, *, share: float = 0.5) -> Tensor:
-    """(A,) 1 where an anchor's overlap with a box exceeds `share` of that box's largest, else 0 (Wang T. et al. 2019)."""
+    """(A,) 1 where an anchor's overlap with a box exceeds `share` of that box's largest, else 0.
+
+    Source: Wang T. et al. 2019 (FGFI), as LD's feature imitation uses it.
+    """
     if not len(boxes):
         return anchors.new_zeros(len(anchors))
     overlaps = _overlaps(anchors, boxes)
