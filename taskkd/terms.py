@@ -31,12 +31,16 @@ Gate: TypeAlias = Callable[["Run"], Tensor]
 
 @dataclass
 class Run:
-    """One forward of student and teacher, as a term sees it: tapped values by tap name, the batch, the output."""
+    """One forward of student and teacher, as a term sees it: tapped values by tap name, the batch, the output.
+
+    `notes` is for what terms and teacher of a task work out of these once and share (the proposals of detectors).
+    """
 
     batch: Mapping[str, Any]
     output: Any
     student: dict[str, Any] = field(default_factory=dict)
     teacher: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 class Term(nn.Module):
