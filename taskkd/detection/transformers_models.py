@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,7 +69,8 @@ class ImageTransform(GeneralizedRCNNTransform):  # type: ignore[misc]  # torchvi
         longest: the longer side is at most this.
         mean, std: of the channels of images in 0 to 1.
         fixed: (height, width) of every image instead, whatever its shape.
-        divisible: height and width of the padded batch are multiples of this.
+        divisible: height and width of the padded batch are multiples of this; in training of 32 at least, as teachers
+            of other architectures want them.
     """
 
     def __init__(
@@ -100,16 +102,18 @@ class ImageTransform(GeneralizedRCNNTransform):  # type: ignore[misc]  # torchvi
             target["boxes"] = resize_boxes(target["boxes"], old, new)
         return image, target
 
+    def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
+        """The images as one batch, padded with zeros."""
+        batch: Tensor = super().batch_images(images, max(size_divisible, 32) if self.training else size_divisible)
+        return batch
 
-class Live(nn.Module):
-    """Hands the model on to whoever taps it: heads and decoder that are run once more must be those of this very copy.
 
-    It has no parameters and is no part of what is saved.
-    """
+class Shown(nn.Module):
+    """Hands on what it is given, for whoever taps it. It has no parameters and is no part of what is saved."""
 
-    def forward(self, model: nn.Module) -> nn.Module:
-        """The model itself."""
-        return model
+    def forward(self, value: Any) -> Any:
+        """The value itself."""
+        return value
 
 
 class TransformersDetector(nn.Module):
@@ -151,7 +155,9 @@ class TransformersDetector(nn.Module):
         super().__init__()
         self.kind = _kind(model.config)
         self.model = model
-        self.live = Live()
+        #: taps: the model itself, whose heads and decoder may be run once more; the keyword arguments of its decoder.
+        #: What a term keeps instead of tapping them would be another copy's after `deepcopy`.
+        self.live, self.decoding = Shown(), Shown()
         self.processor = _processor(self.kind, processor, size, longest)
         self.transform = _transform(self.kind, self.processor, scales)
 
@@ -255,7 +261,24 @@ class TransformersDetector(nn.Module):
         self.live(self.model)
         mask = inside_images(images).long() if self.kind.masked else None
         labels = None if targets is None else labels_of(self, targets, images)
-        return self.model(pixel_values=images.tensors, pixel_mask=mask, labels=labels)
+        with self._decoder_shown():
+            return self.model(pixel_values=images.tensors, pixel_mask=mask, labels=labels)
+
+    @contextmanager
+    def _decoder_shown(self) -> Iterator[None]:
+        """Where `decoding` is tapped, let it see what the decoder is called with."""
+        if not self.decoding._forward_hooks:
+            yield
+            return
+
+        def show(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            self.decoding(dict(kwargs))
+
+        handle = self.model.model.decoder.register_forward_pre_hook(show, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def frames(self, images: ImageList) -> Tensor:
         """(batch, 4): what the model's boxes (centre x, centre y, width, height in 0 to 1) are multiplied by."""
