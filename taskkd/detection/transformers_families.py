@@ -1,11 +1,11 @@
-"""Families of the detectors of `transformers`: which tensors they have and where, in the form of `taskkd.detection.views`.
+"""Families of the detectors of `transformers`: where their tensors are, in the form of `taskkd.detection.views`.
 
 Boxes of decoders are relative to the image without padding in all families, so that those of two can be compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from taskkd.detection.boxes import as_corners
 from taskkd.detection.families import Family, Reader, Values
 from taskkd.detection.sampling import own_regions
 from taskkd.detection.shared import Normalisation, SharedImages
 from taskkd.detection.views import Decoder, Dense
-from taskkd.errors import TaskkdError
 
 __all__ = ["Queries", "transformers_family"]
 
@@ -99,7 +99,9 @@ def _read_detr(layers: tuple[str, ...], values: Values, images: SharedImages) ->
     model, base = values["live"], values[BASE]
     # each layer's predictions are made of its output behind the last norm, whether or not they are trained
     hidden = [model.model.decoder.layernorm(values[tap]) for tap in layers]
-    return _detr_heads(model, torch.stack([*hidden, base.last_hidden_state], 1), getattr(base, "reference_points", None))
+    return _detr_heads(
+        model, torch.stack([*hidden, base.last_hidden_state], 1), getattr(base, "reference_points", None)
+    )
 
 
 def _detr_heads(model: Any, hidden: Tensor, reference: Tensor | None) -> Decoder:
@@ -197,7 +199,7 @@ def _rt_detr(config: Any) -> Parts:
     sources = tuple(f"{BASE}.decoder_input_proj.{i}" for i in range(config.num_feature_levels))
     dense = (BASE, "decoding")
     views = {"neck": neck, "sources": sources, "decoder": (BASE,), "dense": dense, "regions": dense}
-    layer = config.decoder_layers + config.eval_idx if getattr(config, "eval_idx", 0) < 0 else 0
+    layer = int(getattr(config, "eval_idx", -1)) % config.decoder_layers  # D-FINE's only prediction in eval mode
     readers: dict[str, Reader] = {
         "neck": lambda values, images: list(values[neck[0]].last_hidden_state),
         "sources": partial(_listed, sources),
@@ -210,7 +212,11 @@ def _rt_detr(config: Any) -> Parts:
 
 def _read_rt_detr(evaluated: int, values: Values, images: SharedImages) -> Decoder:
     base = values[BASE]
-    logits, boxes, hidden = base.intermediate_logits, base.intermediate_reference_points, base.intermediate_hidden_states
+    logits, boxes, hidden = (
+        base.intermediate_logits,
+        base.intermediate_reference_points,
+        base.intermediate_hidden_states,
+    )
     corners = base.intermediate_predicted_corners
     if corners is not None:  # D-FINE: in training one prediction more, made before the first layer; states layer first
         count = corners.shape[1]
@@ -242,11 +248,9 @@ def _read_dense(values: Values, images: SharedImages) -> Dense:
     raw = base.enc_outputs_coord_logits
     # where an anchor is not valid the model adds the largest number there is
     regression = torch.where(valid, raw - _exact_logit(anchors), torch.zeros_like(raw))
-    from torchvision.ops import box_convert
-
-    corners = box_convert(anchors, "cxcywh", "xyxy") * size
+    boxes = as_corners(anchors) * size
     return Dense(
-        base.enc_outputs_class, regression, [corners] * len(raw), shapes, [h * w for h, w in shapes], "sigmoid",
+        base.enc_outputs_class, regression, [boxes] * len(raw), shapes, [h * w for h, w in shapes], "sigmoid",
         partial(_decode_dense, size), assign_centres, first=0,
     )  # fmt: skip
 
@@ -278,8 +282,7 @@ def _decode_dense(size: Tensor, regression: Tensor, anchors: Tensor) -> Tensor:
     from torchvision.ops import box_convert
 
     centred = (box_convert(anchors, "xyxy", "cxcywh") / size).clamp(1e-3, 1 - 1e-3)
-    boxes: Tensor = box_convert((regression + _exact_logit(centred)).sigmoid(), "cxcywh", "xyxy") * size
-    return boxes
+    return as_corners((regression + _exact_logit(centred)).sigmoid()) * size
 
 
 def assign_centres(boxes: Tensor, anchors: Tensor, level_sizes: list[int]) -> Tensor:

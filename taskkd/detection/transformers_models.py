@@ -271,10 +271,10 @@ class TransformersDetector(nn.Module):
             yield
             return
 
-        def show(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        def show(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
             self.decoding(dict(kwargs))
 
-        handle = self.model.model.decoder.register_forward_pre_hook(show, with_kwargs=True)
+        handle = self.model.get_submodule("model.decoder").register_forward_pre_hook(show, with_kwargs=True)
         try:
             yield
         finally:
