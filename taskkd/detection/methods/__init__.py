@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from taskkd.detection.methods.bckd import bckd
 from taskkd.detection.methods.chen import chen
+from taskkd.detection.methods.crosskd import crosskd
 from taskkd.detection.methods.gdetkd import gdetkd
 from taskkd.detection.methods.gid import gid
-from taskkd.detection.methods.yolo_response import yolo_response
-from taskkd.detection.methods.bckd import bckd
-from taskkd.detection.methods.crosskd import crosskd
 from taskkd.detection.methods.localization import localization
+from taskkd.detection.methods.yolo_response import yolo_response
 from taskkd.stages import Method
 
 __all__ = ["METHODS", "chen", "gdetkd", "gid", "yolo_response"]
