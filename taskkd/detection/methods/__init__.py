@@ -6,18 +6,54 @@ from collections.abc import Callable
 from typing import Any
 
 from taskkd.detection.methods.bckd import bckd
+from taskkd.detection.methods.channel_wise import channel_wise
 from taskkd.detection.methods.chen import chen
 from taskkd.detection.methods.crosskd import crosskd
+from taskkd.detection.methods.defeat import defeat
+from taskkd.detection.methods.fbkd import fbkd
+from taskkd.detection.methods.fgd import fgd
+from taskkd.detection.methods.fgfi import fgfi
 from taskkd.detection.methods.gdetkd import gdetkd
 from taskkd.detection.methods.gid import gid
 from taskkd.detection.methods.localization import localization
+from taskkd.detection.methods.masked_generative import masked_generative
+from taskkd.detection.methods.mimic import mimic
+from taskkd.detection.methods.pearson_kd import pearson_kd
+from taskkd.detection.methods.quantization_mimic import quantization_mimic
+from taskkd.detection.methods.score_weighted import score_weighted
 from taskkd.detection.methods.yolo_response import yolo_response
 from taskkd.stages import Method
 
-__all__ = ["METHODS", "chen", "gdetkd", "gid", "yolo_response"]
+__all__ = [
+    "METHODS",
+    "channel_wise",
+    "chen",
+    "defeat",
+    "fbkd",
+    "fgd",
+    "fgfi",
+    "gdetkd",
+    "gid",
+    "masked_generative",
+    "mimic",
+    "pearson_kd",
+    "quantization_mimic",
+    "score_weighted",
+    "yolo_response",
+]
 
 #: name -> `method(student, teacher, *, options) -> Method`
 METHODS: dict[str, Callable[..., Method] | Any] = {
+    "channel_wise": channel_wise,
+    "defeat": defeat,
+    "fbkd": fbkd,
+    "fgd": fgd,
+    "fgfi": fgfi,
+    "masked_generative": masked_generative,
+    "mimic": mimic,
+    "pearson_kd": pearson_kd,
+    "quantization_mimic": quantization_mimic,
+    "score_weighted": score_weighted,
     "chen": chen,
     "gdetkd": gdetkd,
     "gid": gid,
