@@ -69,7 +69,7 @@ def ld_terms(
     divisor = None if normalize == "sum_w" else student_sides.shape[-2]
     found: dict[Part, Tensor] = {}
     if "ld" in parts:
-        certain = student_logits.detach().float().sigmoid().amax(-1) * positive
+        certain = probabilities(student_logits).amax(-1) * positive
         found["ld"] = distribution_kl(
             student_sides, teacher_sides, temperature=temperature, weights=certain, divisor=divisor
         )
@@ -80,6 +80,11 @@ def ld_terms(
     if "kd" in parts:
         found["kd"] = distribution_kl(student_logits, teacher_logits, temperature=class_temperature, weights=positive)
     return found
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Sigmoids without gradient, in fp32 at least."""
+    return logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
 
 
 class Localization(NeckTerm):
