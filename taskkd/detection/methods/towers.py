@@ -33,8 +33,8 @@ class Cut:
 class FrozenHead:
     """The rest of a teacher's branch, from a tapped feature to predictions; gradients flow through it to its input.
 
-    It is no module, so that it is in nobody's `parameters()` or `state_dict()`; copies share it. Its first part may work
-    in place on what it is given.
+    It is no module, so that it is in nobody's `parameters()` or `state_dict()`; copies share it. Its first part may
+    work in place on what it is given.
     """
 
     def __init__(self, parts: Sequence[Callable[[Tensor], Tensor]]) -> None:
