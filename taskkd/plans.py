@@ -17,7 +17,6 @@ from taskkd.preparation import Preparation
 from taskkd.schema import Training
 from taskkd.session import Record, Session
 from taskkd.stages import Method, Stage
-from taskkd.teachers import Frozen
 
 __all__ = ["Plan", "build_method", "check", "look"]
 
@@ -49,7 +48,7 @@ def check(recipe: Any, *, evaluate: int = 200) -> Plan:
     plan.summary += task.pair(data, student, teacher)
     if recipe.teacher.finetune is None:
         own = task.teacher_data(data)
-        few = own.validation.select(range(min(evaluate, len(own.validation))))
+        few = own.first(own.validation, evaluate)
         with tempfile.TemporaryDirectory() as folder:
             session = Session(recipe, task, own, Path(folder), Record(Path(folder)), print)
             metrics = session.evaluated(teacher, few)
@@ -116,7 +115,7 @@ def look(recipe: Any, task: Any, data: Any, student: nn.Module, teacher: nn.Modu
         task.check_terms(data, stage.terms, student, batch)
         distiller = Distiller(
             student,
-            Frozen(teacher),
+            task.supplier(recipe, student, teacher),
             stage.terms,
             task_weight=stage.task_weight,
             task_loss=task.loss(recipe),

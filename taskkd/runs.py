@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-import xxhash
 from torch import nn
 
 from taskkd import recipes
@@ -27,7 +26,7 @@ from taskkd.errors import RecipeError
 from taskkd.plans import build_method, look
 from taskkd.session import ADAPTERS, Record, Say, Session, locked, strip, training_arguments
 from taskkd.stages import Stage
-from taskkd.teachers import Frozen
+from taskkd.teachers import Frozen, Teacher
 from taskkd.trainer import Trainer
 
 __all__ = ["Result", "distill", "evaluate", "predict", "run_recipe"]
@@ -137,7 +136,21 @@ def run_recipe(
         with staged(folder / "student") as final:
             shutil.copytree(source, final, dirs_exist_ok=True)
         reports.write(report, folder)
+        _draw(session, teacher, student, report)
         return Result(student, report, folder)
+
+
+def _draw(session: Session, teacher: nn.Module, student: nn.Module, report: Mapping[str, Any]) -> None:
+    """What the models find on test samples, side by side, where the task has pictures."""
+    draw = getattr(session.task, "draw", None)
+    if draw is None:
+        return
+    models = {"teacher": teacher}
+    alone = report["alone"].get(str(report["selected_seed"]))
+    if alone is not None:
+        models[report["alone_title"]] = session.student(teacher, report["selected_seed"], alone["model"])
+    models[report["selected"]] = student
+    draw(session.data, models, session.folder / "examples.png")
 
 
 def _same_inputs(session: Session) -> None:
@@ -147,25 +160,13 @@ def _same_inputs(session: Session) -> None:
         RecipeError: the data or the teacher's files changed since.
     """
     recipe = session.recipe
-    now = {"data": fingerprint(session.data), "teacher": session.task.fingerprint(recipe)}
+    now = {"data": session.data.fingerprint(), "teacher": session.task.fingerprint(recipe)}
     for name, before in session.record.step("inputs", lambda: now).items():
         if before != now[name]:
             raise RecipeError(
                 f"{session.folder} was started with another {name}: what the recipe names has changed since; give "
                 "another folder (--output-dir), or delete it (--restart)."
             )
-
-
-def fingerprint(data: Any) -> str:
-    """A digest of every sample of every split, as tokenized."""
-    digest = xxhash.xxh3_128()
-    # Not what a teacher computed: its last digits follow the number of threads.
-    left_out = {"id", "teacher_embedding"}
-    for split in (data.train, data.validation, data.test, data.unlabelled, *data.further_tests.values()):
-        for column in [] if split is None else sorted(set(split.column_names) - left_out):
-            digest.update(column.encode())
-            digest.update(repr(list(split[column])).encode())
-    return digest.hexdigest()
 
 
 def _variants(recipe: Any, sweep: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
@@ -247,7 +248,7 @@ def _untrained(session: Session, teacher: nn.Module, seed: int) -> dict[str, Any
     student = session.student(teacher, seed)
 
     def work() -> dict[str, Any]:
-        save_student(student, session.folder / step / "model", session.data.tokenizer)
+        save_student(student, session.folder / step / "model", session.data.processing)
         return {"validation": session.evaluated(student, session.data.validation)}
 
     result = session.record.step(step, work)
@@ -278,7 +279,7 @@ def _distilled(session: Session, teacher: nn.Module, seed: int, name: str) -> di
             session.recipe.training,
             title=f"{name}, {stage.name}",
             seed=seed,
-            teacher=None if finished else _supplier(session, teacher, stage, live=full_length),
+            teacher=None if finished else _supplier(session, student, teacher, stage, live=full_length),
             train=session.data.everything,
             full_length=full_length,
             adapters=before,
@@ -296,7 +297,9 @@ def _distilled(session: Session, teacher: nn.Module, seed: int, name: str) -> di
     return {**outcome, "test": test, "model": model}
 
 
-def _supplier(session: Session, teacher: nn.Module, stage: Stage, *, live: bool = False) -> Frozen | Cached | None:
+def _supplier(
+    session: Session, student: nn.Module, teacher: nn.Module, stage: Stage, *, live: bool = False
+) -> Teacher | None:
     """The teacher of a stage: from disk as the recipe says; one cache for each set of taps, shared by a sweep.
 
     `live`: what it gives for padding counts, which a cache does not hold.
@@ -307,7 +310,8 @@ def _supplier(session: Session, teacher: nn.Module, stage: Stage, *, live: bool 
         return None
     dtype = session.recipe.teacher.dtype
     if config is None or live:
-        return Frozen(teacher, dtype=dtype)
+        live_teacher: Teacher = session.task.supplier(session.recipe, student, teacher)
+        return live_teacher
     path = session.folder / "cache" / hashlib.sha256("\n".join(taps).encode()).hexdigest()[:12]
     budget = None if config.budget_gb is None else int(config.budget_gb * 1e9)
     source = Frozen(teacher, dtype="float32" if dtype in (None, "auto") else dtype)
@@ -355,7 +359,7 @@ def evaluate(run: Path, data: str | None = None) -> dict[str, float]:
         if "given:" in (run / "recipe.yaml").read_text(encoding="utf-8"):
             raise RecipeError(f"{run} was given its data in memory; evaluate it on a file with --data.")
         loaded = task.load(recipe, run)
-        if fingerprint(loaded) != Record(run).finished.get("inputs", {}).get("data"):
+        if loaded.fingerprint() != Record(run).finished.get("inputs", {}).get("data"):
             raise RecipeError(f"the data of {run} has changed since it was trained; name a file with --data.")
         table = loaded.test
     else:
@@ -365,7 +369,7 @@ def evaluate(run: Path, data: str | None = None) -> dict[str, float]:
         student,
         metric=metric,
         task_loss=task.loss(recipe),
-        args=training_arguments(run, recipe.training, 0, None),
+        args=training_arguments(run, recipe.training, 0, None, task.sampling),
         processing_class=tokenizer,
         data_collator=task.collator(recipe, tokenizer),
     )
@@ -390,7 +394,7 @@ def distill(
     *,
     task: str,
     output_dir: str | Path = "runs/distill",
-    method: str = "soft_targets",
+    method: str | None = None,
     options: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     baseline: bool = False,
@@ -407,7 +411,7 @@ def distill(
         eval: the same, to validate on; None: a tenth of `train` to validate on and a tenth to test on are held out.
         task: "nlp".
         output_dir: of the run; an interrupted run goes on there.
-        method: a key of the task's `METHODS`.
+        method: a key of the task's `METHODS`; None: "soft_targets" for nlp, "auto" for detection.
         options: the method's own.
         training: as in a recipe, `{"epochs": 3, "learning_rate": 1e-4}`.
         baseline: whether the student alone is trained as well, for comparison.
@@ -425,7 +429,7 @@ def distill(
             "name": Path(output_dir).name,
             "task": task,
             **held.describe(),
-            "method": {"name": method, **(options or {})},
+            "method": {"name": method or held.default_method, **(options or {})},
             "training": dict(training or {}),
             "baseline": {} if baseline else None,
             "seeds": list(seeds),

@@ -18,14 +18,13 @@ import transformers
 from torch import nn
 
 from taskkd.augmentation import Augmented
-from taskkd.caches import Cached
 from taskkd.checkpoints import hand_on, save_state
 from taskkd.errors import RecipeError
 from taskkd.progress import ProgressBar
 from taskkd.schema import Training
 from taskkd.signals import SignalStop
 from taskkd.stages import Method, Stage
-from taskkd.teachers import Frozen
+from taskkd.teachers import Teacher
 from taskkd.trainer import Trainer
 
 __all__ = ["ADAPTERS", "Record", "Say", "Session", "locked", "strip", "training_arguments"]
@@ -81,9 +80,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def training_arguments(
-    folder: Path, training: Training, seed: int, metric: str | None
+    folder: Path, training: Training, seed: int, metric: str | None, sampling: str = "random"
 ) -> transformers.TrainingArguments:
-    """The engine's arguments for a part of a recipe."""
+    """The engine's arguments for a part of a recipe; `sampling` is its `train_sampling_strategy`."""
     schedule = "constant_with_warmup" if training.schedule == "constant" else training.schedule
     selected = (
         {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": True} if metric else {}
@@ -107,7 +106,7 @@ def training_arguments(
         save_strategy="epoch",
         save_total_limit=2,  # the best and the newest: with 1 the engine would delete the newest at the end
         logging_steps=10,
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy=sampling,
         seed=seed,
         report_to=[],
         disable_tqdm=True,
@@ -161,7 +160,7 @@ class Session:
         *,
         title: str,
         seed: int,
-        teacher: Frozen | Cached | None = None,
+        teacher: Teacher | None = None,
         train: Any = None,
         full_length: bool = False,
         adapters: Path | None = None,
@@ -192,7 +191,7 @@ class Session:
             table = self.data.train if train is None else train
             if isinstance(table, Augmented):
                 table = table.with_seed(seed)
-            args = training_arguments(folder, training, seed, metric if judged else None)
+            args = training_arguments(folder, training, seed, metric if judged else None, self.task.sampling)
             args.max_steps = _most_steps(training, stage, len(table), args.world_size)
             # Short epochs, and short trainings, are logged as well: at least once each.
             often = min(10, len(table) // (training.batch_size * training.accumulation), training.max_steps or 10)
@@ -207,7 +206,7 @@ class Session:
                 args=args,
                 train_dataset=table,
                 eval_dataset=self.data.validation,
-                processing_class=self.data.tokenizer,
+                processing_class=self.data.processing,
                 data_collator=self.data.full_length_collator if full_length else self.data.collator,
                 callbacks=[SignalStop(), bar],
             )
@@ -240,8 +239,8 @@ class Session:
         trainer = Trainer(
             model,
             metric=self.task.metric(self.data),
-            args=training_arguments(self.folder, self.recipe.training, 0, None),
-            processing_class=self.data.tokenizer,
+            args=training_arguments(self.folder, self.recipe.training, 0, None, self.task.sampling),
+            processing_class=self.data.processing,
             data_collator=self.data.collator,
         )
         trainer.remove_callback(transformers.PrinterCallback)

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 import taskkd as kd
 from taskkd import plans, recipes, reports, runs, session
 from taskkd.errors import CacheError, DataError, RecipeError, TapError, TaskkdError
+from taskkd.nlp import task as nlp_task
 from taskkd.nlp.task import TASK
 from tests import tiny
 
@@ -121,9 +122,10 @@ def test_what_a_teacher_computes_in(
 ) -> None:
     seen: list[Any] = []
     made = runs.Frozen
-    monkeypatch.setattr(runs, "Frozen", lambda model, dtype: seen.append(dtype) or made(model, dtype=dtype))
+    for module in (runs, nlp_task):  # cached, live
+        monkeypatch.setattr(module, "Frozen", lambda model, dtype: seen.append(dtype) or made(model, dtype=dtype))
     run(recipe, tmp_path / "run", "baseline=null", "training.epochs=0.2", *overrides)
-    assert seen == [expected]
+    assert seen[-1] == expected  # before it the look at one batch
 
 
 def test_layers_of_another_model(recipe: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from torch import nn
 
 from taskkd.caches import file_sha256
@@ -27,6 +28,7 @@ from taskkd.nlp.pairs import describe_pair
 from taskkd.nlp.schema import Data, NlpRecipe
 from taskkd.nlp.sentence import SentenceEncoder, load_sentence_encoder
 from taskkd.nlp.splits import read_splits
+from taskkd.teachers import Frozen, Teacher
 from taskkd.terms import Term
 
 __all__ = ["NlpData", "NlpRecipe", "task_loss"]
@@ -99,6 +101,26 @@ class NlpData:
             "max_length": self.encoding.max_length,
         }
 
+    @property
+    def processing(self) -> Any:
+        """What is saved beside a student."""
+        return self.tokenizer
+
+    def first(self, table: Any, count: int) -> Any:
+        """The first samples of a split."""
+        return table.select(range(min(count, len(table))))
+
+    def fingerprint(self) -> str:
+        """A digest of every sample of every split, as tokenized."""
+        digest = xxhash.xxh3_128()
+        # Not what a teacher computed: its last digits follow the number of threads.
+        left_out = {"id", "teacher_embedding"}
+        for split in (self.train, self.validation, self.test, self.unlabelled, *self.further_tests.values()):
+            for column in [] if split is None else sorted(set(split.column_names) - left_out):
+                digest.update(column.encode())
+                digest.update(repr(list(split[column])).encode())
+        return digest.hexdigest()
+
     def summary(self) -> str:
         """One line with the numbers of samples."""
         free = 0 if self.unlabelled is None else len(self.unlabelled)
@@ -120,6 +142,25 @@ class NlpTask:
     #: the key of a recipe that `by_task` goes by, and what it may say
     task_key = "data.glue.task"
     task_names = tuple(GLUE_TASKS)
+    #: what `kd.distill` uses where no method is named
+    default_method = "soft_targets"
+    #: in which order samples are drawn: texts of like length together
+    sampling = "group_by_length"
+
+    def shorthand(self, teacher: Any, student: Any, data: Any) -> dict[str, Any]:
+        """The sections of a recipe that a name or a path stands for.
+
+        Args:
+            teacher: a model's name or path, trained on the labels.
+            student: the same, or the list of the teacher's layers that it is to have.
+            data: a csv, tsv, jsonl or parquet file with the columns `text` and `label`.
+        """
+        return {
+            "data": {"files": {"train": str(data)}},
+            "teacher": {"model": str(teacher)},
+            "student": {"layers": student} if isinstance(student, list) else {"model": str(student)},
+            "method": {"name": self.default_method},
+        }
 
     def load(self, recipe: NlpRecipe, folder: Path | None = None) -> NlpData:
         """Read, split and tokenize the data.
@@ -203,6 +244,10 @@ class NlpTask:
             source = recipe.teacher.model if own.start == "pretrained" else own.start
             teacher = models.load_model(source, data.labels, head=head, seed=seed)
         return models.student_from_layers(teacher, own.layers or [], architecture=own.architecture, seed=seed)
+
+    def supplier(self, recipe: NlpRecipe, student: nn.Module, teacher: nn.Module) -> Teacher:
+        """The teacher, run live."""
+        return Frozen(teacher, dtype=recipe.teacher.dtype)
 
     def reload(self, student: nn.Module, folder: Path) -> nn.Module:
         """Load a trained student of this run into one of the same architecture."""

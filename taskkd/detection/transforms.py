@@ -1,0 +1,130 @@
+"""Augmentation by torchvision's v2 transforms, drawn from a generator alone.
+
+`Augmented(dataset, build(["RandomHorizontalFlip", {"name": "RandomIoUCrop", "min_scale": 0.5}]))` augments a sample in
+the same way in any worker, before and after an interruption.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taskkd.errors import RecipeError, nearest
+
+__all__ = ["TRANSFORMS", "Augmentation", "build"]
+
+#: the names that a recipe may use: torchvision's, that move images and boxes together or change colours only
+TRANSFORMS = (
+    "RandomHorizontalFlip",
+    "RandomVerticalFlip",
+    "RandomIoUCrop",
+    "RandomZoomOut",
+    "RandomPhotometricDistort",
+    "ScaleJitter",
+    "RandomShortestSize",
+    "Resize",
+)
+#: what belongs to each box, beside `boxes` itself
+OF_BOXES = ("labels", "area", "iscrowd")
+
+
+def build(config: Sequence[str | Mapping[str, Any]]) -> Augmentation:
+    """The augmentation of a recipe.
+
+    Args:
+        config: in the order they are applied, names in `TRANSFORMS`, or mappings of `name` and that transform's
+            options as torchvision.transforms.v2 has them.
+
+    Raises:
+        RecipeError: a name or an option is unknown, or a value is refused by the transform.
+    """
+    return Augmentation([_transform(entry, number) for number, entry in enumerate(config)])
+
+
+def _transform(entry: str | Mapping[str, Any], number: int) -> Any:
+    from torchvision.transforms import v2
+
+    options: dict[str, Any] = {} if isinstance(entry, str) else dict(entry)
+    name = entry if isinstance(entry, str) else options.pop("name", None)
+    where = f"augmentation {number + 1}"
+    if name not in TRANSFORMS:
+        raise RecipeError(
+            f"{where}: no transform {name!r}{nearest(str(name), TRANSFORMS)}; known: {', '.join(TRANSFORMS)}."
+        )
+    kind = getattr(v2, name)
+    known = [p for p in inspect.signature(kind).parameters if p != "self"]
+    for option in options:
+        if option not in known:
+            raise RecipeError(
+                f"{where}: {name} has no option {option!r}{nearest(option, known)}; it has {', '.join(known)}."
+            )
+    scales = options.get("sampler_options")
+    if name == "RandomIoUCrop" and scales is not None and not any(s >= 1 for s in scales):
+        # It draws until a crop fits; 1.0, the image as it is, always does.
+        raise RecipeError(f"{where}: the sampler_options {scales} of RandomIoUCrop need 1.0, or it may never end.")
+    try:
+        return kind(**options)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{where}: {name} refuses its options: {error}.") from None
+
+
+class Augmentation:
+    """Applies v2 transforms to samples of `DetectionDataset`: `(sample, generator) -> sample`, for `kd.Augmented`.
+
+    Boxes are clipped to the image; those that are left with a side of less than one pixel are removed with their labels
+    and areas. `area` shrinks and grows as the box does, `size` is the new image's.
+
+    Args:
+        transforms: of torchvision.transforms.v2, of an image and its boxes. None may remove or reorder boxes.
+    """
+
+    def __init__(self, transforms: Sequence[Any]) -> None:
+        self.transforms = list(transforms)
+
+    def __call__(self, sample: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        from torchvision import tv_tensors
+
+        target = sample["targets"]
+        size = tuple(sample["images"].shape[-2:])
+        image = tv_tensors.Image(sample["images"])
+        boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
+        with drawn_from(generator):
+            for transform in self.transforms:
+                if len(boxes) or type(transform).__name__ != "RandomIoUCrop":  # which looks for a box to crop to
+                    image, boxes = transform(image, boxes)
+        plain = image.as_subclass(Tensor)
+        return {**sample, "images": plain, "targets": _targets(target, boxes.as_subclass(Tensor), plain)}
+
+
+def _targets(target: Mapping[str, Any], boxes: Tensor, image: Tensor) -> dict[str, Any]:
+    """The targets of the boxes that are still there."""
+    height, width = image.shape[-2:]
+    boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
+    sides, before = boxes[:, 2:] - boxes[:, :2], target["boxes"]
+    was = before[:, 2:] - before[:, :2]
+    kept = ((sides > 0) & ((sides >= 1) | (was < 1))).all(1)  # those that were smaller before stay
+    changed = {**target, "boxes": boxes[kept]}
+    changed |= {name: target[name][kept] for name in OF_BOXES if name in target}
+    if "area" in target:
+        changed["area"] = (target["area"] * sides.prod(1) / was.prod(1))[kept]
+    if "size" in target:
+        changed["size"] = torch.tensor([height, width])
+    return changed
+
+
+@contextmanager
+def drawn_from(generator: torch.Generator) -> Iterator[None]:
+    """The transforms draw from the CPU's global generator: lend it, seeded from `generator`, and put it back."""
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    own = torch.default_generator
+    state = own.get_state()
+    own.manual_seed(seed)
+    try:
+        yield
+    finally:
+        own.set_state(state)
