@@ -10,14 +10,18 @@ import torch
 from torch import Tensor, nn
 
 import taskkd as kd
+from taskkd.detection.boxes import as_corners
 from taskkd.detection.methods import METHODS
 from taskkd.detection.methods.crosskd import CrossHead, standardise_like
 from taskkd.detection.methods.dense_losses import box_overlap, quality_focal
 from taskkd.detection.methods.localization import Localization, ld_terms
+from taskkd.detection.methods.localization_queries import PAIRS, QueryLocalization, on_other_bins
 from taskkd.detection.methods.vlr import assign_atss, square_anchors, vlr_weights
 from taskkd.detection.teacher import DetectorTeacher
+from taskkd.detection.views import Decoder
 from taskkd.errors import RecipeError, ShapeError
 from taskkd.terms import Run
+from tests.detection import tiny_detr
 from tests.detection.detectors import batch, fcos, retinanet
 
 
@@ -246,3 +250,62 @@ def test_ld_says_what_it_needs() -> None:
     term = Localization("ld", student, teacher, part="ld", sides=["classes.0"], classes=["classes.0"], temperature=10.0)
     with pytest.raises(ShapeError, match=r"maps of 3 channels are no distributions of four sides"):
         kd.Distiller(student, kd.Frozen(teacher), [term]).prepare(square_batch((1,)))
+
+
+# ---- LD of D-FINE
+
+
+def test_a_distribution_on_other_bins_keeps_its_mean() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bins = torch.rand(5, 7, generator=generator, dtype=torch.float64).cumsum(-1)
+    probabilities = torch.rand(5, 4, generator=generator, dtype=torch.float64).softmax(-1)
+    low, high = bins[:, :1], bins[:, -1:]
+    positions = low + (high - low) * torch.rand(5, 4, generator=generator, dtype=torch.float64)
+    found = on_other_bins(probabilities, positions, bins)
+    assert torch.allclose(found.sum(-1), torch.ones(5, dtype=torch.float64))
+    assert torch.allclose((found * bins).sum(-1), (probabilities * positions).sum(-1))
+    assert torch.allclose(on_other_bins(found, bins, bins), found)
+    assert on_other_bins(torch.tensor([0.25, 0.75]), torch.tensor([-5.0, 9.0]), torch.arange(3.0)).tolist() == [
+        0.25, 0, 0.75,
+    ]  # fmt: skip
+
+
+def test_the_edges_of_d_fine_are_where_its_boxes_come_from() -> None:
+    student, teacher = tiny_detr.detector("d_fine"), tiny_detr.detector("d_fine", seed=1)
+    terms = METHODS["localization"](student, teacher).stages[0].terms
+    assert [(t.name, t.schedule.value, t.temperature) for t in terms] == [
+        ("localization", 0.25, 10.0), ("classification", 10.0, 2.0),
+    ]  # fmt: skip
+    run = run_of(student, teacher, terms, batch((2, 1)))
+    assert all(t(run) > 0 for t in terms)
+    for views in (terms[0].student_views(run), terms[0].teacher_views(run)):
+        decoder = views.decoder
+        assert decoder.corners is not None and decoder.edges is not None
+        expected = (decoder.corners.softmax(-1) * decoder.edges).sum(-1)
+        assert torch.allclose(expected, as_corners(decoder.boxes), atol=1e-5)
+
+
+def test_the_same_queries_have_nothing_to_learn() -> None:
+    student, teacher = tiny_detr.detector("d_fine"), tiny_detr.detector("d_fine", seed=1)
+    terms = METHODS["localization"](student, teacher).stages[0].terms
+    run = run_of(student, teacher, terms, batch((2, 1)))
+    views = terms[0].student_views(run)
+    own = views.decoder
+    order = torch.randperm(own.logits.shape[2])
+    shuffled = {k: getattr(own, k)[:, :, order] for k in ("logits", "boxes", "corners", "edges")}
+    terms[0].teacher_views(run).read["decoder"] = Decoder(**shuffled, activation="sigmoid")
+    run.notes.pop(PAIRS)  # matched anew
+    assert [round(t(run).item(), 5) for t in terms] == [0, 0]
+    empty = run_of(student, teacher, terms, batch((0, 0)))
+    assert [t(empty).item() for t in terms] == [0, 0]
+    with pytest.raises(RecipeError, match=r"queries with distributions are D-FINE's"):
+        QueryLocalization("ld", student, tiny_detr.detector("rt_detr"), part="ld", temperature=10.0)
+    with pytest.raises(RecipeError, match=r"the student \(D-FINE\) or the teacher \(RT-DETR\) regresses"):
+        METHODS["localization"](student, tiny_detr.detector("rt_detr"))
+
+
+def test_bckd_compares_what_rt_detrs_encoder_predicts() -> None:
+    student, teacher = tiny_detr.detector("rt_detr"), tiny_detr.detector("rt_detr", seed=1, width=16)
+    terms = METHODS["bckd"](student, teacher).stages[0].terms
+    run = run_of(student, teacher, terms, batch())
+    assert all(t(run) > 0 for t in terms)
