@@ -131,6 +131,7 @@ class Decoder:
         activation: "softmax": the last channel is "no object"; "sigmoid": a probability for each class.
         hidden: (N, L, Q, d), or None.
         corners: (N, L, Q, 4, bins) logits of the distribution of each side (D-FINE), or None.
+        edges: (N, L, Q, 4, bins) where each bin puts its side, x1 y1 x2 y2 in 0 to 1, or None.
     """
 
     logits: Tensor
@@ -138,6 +139,7 @@ class Decoder:
     activation: Literal["sigmoid", "softmax"]
     hidden: Tensor | None = None
     corners: Tensor | None = None
+    edges: Tensor | None = None
 
 
 @dataclass
