@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from taskkd.detection.methods.bckd import bckd
 from taskkd.detection.methods.chen import chen
+from taskkd.detection.methods.crosskd import crosskd
 from taskkd.detection.methods.gdetkd import gdetkd
 from taskkd.detection.methods.gid import gid
+from taskkd.detection.methods.localization import localization
 from taskkd.detection.methods.yolo_response import yolo_response
 from taskkd.stages import Method
 
@@ -19,4 +22,7 @@ METHODS: dict[str, Callable[..., Method] | Any] = {
     "gdetkd": gdetkd,
     "gid": gid,
     "yolo_response": yolo_response,
+    "bckd": bckd,
+    "crosskd": crosskd,
+    "localization": localization,
 }
