@@ -44,11 +44,14 @@ from taskkd.detection.responses import sampling_weights
 from taskkd.detection.teacher import DetectorTeacher
 from taskkd.errors import RecipeError, ShapeError, TaskkdError
 from taskkd.terms import Run
+from tests.detection import tiny_detr
 from tests.detection.detectors import DETECTORS, batch
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-LABELS, MASK, PROBABILITIES = torch.tensor([1, 0, 2, 1]), torch.tensor([True, False, True, True]), torch.rand(4, 3)
-TARGET = torch.linspace(-1, 1, 16, dtype=torch.float64).reshape(4, 4)
+LABELS, MASK = torch.tensor([1, 0, 2, 1]), torch.tensor([True, False, True, True])
+# exact in half precision
+PROBABILITIES = torch.tensor([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0], [0.125, 0.125, 0.75], [0.25, 0.25, 0.5]])
+TARGET = torch.arange(16).reshape(4, 4) / 8 - 1
 
 
 def head(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -356,6 +359,20 @@ def test_a_step(method: str, of_student: str, of_teacher: str, options: dict[str
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
+@pytest.mark.parametrize("method", ["chen", "gid", "gdetkd"])
+def test_a_step_of_an_encoder_with_dense_predictions(method: str) -> None:
+    student = tiny_detr.detector("rt_detr")
+    wide = tiny_detr.detector("rt_detr", seed=1, width=64)
+    distiller = distil(method, student, DETECTORS["faster_rcnn"](16, seed=1) if method == "gdetkd" else wide)
+    losses = distiller(**batch())
+    losses["loss"].backward()
+    assert all(v.isfinite() for v in losses.values())
+    assert sum(v > 0 for v in losses.values()) >= len(losses) - 1
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in distiller.own_parameters())
+    assert distiller(**batch((0, 0)))["loss"].isfinite()
+    distiller.close()
+
+
 def test_both_second_stages_look_at_the_students_sampled_proposals() -> None:
     student, teacher = DETECTORS["faster_rcnn"](8), DETECTORS["faster_rcnn"](16, seed=1)
     seen: dict[str, list[Tensor]] = {}
@@ -448,6 +465,8 @@ def test_pairs_that_cannot_be_compared_are_refused() -> None:
         gdetkd(two, one)
     with pytest.raises(RecipeError, match="the student is a SSD"):
         gdetkd(DETECTORS["ssdlite"](), two)
+    with pytest.raises(RecipeError, match="the student is a DETR"):
+        gdetkd(tiny_detr.detector("detr"), two)
     with pytest.raises(RecipeError, match="expected two FCOS, or the taps"):
         yolo_response(one, points)
     with pytest.raises(ShapeError, match="compared anchor by anchor"):
