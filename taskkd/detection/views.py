@@ -20,7 +20,8 @@ Assign = Callable[[Tensor, Tensor, list[int]], Tensor]
 
 
 def _decoded(decode: Decode, regression: Tensor, anchors: list[Tensor]) -> Tensor:
-    """Boxes (N, A, 4) of raw regression (N, A, 4)."""
+    """Boxes (N, A, 4) of raw regression (N, A, 4); not in half precision, in which a box of 800 pixels is off by 4."""
+    regression = regression if regression.dtype == torch.float64 else regression.float()
     return decode(regression.flatten(0, 1), torch.cat(anchors)).reshape(regression.shape)
 
 
