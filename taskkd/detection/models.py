@@ -1,0 +1,241 @@
+"""Detectors by name: built from plain data, saved as a folder that says what it is, and loaded from it.
+
+Class 0 is the background; the label of the class `names[i]` is `i + 1`. Every model is of torchvision's own
+class with its own keys, or `TransformersDetector`, and takes `model(images, targets)`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from taskkd.detection.architectures import assemble, builder_of
+from taskkd.detection.backbones import check_fit, downloaded, read_weights
+from taskkd.detection.config import DetectorConfig
+from taskkd.errors import CheckpointError, DataError, RecipeError
+
+__all__ = ["Description", "build", "class_names", "describe", "load", "save"]
+
+DETECTOR = "detector.json"
+WEIGHTS = "model.safetensors"
+FORMAT = 1
+# The last layers, whose size depends on the number of classes.
+CLASSIFIERS = (
+    "roi_heads.box_predictor.",
+    "roi_heads.mask_predictor.",
+    "head.classification_head.cls_logits.",
+    "head.classification_head.module_list.",
+)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a detector's folder says beside its weights.
+
+    It has `save_pretrained`, so it can stand where a trainer saves a tokenizer beside a model (`processing_class`).
+
+    Args:
+        config: None: the model was not built here.
+        names: of the classes, without the background; label i + 1 is `names[i]`.
+        kind: the model's class.
+    """
+
+    config: DetectorConfig | None
+    names: tuple[str, ...]
+    kind: str
+
+    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
+        """Write `detector.json`."""
+        config = None if self.config is None else self.config.model_dump(exclude_defaults=True)
+        data = {"format": FORMAT, "kind": self.kind, "names": list(self.names), "config": config}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / DETECTOR).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Description:
+        """What `save_pretrained` wrote.
+
+        Raises:
+            DataError: it is not there, not readable, or of a newer version.
+        """
+        path = Path(folder) / DETECTOR
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            version, names, kind, config = data["format"], data["names"], data["kind"], data["config"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is not a detector's description: {type(error).__name__}: {error}.") from None
+        if version != FORMAT:
+            raise DataError(f"{path} has format {version}, this version of taskkd reads {FORMAT}.")
+        return cls(None if config is None else DetectorConfig.of(config), tuple(map(str, names)), str(kind))
+
+
+def build(config: DetectorConfig | Mapping[str, Any], classes: int | Sequence[str], *, seed: int = 0) -> nn.Module:
+    """A detector, in training mode.
+
+    Args:
+        config: see `DetectorConfig`.
+        classes: names of the classes without the background, in the order of their labels 1, 2, ...; or how many.
+        seed: of what starts at random; the global random state is left as it was.
+
+    Raises:
+        RecipeError: unknown names, settings that do not go together, weights of another architecture, or a saved
+            detector of other classes.
+        DataError: a file is missing, changed or unreadable, or weights cannot be downloaded.
+    """
+    config = DetectorConfig.of(config)
+    names = tuple(map(str, range(1, classes + 1))) if isinstance(classes, int) else tuple(classes)
+    if not names:
+        raise RecipeError("a detector needs at least one class beside the background.")
+    if config.model is not None:
+        return _existing(config, classes, seed)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        model, config = assemble(config, len(names), _weights(config), load=_load_whole)
+    return _described(model, config, names)
+
+
+def _described(model: nn.Module, config: DetectorConfig, names: tuple[str, ...]) -> nn.Module:
+    # A plain attribute: it follows copies and pickles, and is in no state_dict.
+    model.description = Description(config, names, _kind(model))  # type: ignore[assignment]
+    return model
+
+
+def _kind(model: nn.Module) -> str:
+    return f"{type(model).__module__}.{type(model).__qualname__}"
+
+
+def _weights(config: DetectorConfig) -> Mapping[str, Tensor] | str | None:
+    """The tensors that `weights` names; "imagenet" is left to the backbone's library."""
+    if config.weights == "coco":
+        builder = builder_of(config)
+        return dict(downloaded(builder.coco, f"COCO weights of {config.architecture} on {config.body}"))
+    if config.weights in (None, "imagenet"):
+        return config.weights
+    return read_weights(config.weights, config.sha256)
+
+
+def _load_whole(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load a detector's weights; the last layers stay as they are where the number of classes is another.
+
+    Raises:
+        RecipeError: they are of another detector.
+    """
+    own = model.state_dict()
+    check_fit(own, state, source, free=CLASSIFIERS)
+    if extra := [k for k in state if k not in own and not k.endswith("num_batches_tracked")]:
+        raise RecipeError(f"weights {source!r} have {extra[0]!r}, which this {type(model).__name__} has not.")
+    model.load_state_dict({k: v for k, v in state.items() if k in own and v.shape == own[k].shape}, strict=False)
+
+
+def _existing(config: DetectorConfig, classes: int | Sequence[str], seed: int) -> nn.Module:
+    """A folder of ours, or a detector of `transformers`, for these classes."""
+    source = config.model or ""
+    if not (Path(source) / DETECTOR).is_file():
+        return _of_transformers(config, classes, seed)
+    if config.min_size is not None or config.max_size is not None:
+        raise RecipeError(f"the detector {source!r} has its own size of images; leave out `min_size` and `max_size`.")
+    model = load(source).train()
+    found = class_names(model)
+    fits = classes == len(found) if isinstance(classes, int) else list(classes) == found
+    if not fits:
+        given = str(classes) if isinstance(classes, int) else f"{len(classes)} ({', '.join(classes[:8])})"
+        raise RecipeError(
+            f"the detector {source!r} is for {len(found)} classes ({', '.join(found[:8])}), the data has "
+            f"{given}: expected the same, in the same order."
+        )
+    return model
+
+
+def _of_transformers(config: DetectorConfig, classes: int | Sequence[str] | None, seed: int) -> nn.Module:
+    """A detector of `transformers`; what its file has not is initialised from `seed`."""
+    from taskkd.detection.transformers_models import TransformersDetector
+
+    several = isinstance(config.min_size, list)
+    size: Any = {"scales": config.min_size} if several else {"size": config.min_size}
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        try:
+            made: Any = TransformersDetector
+            model: nn.Module = made.from_pretrained(config.model, classes=classes, longest=config.max_size, **size)
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise DataError(f"detector {config.model!r} cannot be loaded: {first}") from None
+    return model.train()
+
+
+# ---- saving
+
+
+def describe(model: nn.Module, names: Sequence[str] | None = None) -> Description:
+    """What is to be saved beside a detector's weights.
+
+    Args:
+        model: one that `build` or `load` gave, or any.
+        names: of its classes; default: as it was built.
+
+    Raises:
+        RecipeError: it was not built here, and no names are given.
+    """
+    known = getattr(model, "description", None)
+    if isinstance(known, Description):
+        return known if names is None else Description(known.config, tuple(names), known.kind)
+    if names is None:
+        raise RecipeError(f"this {type(model).__name__} was not built by taskkd.detection: name its classes.")
+    return Description(None, tuple(names), _kind(model))
+
+
+def class_names(model: nn.Module) -> list[str]:
+    """The names of a detector's classes, without the background; none are known of a module that was not built here."""
+    known = getattr(model, "description", None)
+    if isinstance(known, Description):
+        return list(known.names)
+    labels = getattr(getattr(model, "config", None), "id2label", None) or {}  # of transformers
+    return [str(labels[i]) for i in sorted(labels)]
+
+
+def save(model: nn.Module, folder: str | Path, names: Sequence[str] | None = None) -> None:
+    """Write a detector's own folder: `detector.json` and `model.safetensors`, or what its `save_pretrained` writes.
+
+    Only its own weights are in it: no teacher, no adapters.
+
+    Raises:
+        RecipeError: see `describe`.
+    """
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder)  # type: ignore[operator]
+        return
+    describe(model, names).save_pretrained(folder)
+    save_model(model, str(Path(folder) / WEIGHTS))
+
+
+def load(folder: str | Path) -> nn.Module:
+    """A detector from its folder, in evaluation mode, the same to the bit as the one that was saved.
+
+    Raises:
+        DataError: the folder is no detector's, or was saved from a model that was not built here.
+        CheckpointError: the weights are missing, unreadable, or of another detector.
+    """
+    if not (Path(folder) / DETECTOR).is_file() and (Path(folder) / "config.json").is_file():
+        return _of_transformers(DetectorConfig(model=str(folder)), None, 0).eval()
+    described = Description.read(folder)
+    if described.config is None:
+        raise DataError(
+            f"{folder} holds the weights of a {described.kind} that was not built by taskkd.detection.build: make the "
+            f"model as you did, and load {WEIGHTS} with safetensors.torch.load_model."
+        )
+    with torch.random.fork_rng([]):
+        model, config = assemble(described.config, len(described.names), None, load=_load_whole)
+    try:
+        load_model(model, str(Path(folder) / WEIGHTS))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        lines = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise CheckpointError(f"{folder}: {WEIGHTS} does not load: {lines[:300]}") from None
+    return _described(model, config, described.names).eval()
