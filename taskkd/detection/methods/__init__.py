@@ -6,17 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 from taskkd.detection.methods.chen import chen
+from taskkd.detection.methods.detr_distill import detr_distill
 from taskkd.detection.methods.gdetkd import gdetkd
 from taskkd.detection.methods.gid import gid
+from taskkd.detection.methods.kd_detr import kd_detr
 from taskkd.detection.methods.yolo_response import yolo_response
 from taskkd.stages import Method
 
-__all__ = ["METHODS", "chen", "gdetkd", "gid", "yolo_response"]
+__all__ = ["METHODS", "chen", "detr_distill", "gdetkd", "gid", "kd_detr", "yolo_response"]
 
 #: name -> `method(student, teacher, *, options) -> Method`
 METHODS: dict[str, Callable[..., Method] | Any] = {
     "chen": chen,
+    "detr_distill": detr_distill,
     "gdetkd": gdetkd,
     "gid": gid,
+    "kd_detr": kd_detr,
     "yolo_response": yolo_response,
 }
