@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from annotated_types import Ge
 from torch import Tensor, nn
@@ -89,8 +90,8 @@ def matched_queries(
     cost = cost - giou * pairwise_giou(student[1].float(), teacher[1].float())
     limit = torch.finfo(cost.dtype).max / 1e3
     every = cost.nan_to_num(limit, limit, -limit).cpu().numpy()
-    pairs = [torch.as_tensor(linear_sum_assignment(one)) for one in every]  # (2, min(n, m)) each
-    rows, columns = torch.stack(pairs, 1).to(cost.device)
+    pairs = np.array([linear_sum_assignment(one) for one in every])  # (batch, 2, min(n, m))
+    rows, columns = torch.from_numpy(pairs).to(cost.device).unbind(1)
     return rows, columns
 
 
