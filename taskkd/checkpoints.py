@@ -132,15 +132,17 @@ def newest_checkpoint(run: Path) -> Path | None:
 def save_student(student: nn.Module, folder: Path, processing_class: Any = None) -> None:
     """Save the student alone: `save_pretrained` where it has one, else `model.safetensors`.
 
-    The tokenizer or image processor is saved beside it.
+    The tokenizer or image processor is saved beside it, and the student's `description` where it has one that can be
+    saved (what a detector was built of).
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(student, "save_pretrained"):
         student.save_pretrained(folder)  # type: ignore[operator]
     else:
         save_model(student, str(folder / "model.safetensors"))
-    if processing_class is not None and hasattr(processing_class, "save_pretrained"):
-        processing_class.save_pretrained(folder)
+    for beside in (processing_class, getattr(student, "description", None)):
+        if beside is not None and hasattr(beside, "save_pretrained"):
+            beside.save_pretrained(folder)
 
 
 def load_student(student: nn.Module, folder: Path) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["distill", "dump_recipe", "load_recipe", "packaged_recipes", "parse_overrides", "task_named"]
 
-TASKS = {"nlp": "taskkd.nlp.task"}
+TASKS = {"detection": "taskkd.detection.task", "nlp": "taskkd.nlp.task"}
 PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null")
 
 # ---- reading
@@ -36,13 +36,16 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Any:
     """A validated recipe.
 
     Args:
-        source: a path (`my.yaml`) or the name of a packaged recipe (`nlp/sentiment-distil`).
+        source: a path (`my.yaml`), the name of a packaged recipe (`nlp/sentiment-distil`), or that of a task, whose
+            `teacher=`, `student=` and `data=` are then among the overrides, each a name or a path.
         overrides: `key=value` each, keys dotted, values as in YAML: `student.layers=[0,2]`.
 
     Raises:
         RecipeError: no such recipe, not YAML, an unknown key, a wrong type or a value out of range; the message has
             the line and the nearest right name.
     """
+    if str(source) in TASKS:
+        return _short(str(source), overrides)
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -62,6 +65,23 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Any:
     if "name" not in data:
         data["name"] = path.stem if path.suffix else str(source).rpartition("/")[2]
     return validate(data, title, lines, parse_overrides(overrides))
+
+
+def _short(name: str, overrides: Sequence[str]) -> Any:
+    """A recipe from a teacher, a student and data alone; what else there is overrides the defaults.
+
+    Raises:
+        RecipeError: one of the three is missing.
+    """
+    task, given = task_named(name), parse_overrides(overrides)
+    three = {key: given.pop(key, None) for key in ("teacher", "student", "data")}
+    for key, value in three.items():
+        if value is None:
+            raise RecipeError(
+                f"{name} is a task: give teacher=..., student=... and data=... (a name or a path each); {key} is "
+                "missing."
+            )
+    return validate({"schema": 1, "task": name, "name": name, **task.shorthand(**three)}, name, overrides=given)
 
 
 def validate(

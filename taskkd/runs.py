@@ -136,7 +136,21 @@ def run_recipe(
         with staged(folder / "student") as final:
             shutil.copytree(source, final, dirs_exist_ok=True)
         reports.write(report, folder)
+        _draw(session, teacher, student, report)
         return Result(student, report, folder)
+
+
+def _draw(session: Session, teacher: nn.Module, student: nn.Module, report: Mapping[str, Any]) -> None:
+    """What the models find on test samples, side by side, where the task has pictures."""
+    draw = getattr(session.task, "draw", None)
+    if draw is None:
+        return
+    models = {"teacher": teacher}
+    alone = report["alone"].get(str(report["selected_seed"]))
+    if alone is not None:
+        models[report["alone_title"]] = session.student(teacher, report["selected_seed"], alone["model"])
+    models[report["selected"]] = student
+    draw(session.data, models, session.folder / "examples.png")
 
 
 def _same_inputs(session: Session) -> None:

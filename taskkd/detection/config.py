@@ -80,7 +80,8 @@ class DetectorConfig(Model):
 
     @model_validator(mode="after")
     def _check(self) -> DetectorConfig:
-        given = sorted(k for k in self.model_fields_set if getattr(self, k) != type(self).model_fields[k].default)
+        fields = DetectorConfig.model_fields  # a teacher of a recipe has more
+        given = sorted(k for k in self.model_fields_set & set(fields) if getattr(self, k) != fields[k].default)
         if (self.model is None) == (self.architecture is None):
             raise ValueError("expected either `architecture` (to build one) or `model` (a folder or a hub name)")
         if self.model is not None and (wrong := [k for k in given if k not in ("model", "min_size", "max_size")]):
@@ -106,6 +107,12 @@ class DetectorConfig(Model):
     def two_stage(self) -> bool:
         """Whether there are proposals and RoI heads."""
         return self.architecture in TWO_STAGE
+
+    @property
+    def detector(self) -> DetectorConfig:
+        """Only what is said of the detector itself, without what a recipe says of a teacher beside it."""
+        own = self.model_fields_set & set(DetectorConfig.model_fields)
+        return DetectorConfig(**{k: getattr(self, k) for k in sorted(own)})
 
     @property
     def body(self) -> str:

@@ -32,6 +32,9 @@ class _Seen:
         ground_truth: records; default: the targets of the batches.
     """
 
+    #: what is read of a batch
+    columns = ("targets", "id")
+
     def __init__(self, classes: Sequence[str], ground_truth: Sequence[Record] | None) -> None:
         self.classes = list(classes)
         self._given = None if ground_truth is None else {r.image_id: _of_record(r) for r in ground_truth}
@@ -78,7 +81,7 @@ class _Seen:
 
 
 def _array(value: Any) -> Array:
-    return np.asarray(value.detach().double().cpu() if isinstance(value, Tensor) else value, np.float64)
+    return np.asarray(value.detach().cpu().double() if isinstance(value, Tensor) else value, np.float64)
 
 
 def _of_detections(found: Mapping[str, Any]) -> Array:

@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -170,19 +170,21 @@ class Boxes:
             self.problems.left_out("boxes", f"{where}: the box is {box!r}, expected four numbers")
             return
         inside = [max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))]
-        shown = f"{where}: the box x {x0:g} to {x1:g}, y {y0:g} to {y1:g}"
-        if not all(map(math.isfinite, (x0, y0, x1, y1))):
-            self.problems.left_out("boxes", f"{shown} is not finite")
+        fault = ""
+        if not math.isfinite(x0 + y0 + x1 + y1):
+            fault = "is not finite"
         elif x1 <= x0 or y1 <= y0:
-            self.problems.left_out("boxes", f"{shown} has no area")
+            fault = "has no area"
         elif inside[2] <= inside[0] or inside[3] <= inside[1]:
-            self.problems.left_out("boxes", f"{shown} lies outside of its image of {width}x{height} pixels")
-        else:
-            # Files that round their numbers stick out by a fraction of a pixel everywhere.
-            self.problems.clipped += max(-x0, -y0, x1 - width, y1 - height) > 1
-            own = area if isinstance(area, int | float) and math.isfinite(area) and area > 0 else None
-            full = (inside[2] - inside[0]) * (inside[3] - inside[1])
-            self.rows.append((inside, label, float(own if own is not None else full), iscrowd, annotation_id))
+            fault = f"lies outside of its image of {width}x{height} pixels"
+        if fault:
+            self.problems.left_out("boxes", f"{where}: the box x {x0:g} to {x1:g}, y {y0:g} to {y1:g} {fault}")
+            return
+        # Files that round their numbers stick out by a fraction of a pixel everywhere.
+        self.problems.clipped += max(-x0, -y0, x1 - width, y1 - height) > 1
+        own = area if isinstance(area, int | float) and math.isfinite(area) and area > 0 else None
+        full = (inside[2] - inside[0]) * (inside[3] - inside[1])
+        self.rows.append((inside, label, float(own if own is not None else full), iscrowd, annotation_id))
 
     def record(self, source: Source, image_id: int, where: str) -> Record:
         """The record of the image with the boxes so far."""
@@ -279,8 +281,3 @@ def shared_images(trained: Annotations, held_out: Annotations) -> str:
     if not both:
         return ""
     return f"{both} of the {len(held_out)} held-out images are in the training data too; the figures may be too good."
-
-
-def numbered(records: Iterable[Record], start: int = 1) -> list[Record]:
-    """The records with the image ids start, start + 1, ..."""
-    return [replace(r, image_id=number) for number, r in enumerate(records, start)]

@@ -147,6 +147,21 @@ class NlpTask:
     #: in which order samples are drawn: texts of like length together
     sampling = "group_by_length"
 
+    def shorthand(self, teacher: Any, student: Any, data: Any) -> dict[str, Any]:
+        """The sections of a recipe that a name or a path stands for.
+
+        Args:
+            teacher: a model's name or path, trained on the labels.
+            student: the same, or the list of the teacher's layers that it is to have.
+            data: a csv, tsv, jsonl or parquet file with the columns `text` and `label`.
+        """
+        return {
+            "data": {"files": {"train": str(data)}},
+            "teacher": {"model": str(teacher)},
+            "student": {"layers": student} if isinstance(student, list) else {"model": str(student)},
+            "method": {"name": self.default_method},
+        }
+
     def load(self, recipe: NlpRecipe, folder: Path | None = None) -> NlpData:
         """Read, split and tokenize the data.
 

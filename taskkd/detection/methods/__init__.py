@@ -5,9 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from taskkd.detection.methods.bckd import bckd
+from taskkd.detection.methods.chen import chen
+from taskkd.detection.methods.crosskd import crosskd
+from taskkd.detection.methods.gdetkd import gdetkd
+from taskkd.detection.methods.gid import gid
+from taskkd.detection.methods.localization import localization
+from taskkd.detection.methods.yolo_response import yolo_response
 from taskkd.stages import Method
 
-__all__ = ["METHODS"]
+__all__ = ["METHODS", "chen", "gdetkd", "gid", "yolo_response"]
 
 #: name -> `method(student, teacher, *, options) -> Method`
-METHODS: dict[str, Callable[..., Method] | Any] = {}
+METHODS: dict[str, Callable[..., Method] | Any] = {
+    "chen": chen,
+    "gdetkd": gdetkd,
+    "gid": gid,
+    "yolo_response": yolo_response,
+    "bckd": bckd,
+    "crosskd": crosskd,
+    "localization": localization,
+}

@@ -5,9 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from taskkd.detection.methods import detr_distill, kd_detr
 
 Arrays = Mapping[str, Tensor]
 Params = Mapping[str, Any]
 
-ADAPTERS: dict[str, Callable[[Arrays, Params], Mapping[str, Tensor]]] = {}
+
+def detrdistill_cost(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    return {"cost": detr_distill.class_cost(arrays["in_student_logits"], arrays["in_teacher_prob"])}
+
+
+def detrdistill_feature(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    levels = range(sum(name.startswith("in_student") for name in arrays))
+    students, teachers = ([arrays[f"in_{side}{i}"] for i in levels] for side in ("student", "teacher"))
+    queries, scores = arrays["in_queries"], arrays["in_scores"]
+    stages = [
+        detr_distill.target_aware(students, teachers, queries=q[None], scores=s[None])
+        for q, s in zip(queries, scores, strict=True)
+    ]
+    loss = detr_distill.target_aware(students, teachers, queries=queries, scores=scores)
+    return {"loss": loss, "stage": torch.stack(stages)}
+
+
+def kddetr(arrays: Arrays, params: Params) -> dict[str, Tensor]:
+    sides = [(arrays[f"in_{side}_logits"], arrays[f"in_{side}_boxes"]) for side in ("student", "teacher")]
+    options: dict[str, Any] = {"temperature": params["T"], "compat": "official"}
+    parts = kd_detr.shared_query_parts(*sides, **options)
+    return {"loss": kd_detr.shared_queries(*sides, **params["weights"], **options), **parts}
+
+
+ADAPTERS: dict[str, Callable[[Arrays, Params], Mapping[str, Tensor]]] = {
+    "detection/detrdistill_cost": detrdistill_cost,
+    "detection/detrdistill_feature": detrdistill_feature,
+    "detection/kddetr": kddetr,
+}

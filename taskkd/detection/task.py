@@ -1,0 +1,400 @@
+"""How a recipe of task `detection` becomes data, models and metrics."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+import xxhash
+from torch import nn
+from torch.utils.data import Subset
+
+from taskkd.augmentation import Augmented
+from taskkd.caches import file_sha256
+from taskkd.checkpoints import load_student
+from taskkd.detection import models
+from taskkd.detection.architectures import COCO
+from taskkd.detection.config import Architecture, DetectorConfig
+from taskkd.detection.data import DetectionDataset, collate, read, tree_crowns
+from taskkd.detection.families import family_of
+from taskkd.detection.hub import read_hub
+from taskkd.detection.images import decode, in_file
+from taskkd.detection.methods import METHODS
+from taskkd.detection.metrics import CocoMetric, VocMetric
+from taskkd.detection.records import Annotations, shared_images
+from taskkd.detection.schema import Data, DetectionRecipe
+from taskkd.detection.teacher import DetectorTeacher
+from taskkd.detection.tiles import split, tiles
+from taskkd.detection.transforms import build
+from taskkd.detection.voc import read_voc
+from taskkd.errors import DataError
+from taskkd.teachers import Teacher
+from taskkd.terms import Term
+
+__all__ = ["TASK", "DetectionData", "DetectionTask"]
+
+logger = logging.getLogger(__name__)
+PARTS = ("train", "validation", "test")
+
+
+@dataclass
+class DetectionData:
+    """The images of a run. `train` is augmented, the others are as they are.
+
+    Args:
+        annotations: of "train", "validation" and "test".
+        config: what the recipe says of them.
+    """
+
+    annotations: dict[str, Annotations]
+    config: Data
+
+    def __post_init__(self) -> None:
+        hold = self.config.hold
+        own = DetectionDataset(self.annotations["train"], held=hold)
+        self.train = Augmented(own, build(self.config.augment)) if self.config.augment else own
+        self.validation = DetectionDataset(self.annotations["validation"], ignored=True, held=hold)
+        self.test = DetectionDataset(self.annotations["test"], ignored=True, held=hold)
+
+    #: detectors learn from boxes; there is no second stream
+    unlabelled = None
+    #: nothing is saved beside a student, which says itself what it is
+    processing = None
+
+    @property
+    def classes(self) -> list[str]:
+        """Names; label k is `classes[k - 1]`."""
+        return self.annotations["train"].classes
+
+    @property
+    def everything(self) -> Any:
+        """All that is trained on."""
+        return self.train
+
+    @property
+    def further_tests(self) -> dict[str, Any]:
+        """Test sets beside `test`: none."""
+        return {}
+
+    @property
+    def collator(self) -> Any:
+        """Makes a batch."""
+        return collate
+
+    full_length_collator = collator
+
+    def first(self, table: Any, count: int) -> Any:
+        """The first samples of a split."""
+        return Subset(table, range(min(count, len(table))))
+
+    def fingerprint(self) -> str:
+        """A digest of all annotations, and of the names of their images (not of their pixels)."""
+        digest = xxhash.xxh3_128()
+        for part in PARTS:
+            digest.update(repr((part, self.annotations[part].classes)).encode())
+            for record in self.annotations[part].records:
+                digest.update(repr((record.source.name, record.crop, record.size)).encode())
+                for array in (record.boxes, record.labels, record.area, record.iscrowd):
+                    digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def summary(self) -> str:
+        """One line with the numbers of images and boxes."""
+        shown = [f"{part} {self.annotations[part].summary().partition(' of ')[0]}" for part in PARTS]
+        names = ", ".join(self.classes[:6]) + (", ..." if len(self.classes) > 6 else "")
+        return f"{'; '.join(shown)}; {len(self.classes)} classes ({names})"
+
+
+class DetectionTask:
+    """The glue between recipes and this package."""
+
+    name = "detection"
+    recipe = DetectionRecipe
+    methods = METHODS
+    #: recipes of detection have no `by_task`
+    task_key = "name"
+    task_names: tuple[str, ...] = ()
+    default_method = "auto"
+    sampling = "random"
+
+    # ---- data
+
+    def load(self, recipe: DetectionRecipe, folder: Path | None = None) -> DetectionData:
+        """Read and divide the data.
+
+        Raises:
+            DataError: a file, class, box or split is wrong.
+        """
+        parts = _read(recipe.data)
+        for name in ("validation", "test"):
+            if line := shared_images(parts["train"], parts[name]):
+                logger.warning("%s: %s", name, line)
+        for part in parts.values():
+            for note in part.notes:
+                logger.info(note)
+        return DetectionData(parts, recipe.data)
+
+    def shorthand(self, teacher: Any, student: Any, data: Any) -> dict[str, Any]:
+        """The sections of a recipe that a name or a path stands for.
+
+        Args:
+            teacher, student: a saved folder, a detector of `transformers`, or an architecture and its backbone
+                (`faster_rcnn/resnet50`), which begins with the weights that there are; such a teacher is fine-tuned.
+            data: a COCO json file, a folder in the layout of Pascal VOC, or `trees`, the embedded sample.
+        """
+        return {
+            "data": _source(str(data)),
+            "teacher": _named(str(teacher), {"finetune": {}}),
+            "student": _named(str(student), {}),
+            "method": {"name": self.default_method},
+        }
+
+    def read(self, recipe: DetectionRecipe, path: str, student: Any, processing: Any) -> Any:
+        """Other images with boxes, with the classes of a trained student."""
+        classes = models.class_names(student) or None
+        return DetectionDataset(read(path, classes=classes, bad=recipe.data.bad), ignored=True)
+
+    def has_labels(self, data: DetectionData) -> bool:
+        """Whether a student can be trained without a teacher."""
+        return True
+
+    def teacher_data(self, data: DetectionData) -> DetectionData:
+        """The data for what runs the teacher alone."""
+        return data
+
+    def latency_batches(self, data: DetectionData, count: int) -> list[dict[str, Any]]:
+        """Real test images, one by one, as the models' keyword arguments."""
+        return [{"images": [data.test[i]["images"]]} for i in range(min(count, 16, len(data.test)))]
+
+    # ---- models
+
+    def fingerprint(self, recipe: DetectionRecipe) -> str:
+        """What tells that the teacher's files are the ones a run was started with; "" for what is downloaded."""
+        own = recipe.teacher
+        paths = [Path(p) for p in (own.model, own.weights) if p is not None and Path(p).exists()]
+        files = [f for p in paths for f in (sorted(p.glob("*.safetensors")) if p.is_dir() else [p])]
+        return " ".join(file_sha256(f) for f in files)
+
+    def teacher(self, recipe: DetectionRecipe, data: DetectionData, source: str | None = None) -> nn.Module:
+        """The teacher (from `source`, a folder of this run, once it is fine-tuned)."""
+        return models.load(source) if source is not None else models.build(recipe.teacher.detector, data.classes)
+
+    def student(self, recipe: DetectionRecipe, data: DetectionData, teacher: nn.Module, seed: int) -> nn.Module:
+        """The student at its start; the same for a seed, whatever it is then trained with."""
+        return models.build(recipe.student.detector, data.classes, seed=seed)
+
+    def reload(self, student: nn.Module, folder: Path) -> nn.Module:
+        """Load a trained student of this run into one of the same architecture."""
+        load_student(student, folder)
+        return student
+
+    def given(self, *args: Any, **options: Any) -> DetectionTask:
+        """This task with models and data that the caller holds; see `GivenDetection`."""
+        from taskkd.detection.given import GivenDetection
+
+        return GivenDetection(*args, **options)
+
+    def trained(self, folder: Path) -> tuple[nn.Module, Any]:
+        """A trained student, from the folder it was saved in."""
+        return models.load(folder).eval(), None
+
+    def supplier(self, recipe: DetectionRecipe, student: nn.Module, teacher: nn.Module) -> Teacher:
+        """The teacher, run in parts on the student's images."""
+        own = recipe.teacher
+        supplier: Teacher = DetectorTeacher(teacher, student, size=own.size, dtype=own.dtype)
+        return supplier
+
+    def pair(self, data: DetectionData, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
+        """What is to be known of a pair of detectors before they are distilled."""
+        lines = []
+        for who, model in (("teacher", teacher), ("student", student)):
+            family, size = family_of(model, who), getattr(model, "transform", None)
+            resizes = f", images of {_sizes(size)}" if size is not None else ""
+            lines.append((f"{who}'s family", f"{family.name}{resizes}; it has {', '.join(family.views)}"))
+        return lines
+
+    # ---- training and evaluation
+
+    def fit_terms(self, data: DetectionData, terms: Sequence[Term]) -> list[Term]:
+        """A stage's terms as they are."""
+        return list(terms)
+
+    def check_terms(
+        self, data: DetectionData, terms: Sequence[Term], student: nn.Module, batch: Mapping[str, Any]
+    ) -> None:
+        """Terms say themselves what they cannot do."""
+
+    def loss(self, recipe: DetectionRecipe) -> Any:
+        """The task loss: the sum of the detector's own."""
+
+    def metric(self, data: DetectionData) -> Any:
+        """A fresh metric."""
+        return _metric(data.config, data.classes)
+
+    def metric_of(self, recipe: DetectionRecipe, student: nn.Module, table: Any) -> Any:
+        """A fresh metric for a trained student on a table."""
+        return _metric(recipe.data, table.classes)
+
+    def collator(self, recipe: DetectionRecipe, processing: Any) -> Any:
+        """Makes a batch."""
+        return collate
+
+    def main_metric(self, data: DetectionData) -> str:
+        """The metric that models are selected by."""
+        return data.config.metric
+
+    def chance(self, data: DetectionData) -> float:
+        """Average precision without looking at the image."""
+        return 0.0
+
+    def predict(
+        self, recipe: DetectionRecipe, student: Any, processing: Any, inputs: Sequence[str]
+    ) -> Iterator[tuple[str, float | None, str]]:
+        """(class, score, "file x0 y0 x1 y1") of each box with a score of 0.5 or more, in each image file."""
+        names = models.class_names(student)
+        for path in inputs:
+            if not Path(path).is_file():
+                raise DataError(f"{path}: no such file; detectors predict on image files.")
+            image = decode(in_file(Path(path)), 0).float() / 255
+            with torch.no_grad():
+                (found,) = student([image])
+            for box, label, score in zip(found["boxes"], found["labels"], found["scores"], strict=True):
+                if score >= 0.5:
+                    corners = " ".join(f"{v:.1f}" for v in box.tolist())
+                    yield names[int(label) - 1], float(score), f"{path} {corners}"
+
+    def draw(self, data: DetectionData, detectors: Mapping[str, nn.Module], path: Path) -> None:
+        """Draw test images with the boxes of the ground truth and of every model, side by side."""
+        from taskkd.detection.pictures import draw
+
+        draw(data.test, detectors, data.classes, path)
+
+
+def _sizes(transform: Any) -> str:
+    if getattr(transform, "fixed_size", None):
+        return "x".join(str(s) for s in transform.fixed_size)
+    shorter = transform.min_size
+    shown = "/".join(map(str, shorter)) if isinstance(shorter, list | tuple) else str(shorter)
+    return f"{shown} to {transform.max_size}"
+
+
+def _metric(config: Data, classes: Sequence[str]) -> Any:
+    if config.metric.startswith("VOC"):
+        return VocMetric(classes, use_07_metric=config.metric == "VOC07_AP50")
+    return CocoMetric(classes, backend=config.backend)
+
+
+# ---- names and paths
+
+
+def _source(data: str) -> dict[str, Any]:
+    if data == "trees":
+        return {"sample": {"name": "trees"}}
+    if Path(data).is_dir():
+        return {"voc": {"folder": data, "test": "test" if _listed(data, "test") else None}}
+    return {"coco": {"train": data}}
+
+
+def _listed(folder: str, part: str) -> bool:
+    return (Path(folder) / "ImageSets" / "Main" / f"{part}.txt").is_file()
+
+
+def _named(name: str, built: dict[str, Any]) -> dict[str, Any]:
+    architecture, _, backbone = name.partition("/")
+    if Path(name).exists() or architecture not in get_args(Architecture):
+        return {"model": name}
+    body = {"backbone": backbone} if backbone else {}
+    known = (architecture, backbone or DetectorConfig(architecture=architecture).body) in COCO
+    return {"architecture": architecture, **body, "weights": "coco" if known else "imagenet", **built}
+
+
+# ---- reading
+
+
+def _read(config: Data) -> dict[str, Annotations]:
+    """The three parts; what is missing of validation and test is held out from train."""
+    given = _parts(config)
+    train = given["train"]
+    if config.tiles is not None and config.sample is None:
+        given = {name: part and _tiled(part, config, name) for name, part in given.items()}
+        train = given["train"]
+    assert train is not None
+    sizes = {"validation": config.validation_size, "test": config.test_size}
+    missing = [name for name in sizes if given[name] is None]
+    if missing:
+        shares = [_share(sizes[name], len(train), name) for name in missing]
+        if sum(shares) >= 1:
+            raise DataError(f"data.{' and data.'.join(missing)}: nothing is left of {len(train)} images to train on.")
+        train, *held = split(train, [1 - sum(shares), *shares], seed=config.split_seed)
+        given |= dict(zip(missing, held, strict=True))
+    if config.train_size is not None and config.train_size < len(train):
+        share = config.train_size / len(train)
+        train = split(train, [share, 1 - share], seed=config.split_seed)[0]
+    return {"train": train} | {name: part for name, part in given.items() if name != "train" and part is not None}
+
+
+def _share(size: float, total: int, name: str) -> float:
+    share = size / total if size >= 1 else float(size)
+    if share >= 1:
+        raise DataError(f"data.{name}_size is {size}, there are {total} images.")
+    return share
+
+
+def _tiled(part: Annotations, config: Data, name: str) -> Annotations:
+    own = config.tiles
+    assert own is not None
+    overlap = own.overlap if name == "train" else 0
+    return replace(part, records=tiles(part.records, own.size, overlap=overlap))
+
+
+def _parts(config: Data) -> dict[str, Annotations | None]:
+    if config.sample is not None:
+        assert config.tiles is not None
+        return dict(tree_crowns(config.tiles.size, overlap=config.tiles.overlap))
+    if config.coco is not None:
+        return _each(config, lambda name, classes: _coco(config, name, classes))
+    if config.voc is not None:
+        return _each(config, lambda name, classes: _voc(config, name, classes))
+    return _each(config, lambda name, classes: _hub(config, name, classes))
+
+
+def _each(config: Data, reader: Any) -> dict[str, Annotations | None]:
+    source = config.coco or config.voc or config.hub
+    found: dict[str, Annotations | None] = {"train": reader("train", config.classes)}
+    classes = found["train"].classes if found["train"] is not None else None
+    for name in PARTS[1:]:
+        found[name] = reader(name, classes) if getattr(source, name) is not None else None
+    return found
+
+
+def _coco(config: Data, name: str, classes: Sequence[str] | None) -> Annotations:
+    assert config.coco is not None
+    images = config.coco.images
+    folder = dict(images).get(name) if isinstance(images, dict) else images  # type: ignore[call-overload]
+    return read(getattr(config.coco, name), folder, classes=classes, bad=config.bad)
+
+
+def _voc(config: Data, name: str, classes: Sequence[str] | None) -> Annotations:
+    own = config.voc
+    assert own is not None
+    folder: Any = own.folder
+    if name == "test":
+        folder = own.test_folder or (folder[-1] if isinstance(folder, list) else folder)
+    return read_voc(folder, getattr(own, name), classes=classes, bad=config.bad)
+
+
+def _hub(config: Data, name: str, classes: Sequence[str] | None) -> Annotations:
+    own = config.hub
+    assert own is not None
+    return read_hub(
+        own.name, getattr(own, name), subset=own.subset, image=own.image, objects=own.objects,
+        box_format=own.box_format, classes=classes, bad=config.bad,
+    )  # fmt: skip
+
+
+TASK = DetectionTask()
