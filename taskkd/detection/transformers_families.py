@@ -72,6 +72,11 @@ def _listed(taps: tuple[str, ...], values: Values, images: SharedImages) -> list
     return [values[tap] for tap in taps]
 
 
+def _in_precision(given: dict[str, Any], weight: Tensor) -> dict[str, Any]:
+    """What a decoder was called with, in the precision of its weights: under autocast it was of another."""
+    return {k: v.to(weight.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in given.items()}
+
+
 def _logit(x: Tensor) -> Tensor:
     """Inverse of the sigmoid, as `transformers` computes it."""
     x = x.clamp(0, 1)
@@ -115,7 +120,9 @@ def _detr_heads(model: Any, hidden: Tensor, reference: Tensor | None) -> Decoder
 
 
 def _queries_detr(values: Values, images: SharedImages) -> Queries:
-    model, given = values["live"], values["decoding"]
+    model = values["live"]
+    learned = model.model.query_position_embeddings.weight
+    given = _in_precision(values["decoding"], learned)
 
     def decode(queries: Tensor) -> Decoder:
         memory = given["encoder_hidden_states"]
@@ -127,7 +134,7 @@ def _queries_detr(values: Values, images: SharedImages) -> Queries:
         hidden = found.last_hidden_state[:, None] if layers is None else layers.transpose(0, 1)
         return _detr_heads(model, hidden, getattr(found, "reference_points", None))
 
-    return Queries(model.model.query_position_embeddings.weight, decode)
+    return Queries(learned, decode)
 
 
 # ---- Deformable DETR: maps of several strides, learned queries or (two-stage) boxes found by the encoder
@@ -163,8 +170,9 @@ def _deformable_heads(model: Any, found: Any, first: Tensor) -> Decoder:
 
 
 def _queries_deformable(values: Values, images: SharedImages) -> Queries:
-    model, given = values["live"], values["decoding"]
+    model = values["live"]
     base = model.model
+    given = _in_precision(values["decoding"], base.level_embed)
 
     def decode(queries: Tensor) -> Decoder:
         memory = given["encoder_hidden_states"]
@@ -198,7 +206,7 @@ def _rt_detr(config: Any) -> Parts:
     neck = (f"{BASE}.encoder",)
     sources = tuple(f"{BASE}.decoder_input_proj.{i}" for i in range(config.num_feature_levels))
     dense = (BASE, "decoding")
-    views = {"neck": neck, "sources": sources, "decoder": (BASE,), "dense": dense, "regions": dense}
+    views = {"neck": neck, "sources": sources, "decoder": (BASE, "live"), "dense": dense, "regions": dense}
     layer = int(getattr(config, "eval_idx", -1)) % config.decoder_layers  # D-FINE's only prediction in eval mode
     readers: dict[str, Reader] = {
         "neck": lambda values, images: list(values[neck[0]].last_hidden_state),
@@ -217,17 +225,28 @@ def _read_rt_detr(evaluated: int, values: Values, images: SharedImages) -> Decod
         base.intermediate_reference_points,
         base.intermediate_hidden_states,
     )
-    corners = base.intermediate_predicted_corners
+    corners, edges = base.intermediate_predicted_corners, None
     if corners is not None:  # D-FINE: in training one prediction more, made before the first layer; states layer first
         count = corners.shape[1]
         logits, boxes = logits[:, -count:], boxes[:, -count:]
         hidden = (hidden if len(hidden) == count else hidden[evaluated : evaluated + count]).transpose(0, 1)
         corners = corners.unflatten(-1, (4, -1))
+        edges = _edges(values["live"].model.decoder, base.initial_reference_points) * _frames(images)[..., None]
     if base.denoising_meta_values is not None:
         noise = int(base.denoising_meta_values["dn_num_split"][0])
         logits, boxes, hidden = (x[:, :, noise:] for x in (logits, boxes, hidden))
-        corners = None if corners is None else corners[:, :, noise:]
-    return Decoder(logits, boxes * _frames(images), "sigmoid", hidden, corners)
+        corners, edges = (None if x is None else x[:, :, noise:] for x in (corners, edges))
+    return Decoder(logits, boxes * _frames(images), "sigmoid", hidden, corners, edges)
+
+
+def _edges(decoder: Any, reference: Tensor) -> Tensor:
+    """Where D-FINE's bins put the sides of a box: (..., 4, bins), of the boxes (..., 4) that its decoder refines."""
+    from transformers.models.d_fine.modeling_d_fine import weighting_function
+
+    scale = decoder.reg_scale.abs()
+    away = 0.5 + weighting_function(decoder.max_num_bins, decoder.up, decoder.reg_scale) / scale
+    centre, size = reference[..., :2, None], reference[..., 2:, None]
+    return torch.cat([centre - away * size, centre + away * size], -2).detach()
 
 
 def _frames(images: SharedImages) -> Tensor:

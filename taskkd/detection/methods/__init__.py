@@ -13,8 +13,10 @@ from taskkd.detection.methods.defeat import defeat
 from taskkd.detection.methods.fbkd import fbkd
 from taskkd.detection.methods.fgd import fgd
 from taskkd.detection.methods.fgfi import fgfi
+from taskkd.detection.methods.detr_distill import detr_distill
 from taskkd.detection.methods.gdetkd import gdetkd
 from taskkd.detection.methods.gid import gid
+from taskkd.detection.methods.kd_detr import kd_detr
 from taskkd.detection.methods.localization import localization
 from taskkd.detection.methods.masked_generative import masked_generative
 from taskkd.detection.methods.mimic import mimic
@@ -39,6 +41,14 @@ __all__ = [
     "pearson_kd",
     "quantization_mimic",
     "score_weighted",
+    "bckd",
+    "chen",
+    "crosskd",
+    "detr_distill",
+    "gdetkd",
+    "gid",
+    "kd_detr",
+    "localization",
     "yolo_response",
 ]
 
@@ -54,11 +64,13 @@ METHODS: dict[str, Callable[..., Method] | Any] = {
     "pearson_kd": pearson_kd,
     "quantization_mimic": quantization_mimic,
     "score_weighted": score_weighted,
+    "bckd": bckd,
     "chen": chen,
+    "crosskd": crosskd,
+    "detr_distill": detr_distill,
     "gdetkd": gdetkd,
     "gid": gid,
-    "yolo_response": yolo_response,
-    "bckd": bckd,
-    "crosskd": crosskd,
+    "kd_detr": kd_detr,
     "localization": localization,
+    "yolo_response": yolo_response,
 }

@@ -180,8 +180,8 @@ def crosskd(
     cut after 3 convolutions, weights 1 and 1, GIoU; FCOS after 2, weights 0.4 and 0.75, IoU.
 
     Scaling: the classification is divided by the positives as the authors do, but by at least one for each image; the
-    boxes by the sum of their weights. Anchors in padding, or that the assigner ignores, and teacher's boxes without area do
-    not count.
+    boxes by the sum of their weights. Anchors in padding, anchors that the assigner ignores and boxes of the teacher
+    without area do not count.
 
     Args:
         student, teacher: torchvision's RetinaNet or FCOS, with as many levels.

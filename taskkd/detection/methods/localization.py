@@ -11,6 +11,8 @@ from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from taskkd.detection.methods.dense_losses import distribution_kl
+from taskkd.detection.methods.localization_queries import is_d_fine, query_terms
+from taskkd.detection.methods.towers import called
 from taskkd.detection.methods.vlr import assign_atss, square_anchors, vlr_weights
 from taskkd.detection.shared import SharedImages
 from taskkd.detection.terms import NeckTerm
@@ -69,7 +71,7 @@ def ld_terms(
     divisor = None if normalize == "sum_w" else student_sides.shape[-2]
     found: dict[Part, Tensor] = {}
     if "ld" in parts:
-        certain = student_logits.detach().float().sigmoid().amax(-1) * positive
+        certain = probabilities(student_logits).amax(-1) * positive
         found["ld"] = distribution_kl(
             student_sides, teacher_sides, temperature=temperature, weights=certain, divisor=divisor
         )
@@ -80,6 +82,11 @@ def ld_terms(
     if "kd" in parts:
         found["kd"] = distribution_kl(student_logits, teacher_logits, temperature=class_temperature, weights=positive)
     return found
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Sigmoids without gradient, in fp32 at least."""
+    return logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
 
 
 class Localization(NeckTerm):
@@ -204,12 +211,13 @@ def localization(
     """Task loss + the distributions of a box's sides at positives and around them + the classes at positives.
 
     Source: Zheng et al. 2022, "Localization Distillation for Dense Object Detection" (LD). It needs heads that predict
-    a distribution over distances for each side of a box (GFL): name the taps of its maps.
+    a distribution over distances for each side of a box: of GFL's name the taps of its maps; D-FINE's is known (see
+    `QueryLocalization`, which is ours; it has no region around positives, `vlr_weight` does nothing there).
 
     Scaling: see `ld_terms`; the paper's RetinaNet has weight 5 and class_temperature 8.
 
     Args:
-        student, teacher: any modules that tap names reach.
+        student, teacher: any modules that tap names reach, or two D-FINE.
         sides, teacher_sides: taps of the distributions (N, 4 bins, h, w) of all levels, finest first.
         classes, teacher_classes: taps of the class logits (N, classes, h, w), likewise.
         weight, temperature: of the sides at positives.
@@ -223,7 +231,11 @@ def localization(
         RecipeError: no taps are named and the detectors predict no distributions.
     """
     if sides is None or classes is None:
-        raise RecipeError(no_distributions(student, teacher))
+        if not (is_d_fine(student) and is_d_fine(teacher)):
+            raise RecipeError(no_distributions(student, teacher))
+        options = {"temperature": temperature, "class_temperature": class_temperature}
+        parts = query_terms(student, teacher, weight=weight, class_weight=class_weight, **options)
+        return Method("localization", [Stage("distil", parts, task_weight)], ("labels",))
     temperatures: dict[Part, tuple[float, float]] = {
         "ld": (weight, temperature), "ld_vlr": (vlr_weight, vlr_temperature), "kd": (class_weight, class_temperature),
     }  # fmt: skip
@@ -241,8 +253,8 @@ def localization(
 def no_distributions(student: nn.Module, teacher: nn.Module) -> str:
     """Why LD does not go with a pair of detectors."""
     return (
-        f"localization compares distributions over the distance of each side of a box; the student, a "
-        f"{type(student).__name__}, or the teacher, a {type(teacher).__name__}, regresses one number for each side. "
-        "Of a head with distributions (GFL's) name the taps: sides=[...] and classes=[...], one for each level. For "
-        "RetinaNet and FCOS: crosskd, bckd."
+        "localization compares distributions over the distance of each side of a box; the student "
+        f"({called(student)}) or the teacher ({called(teacher)}) regresses one number for each side. "
+        "D-FINE has distributions; of another head with them (GFL's) name the taps: sides=[...] and classes=[...], one "
+        "for each level. For RetinaNet and FCOS: crosskd, bckd."
     )

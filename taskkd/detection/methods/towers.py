@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from taskkd.errors import RecipeError
 
-__all__ = ["Cut", "FrozenHead", "box_activation", "branch_of", "flat_predictions"]
+__all__ = ["Cut", "FrozenHead", "box_activation", "branch_of", "called", "flat_predictions"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Cut:
 class FrozenHead:
     """The rest of a teacher's branch, from a tapped feature to predictions; gradients flow through it to its input.
 
-    It is no module, so that it is in nobody's `parameters()` or `state_dict()`; copies share it.
+    It is no module, so that it is in nobody's `parameters()` or `state_dict()`; copies share it. Its first part may
+    work in place on what it is given.
     """
 
     def __init__(self, parts: Sequence[Callable[[Tensor], Tensor]]) -> None:
@@ -63,6 +64,11 @@ class FrozenHead:
         return x
 
 
+def called(model: nn.Module) -> str:
+    """The architecture of a detector, for errors."""
+    return str(getattr(getattr(model, "kind", None), "title", type(model).__name__))
+
+
 def branch_of(model: nn.Module, kind: Literal["classification", "box"], convolutions: int, who: str) -> Cut:
     """A branch of torchvision's RetinaNet or FCOS, cut before the activation after its first `convolutions`.
 
@@ -79,8 +85,8 @@ def branch_of(model: nn.Module, kind: Literal["classification", "box"], convolut
 
     if not isinstance(model, tv.RetinaNet | tv.FCOS):
         raise RecipeError(
-            f"crosskd: the {who} is a {type(model).__name__}, whose head has no tower of convolutions to cut; those of "
-            "RetinaNet and FCOS have. For other pairs: bckd, gid, or methods of the neck such as pkd."
+            f"crosskd: the head of the {who} ({called(model)}) has no tower of convolutions to cut; those of RetinaNet "
+            "and FCOS have. For other pairs: bckd, gid, or methods of the neck such as pkd."
         )
     path = "head.classification_head" if kind == "classification" else "head.regression_head"
     head = model.get_submodule(path)
