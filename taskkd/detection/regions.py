@@ -221,6 +221,7 @@ def fgfi_masks(
         finest: see `assign_levels`.
     """
     padded, valid = pad_boxes(boxes)
+    valid = valid & (padded[..., 2:] > padded[..., :2]).any(-1)  # a point is no box, even where pixels have a width
     belongs = assign_levels(padded, len(shapes), finest=finest)
     grids = [_Grid(a, shape, plus_one) for a, shape in zip(anchors, shapes, strict=True)]
     target = padded.to(anchors[0].dtype).flatten(0, 1)
