@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from taskkd.detection.methods.auto import auto
 from taskkd.detection.methods.bckd import bckd
 from taskkd.detection.methods.chen import chen
 from taskkd.detection.methods.crosskd import crosskd
@@ -13,11 +14,13 @@ from taskkd.detection.methods.gdetkd import gdetkd
 from taskkd.detection.methods.gid import gid
 from taskkd.detection.methods.kd_detr import kd_detr
 from taskkd.detection.methods.localization import localization
+from taskkd.detection.methods.pearson_kd import pearson_kd
 from taskkd.detection.methods.yolo_response import yolo_response
 from taskkd.stages import Method
 
 __all__ = [
     "METHODS",
+    "auto",
     "bckd",
     "chen",
     "crosskd",
@@ -26,11 +29,13 @@ __all__ = [
     "gid",
     "kd_detr",
     "localization",
+    "pearson_kd",
     "yolo_response",
 ]
 
 #: name -> `method(student, teacher, *, options) -> Method`
 METHODS: dict[str, Callable[..., Method] | Any] = {
+    "auto": auto,
     "bckd": bckd,
     "chen": chen,
     "crosskd": crosskd,
@@ -39,5 +44,6 @@ METHODS: dict[str, Callable[..., Method] | Any] = {
     "gid": gid,
     "kd_detr": kd_detr,
     "localization": localization,
+    "pearson_kd": pearson_kd,
     "yolo_response": yolo_response,
 }
