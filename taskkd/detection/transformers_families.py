@@ -72,6 +72,11 @@ def _listed(taps: tuple[str, ...], values: Values, images: SharedImages) -> list
     return [values[tap] for tap in taps]
 
 
+def _in_precision(given: dict[str, Any], weight: Tensor) -> dict[str, Any]:
+    """What a decoder was called with, in the precision of its weights: under autocast it was of another."""
+    return {k: v.to(weight.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in given.items()}
+
+
 def _logit(x: Tensor) -> Tensor:
     """Inverse of the sigmoid, as `transformers` computes it."""
     x = x.clamp(0, 1)
@@ -115,7 +120,9 @@ def _detr_heads(model: Any, hidden: Tensor, reference: Tensor | None) -> Decoder
 
 
 def _queries_detr(values: Values, images: SharedImages) -> Queries:
-    model, given = values["live"], values["decoding"]
+    model = values["live"]
+    learned = model.model.query_position_embeddings.weight
+    given = _in_precision(values["decoding"], learned)
 
     def decode(queries: Tensor) -> Decoder:
         memory = given["encoder_hidden_states"]
@@ -127,7 +134,7 @@ def _queries_detr(values: Values, images: SharedImages) -> Queries:
         hidden = found.last_hidden_state[:, None] if layers is None else layers.transpose(0, 1)
         return _detr_heads(model, hidden, getattr(found, "reference_points", None))
 
-    return Queries(model.model.query_position_embeddings.weight, decode)
+    return Queries(learned, decode)
 
 
 # ---- Deformable DETR: maps of several strides, learned queries or (two-stage) boxes found by the encoder
@@ -163,8 +170,9 @@ def _deformable_heads(model: Any, found: Any, first: Tensor) -> Decoder:
 
 
 def _queries_deformable(values: Values, images: SharedImages) -> Queries:
-    model, given = values["live"], values["decoding"]
+    model = values["live"]
     base = model.model
+    given = _in_precision(values["decoding"], base.level_embed)
 
     def decode(queries: Tensor) -> Decoder:
         memory = given["encoder_hidden_states"]

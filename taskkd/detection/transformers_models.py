@@ -132,7 +132,8 @@ class TransformersDetector(nn.Module):
         processor: its image processor: sizes, mean and standard deviation. Default: the architecture's own.
         size: the length of the shorter side, or (height, width) of every image. Default: the processor's.
         longest: with a shorter side: the longer side is at most this. Default: 1333/800 of it, as usual.
-        scales: shorter sides, of which, `size` among them, training draws one for each image.
+        scales: shorter sides, of which, `size` among them, training draws one for each image. `size` is by default the
+            last of them.
 
     Raises:
         TaskkdError: the architecture or the processor's size is not known, or `scales` do not go with a fixed size.
@@ -158,7 +159,7 @@ class TransformersDetector(nn.Module):
         #: taps: the model itself, whose heads and decoder may be run once more; the keyword arguments of its decoder.
         #: What a term keeps instead of tapping them would be another copy's after `deepcopy`.
         self.live, self.decoding = Shown(), Shown()
-        self.processor = _processor(self.kind, processor, size, longest)
+        self.processor = _processor(self.kind, processor, scales[-1] if scales and size is None else size, longest)
         self.transform = _transform(self.kind, self.processor, scales)
 
     @classmethod
@@ -312,6 +313,11 @@ class TransformersDetector(nn.Module):
         return [{"boxes": b, "scores": s, "labels": c + 1} for b, s, c in zip(boxes, scores, labels, strict=True)]
 
 
+def is_transformers(model: nn.Module) -> bool:
+    """Whether a module is a model of `transformers` itself, as yet without torchvision's interface."""
+    return any(base.__module__.startswith("transformers.") for base in type(model).__mro__)
+
+
 def inside_images(images: ImageList) -> Tensor:
     """(batch, height, width), True where there is image, False where the batch is padded."""
     height, width = images.tensors.shape[2:]
@@ -369,14 +375,19 @@ def weighted_losses(kind: Kind, config: Any, losses: Mapping[str, Tensor]) -> di
 def _processor(kind: Kind, processor: Any, size: int | tuple[int, int] | None, longest: int | None) -> Any:
     import transformers
 
-    settings: dict[str, Any] = {} if processor is None else processor.to_dict()
+    make = getattr(transformers, kind.processor)
+    if processor is not None and size is None and longest is None:
+        return processor
+    settings: dict[str, Any] = (make() if processor is None else processor).to_dict()
+    if size is None:
+        size = settings["size"].get("shortest_edge") if longest else None
+        if longest and size is None:
+            raise TaskkdError(f"`longest` goes with a shorter side, but images are resized to {settings['size']}.")
     if isinstance(size, tuple):
         settings["size"] = {"height": size[0], "width": size[1]}
     elif size is not None:
         settings["size"] = {"shortest_edge": size, "longest_edge": longest or round(size * 1333 / 800)}
-    if processor is not None and size is None:
-        return processor
-    return getattr(transformers, kind.processor)(**settings)
+    return make(**settings)
 
 
 def _transform(kind: Kind, processor: Any, scales: Sequence[int]) -> ImageTransform:
@@ -392,17 +403,10 @@ def _transform(kind: Kind, processor: Any, scales: Sequence[int]) -> ImageTransf
         raise TaskkdError(f"the image processor resizes to {size}; give `size` as a number or (height, width).")
     normal = processor.do_normalize
     return ImageTransform(
-        [*scales, side],
+        list(dict.fromkeys([*(s for s in scales if s != side), side])),
         int(size.get("longest_edge") or 10**6),
         processor.image_mean if normal else [0.0] * 3,
         processor.image_std if normal else [1.0] * 3,
         fixed=fixed,
         divisible=1 if kind.masked else 32,
     )
-
-
-def is_transformers(model: nn.Module) -> bool:
-    """Whether a module is a model of `transformers` itself, not yet wrapped."""
-    from transformers import PreTrainedModel
-
-    return isinstance(model, PreTrainedModel)

@@ -152,6 +152,15 @@ def test_decoding_again_is_that_of_the_copy_that_ran() -> None:
     assert not twin.model.model.decoder._forward_pre_hooks
 
 
+def test_decoders_boxes_are_relative_to_the_image_in_all_families() -> None:
+    model = detector("rt_detr", size=64).eval()  # images of several shapes, so that the batch is padded
+    family, values, images, output = look(model, "decoder")
+    (h, w), (height, width) = images.sizes[0], images.tensors.shape[2:]
+    assert (h, w) != (height, width)
+    pixels = family.read("decoder", values, images).boxes[0, -1] * torch.tensor([w, h, w, h])
+    torch.testing.assert_close(pixels, output.pred_boxes[0] * torch.tensor([width, height, width, height]))
+
+
 class Squared(DetectionTerm):
     """Mean square of one view's tensor of both sides, so that everything is run."""
 

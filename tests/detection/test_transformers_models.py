@@ -155,7 +155,10 @@ def test_gradient_checkpointing_is_the_models() -> None:
 
 def test_scales_are_drawn_in_training_only() -> None:
     model = detector("detr")
-    scaled = TransformersDetector(model.model, size=64, scales=[32, 48])
+    scaled = TransformersDetector(model.model, scales=[32, 48, 64])
+    assert scaled.transform.min_size == [32, 48, 64]
+    assert scaled.processor.size["shortest_edge"] == 64
+    assert TransformersDetector(model.model, longest=900).transform.max_size == 900
     images, targets = batch()
     shapes = {tuple(scaled.train().transform(images, targets)[0].tensors.shape) for _ in range(12)}
     assert len(shapes) > 1
