@@ -27,13 +27,14 @@ if TYPE_CHECKING:
     from taskkd.stages import Method, Stage
     from taskkd.suppliers import SelfTeacher, Targets
     from taskkd.teachers import Frozen
-    from taskkd.terms import Match, Run, Term
+    from taskkd.terms import Auto, Match, Run, Term
     from taskkd.trainer import Trainer
 
 _WHERE = {
     "Adversarial": "taskkd.adversarial",
     "AttentionBasedFeatures": "taskkd.attention",
     "Augmented": "taskkd.augmentation",
+    "Auto": "taskkd.terms",
     "Cached": "taskkd.caches",
     "ChannelAttentive": "taskkd.attention",
     "Cohort": "taskkd.cohorts",
@@ -59,13 +60,14 @@ _WHERE = {
     "mutual": "taskkd.cohorts",
     "uncertainty_mixup": "taskkd.mixup",
 }
-_MODULES = ("adapters", "errors", "gates", "layer_maps", "losses", "nlp", "schedules", "taps")
+_MODULES = ("adapters", "detection", "errors", "gates", "layer_maps", "losses", "nlp", "schedules", "taps")
 
 __all__ = [
     "EMA",
     "Adversarial",
     "AttentionBasedFeatures",
     "Augmented",
+    "Auto",
     "Cached",
     "ChannelAttentive",
     "Cohort",

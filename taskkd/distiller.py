@@ -490,7 +490,8 @@ class Distiller(nn.Module):
                 term.forget()
             self._active = active
         self._pending, self._auxiliary_losses = [], {}
-        automatic = [t.name for t in self._term_list if t.automatic and t.name not in self._automatic]
+        open_ = [t for t in self._term_list if t.name not in self._automatic]
+        automatic = {t.name: t.automatic.share for t in open_ if t.automatic is not None}
         if automatic:
             self._automatic |= even_out(automatic, terms, self.weights())
         self.prepared = True

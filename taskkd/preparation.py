@@ -80,24 +80,28 @@ def measure(
     return reports
 
 
-def even_out(names: Sequence[str], reports: Sequence[TermReport], weights: Mapping[str, float]) -> dict[str, float]:
-    """Weights that make the gradients of the terms `names` as large as the task loss's (or the first other term's),
-    the same on all ranks.
+def even_out(
+    shares: Mapping[str, float], reports: Sequence[TermReport], weights: Mapping[str, float]
+) -> dict[str, float]:
+    """Weights that make the gradients of terms a share of the task loss's (or the first other term's), the same on all
+    ranks.
 
     Args:
-        names: the terms to be weighted.
+        shares: term to be weighted -> share.
         reports: what `measure` gave.
         weights: the weights of the others.
 
     Raises:
         TaskkdError: there is nothing to measure against, or its gradient is 0.
     """
-    reference = next((r for r in reports if r.name not in names), None)
+    reference = next((r for r in reports if r.name not in shares), None)
     if reference is None:
         raise TaskkdError("weight='auto' needs a task loss or a term of given weight to be measured against.")
     target = weights[reference.name] * reference.gradient_norm
     norms = {r.name: r.gradient_norm for r in reports}
-    chosen = torch.tensor([target / norms[n] if norms[n] > 0 else 1.0 for n in names], dtype=torch.float64)
+    chosen = torch.tensor(
+        [s * target / norms[n] if norms[n] > 0 else 1.0 for n, s in shares.items()], dtype=torch.float64
+    )
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         shared = chosen.to("cuda") if torch.distributed.get_backend() == "nccl" else chosen
         torch.distributed.all_reduce(shared)
@@ -106,7 +110,7 @@ def even_out(names: Sequence[str], reports: Sequence[TermReport], weights: Mappi
         raise TaskkdError(
             f"weight='auto': the gradient of {reference.name!r} is 0 on this batch, nothing to measure against."
         )
-    return dict(zip(names, chosen.tolist(), strict=True))
+    return dict(zip(shares, chosen.tolist(), strict=True))
 
 
 def _gradients(value: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

@@ -242,11 +242,21 @@ def build_terms(recipe: Any) -> list[Match]:
                 adapter=term.adapter,
                 teacher_adapter=term.teacher_adapter,
                 mask=term.mask,
-                weight=from_config(term.weight) if isinstance(term.weight, dict) else term.weight,
+                weight=_weight(term.weight),
                 **options,
             )
         )
     return built
+
+
+def _weight(given: Any) -> Any:
+    """A term's weight from plain data."""
+    from taskkd.schedules import from_config
+    from taskkd.terms import Auto
+
+    if not isinstance(given, dict):
+        return given
+    return Auto(float(given["auto"])) if "auto" in given else from_config(given)
 
 
 def _parse(text: str, title: str) -> tuple[dict[str, Any], dict[tuple[Any, ...], int]]:

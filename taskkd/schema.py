@@ -28,7 +28,11 @@ class Model(BaseModel):
 
 
 class Training(Model):
-    """How a student is trained. One optimiser: AdamW."""
+    """How a student is trained.
+
+    `optimizer` is AdamW, or SGD with `momentum`. The schedule "step" multiplies the learning rate by 0.1 at each of
+    `milestones`, shares of the training.
+    """
 
     epochs: float = Field(3.0, gt=0)
     max_steps: int | None = Field(None, ge=1)  # at most so many optimiser steps in each stage
@@ -38,7 +42,10 @@ class Training(Model):
     accumulation: int = Field(1, ge=1)
     weight_decay: float = Field(0.01, ge=0)
     warmup: float = Field(0.1, ge=0, lt=1)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = Field(0.9, ge=0, lt=1)
+    schedule: Literal["linear", "cosine", "constant", "step"] = "linear"
+    milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field([2 / 3, 11 / 12], min_length=1)
     max_grad_norm: float = Field(1.0, ge=0)
     dropout: float | None = Field(None, ge=0, lt=1)  # None: as the student's config says
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -98,6 +105,11 @@ def _schedule(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _weight(value: Any) -> Any:
+    if isinstance(value, dict) and set(value) == {"auto"}:
+        share = value["auto"]
+        if isinstance(share, bool) or not isinstance(share, int | float) or share <= 0:
+            raise ValueError(f"the share of an automatic weight is a positive number, got {share!r}")
+        return value
     if isinstance(value, dict):
         return _schedule(value)
     if value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float)):

@@ -83,7 +83,10 @@ def training_arguments(
     folder: Path, training: Training, seed: int, metric: str | None, sampling: str = "random"
 ) -> transformers.TrainingArguments:
     """The engine's arguments for a part of a recipe; `sampling` is its `train_sampling_strategy`."""
-    schedule = "constant_with_warmup" if training.schedule == "constant" else training.schedule
+    plain = training.schedule in ("constant", "step")
+    schedule = "constant_with_warmup" if plain else training.schedule
+    milestones = {"milestones": training.milestones} if training.schedule == "step" else {}
+    sgd = training.optimizer == "sgd"
     selected = (
         {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": True} if metric else {}
     )
@@ -97,6 +100,8 @@ def training_arguments(
         weight_decay=training.weight_decay,
         warmup_steps=training.warmup,
         lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=milestones,
+        **({"optim": "sgd", "optim_args": f"momentum={training.momentum}"} if sgd else {}),
         max_grad_norm=training.max_grad_norm,
         bf16=training.precision == "bf16",
         fp16=training.precision == "fp16",

@@ -21,12 +21,32 @@ from taskkd.errors import ShapeError, TapError, TaskkdError, nearest
 from taskkd.ranks import gather_ranks, join_ranks, world_size
 from taskkd.schedules import Progress, Schedule, constant
 
-__all__ = ["Match", "Run", "Term", "Weight"]
+__all__ = ["Auto", "Match", "Run", "Term", "Weight"]
 
-Weight: TypeAlias = "float | Schedule | Literal['auto']"
+Weight: TypeAlias = "float | Schedule | Auto | Literal['auto']"
 Mask: TypeAlias = "str | Callable[[Mapping[str, Any], Tensor], Tensor]"
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 Gate: TypeAlias = Callable[["Run"], Tensor]
+
+
+@dataclass(frozen=True)
+class Auto:
+    """A weight that `prepare` chooses: the term pulls at the student with `share` times the task loss's gradient.
+
+    It is measured on one batch, stays as it is from then on, and is checkpointed. The weight "auto" is `Auto(1.0)`.
+
+    Args:
+        share: of the task loss's gradient norm.
+
+    Raises:
+        TaskkdError: it is not positive.
+    """
+
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < math.inf:
+            raise TaskkdError(f"the share of an automatic weight must be positive, got {self.share}.")
 
 
 @dataclass
@@ -48,8 +68,8 @@ class Term(nn.Module):
 
     Args:
         name: letters, digits, `_` and `-`; unique in a distiller, not `loss` or `task`.
-        weight: a number >= 0, a schedule, or "auto" (`prepare` makes the term's gradient on the student as large as
-            the task loss's).
+        weight: a number >= 0, a schedule, "auto" (`prepare` makes the term's gradient on the student as large as the
+            task loss's), or `Auto(share)` of it.
     """
 
     student_taps: tuple[str, ...] = ()
@@ -67,11 +87,17 @@ class Term(nn.Module):
         if isinstance(weight, str):
             if weight != "auto":
                 raise TaskkdError(f"term {name!r}: weight {weight!r} is neither a number, a schedule nor 'auto'.")
-        elif not 0 <= (full := weight.value if isinstance(weight, Schedule) else weight) < math.inf:
+        elif (
+            not isinstance(weight, Auto)
+            and not 0 <= (full := weight.value if isinstance(weight, Schedule) else weight) < math.inf
+        ):
             raise TaskkdError(f"term {name!r}: its weight must be a finite number >= 0, got {full}.")
         self.name = name
-        self.automatic = weight == "auto"
-        self.schedule = weight if isinstance(weight, Schedule) else constant(1.0 if weight == "auto" else float(weight))
+        self.automatic = weight if isinstance(weight, Auto) else Auto() if isinstance(weight, str) else None
+        if isinstance(weight, Schedule):
+            self.schedule = weight
+        else:
+            self.schedule = constant(float(weight) if isinstance(weight, int | float) else 1.0)
         self.scheduled = isinstance(weight, Schedule)
 
     def weight(self, progress: Progress) -> float:

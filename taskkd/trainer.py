@@ -138,6 +138,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     _signature_columns: list[str] | None
     data_collator: Any
     control: Any
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -337,6 +338,24 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             options = {k: v for k, v in self._adapter_options.items() if v is not None}
             optimizer.add_param_group({"params": missing, **options})
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The engine's schedule; with `milestones` in `lr_scheduler_kwargs`, which it does not know, steps of 0.1.
+
+        Milestones are shares of the training; the learning rate rises linearly over the warm-up before.
+        """
+        milestones = (self.args.lr_scheduler_kwargs or {}).get("milestones")
+        if getattr(self, "lr_scheduler", None) is not None or milestones is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+
+        def factor(step: int) -> float:
+            passed = sum(step >= share * num_training_steps for share in milestones)
+            return float(min(1.0, (step + 1) / (warmup + 1)) * 0.1**passed)
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def _split_groups(self, optimizer: torch.optim.Optimizer, own: set[int]) -> None:
         """Move these parameters to groups of their own that differ from the engine's in what was asked for only."""

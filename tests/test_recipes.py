@@ -162,8 +162,16 @@ def test_weights_and_options_may_be_schedules(recipe: Any) -> None:
 @pytest.mark.parametrize("weight", ["3", "auto", "0.5"])
 def test_plain_weights_stay(recipe: Any, weight: str) -> None:
     (term,) = recipes.build_terms(recipes.load_recipe(recipe(GOOD + TERM.replace("weight: 3", f"weight: {weight}"))))
-    assert term.automatic == (weight == "auto")
+    assert (term.automatic is not None) == (weight == "auto")
     assert weight == "auto" or term.weight(Progress()) == float(weight)
+
+
+def test_an_automatic_weight_may_be_a_share(recipe: Any) -> None:
+    (term,) = recipes.build_terms(recipes.load_recipe(recipe(GOOD + TERM.replace("weight: 3", "weight: {auto: 0.5}"))))
+    assert term.automatic is not None
+    assert term.automatic.share == 0.5
+    with pytest.raises(RecipeError, match="the share of an automatic weight is a positive number, got 0"):
+        recipes.load_recipe(recipe(GOOD + TERM.replace("weight: 3", "weight: {auto: 0}")))
 
 
 @pytest.mark.parametrize(

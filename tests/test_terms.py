@@ -305,3 +305,19 @@ def test_an_option_that_is_a_tap() -> None:
 def test_gather_and_gate_do_not_go_together() -> None:
     with pytest.raises(TaskkdError, match="`gather` does not go with a gate"):
         Match("a", losses.mse, "out", gather=True, gate=lambda run: torch.ones(2))
+
+
+def test_an_automatic_weight_brings_a_term_to_a_share_of_the_task_loss() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    batch = {"input": torch.rand(8, 4)}
+    found = []
+    for weight in ("auto", kd.Auto(0.25)):
+        term = Match("a", losses.mse, "out", weight=weight)
+        distiller = kd.Distiller(student, teacher, [term], task_loss=lambda out, _: out.square().mean())
+        task, own = distiller.prepare(batch).terms
+        found.append(own.pull / task.pull)
+        distiller.close()
+    assert found == pytest.approx([1.0, 0.25])
+    with pytest.raises(TaskkdError, match=r"the share of an automatic weight must be positive, got 0"):
+        kd.Auto(0)

@@ -145,7 +145,7 @@ def _decode_linear(coder: Any, regression: Tensor, anchors: Tensor) -> Tensor:
 
 def _run_dense(model: Any, images: Any, parts: Collection[str], regions: list[Tensor] | None) -> None:
     features = maps(model.backbone(images.tensors))
-    if "head" in parts:
+    if any(part.split(".")[0] == "head" for part in parts):
         model.head(features)
     if "anchor_generator" in parts:
         model.anchor_generator(images, features)

@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -281,8 +281,3 @@ def shared_images(trained: Annotations, held_out: Annotations) -> str:
     if not both:
         return ""
     return f"{both} of the {len(held_out)} held-out images are in the training data too; the figures may be too good."
-
-
-def numbered(records: Iterable[Record], start: int = 1) -> list[Record]:
-    """The records with the image ids start, start + 1, ..."""
-    return [replace(r, image_id=number) for number, r in enumerate(records, start)]

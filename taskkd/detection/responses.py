@@ -46,7 +46,8 @@ def check_anchors(name: str, student: Dense | Rpn, teacher: Dense | Rpn) -> None
     if student.level_sizes != teacher.level_sizes:
         raise ShapeError(
             f"term {name!r}: the student predicts at {student.level_sizes} anchors of its levels, the teacher at "
-            f"{teacher.level_sizes}; they are compared anchor by anchor, so strides and anchors must be the same."
+            f"{teacher.level_sizes}; they are compared anchor by anchor, so strides and anchors must be the same "
+            "(those of a teacher that sees larger images are not)."
         )
 
 
@@ -81,4 +82,6 @@ def sampling_weights(matched: Tensor, *, size: int | None = 256, share: float = 
 
 def boxes_at(view: Dense | Rpn, where: tuple[Tensor, Tensor], regression: Tensor) -> Tensor:
     """Boxes (n, 4) of a raw regression (N, A, 4) at some anchors `(images, anchors)` alone."""
-    return view.decoder(regression[where], torch.stack(view.anchors)[where])
+    raw = regression[where]
+    raw = raw if raw.dtype == torch.float64 else raw.float()  # as `decode`
+    return view.decoder(raw, torch.stack(view.anchors)[where])

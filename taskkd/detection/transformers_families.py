@@ -206,7 +206,7 @@ def _rt_detr(config: Any) -> Parts:
     neck = (f"{BASE}.encoder",)
     sources = tuple(f"{BASE}.decoder_input_proj.{i}" for i in range(config.num_feature_levels))
     dense = (BASE, "decoding")
-    views = {"neck": neck, "sources": sources, "decoder": (BASE,), "dense": dense, "regions": dense}
+    views = {"neck": neck, "sources": sources, "decoder": (BASE, "live"), "dense": dense, "regions": dense}
     layer = int(getattr(config, "eval_idx", -1)) % config.decoder_layers  # D-FINE's only prediction in eval mode
     readers: dict[str, Reader] = {
         "neck": lambda values, images: list(values[neck[0]].last_hidden_state),
@@ -225,17 +225,28 @@ def _read_rt_detr(evaluated: int, values: Values, images: SharedImages) -> Decod
         base.intermediate_reference_points,
         base.intermediate_hidden_states,
     )
-    corners = base.intermediate_predicted_corners
+    corners, edges = base.intermediate_predicted_corners, None
     if corners is not None:  # D-FINE: in training one prediction more, made before the first layer; states layer first
         count = corners.shape[1]
         logits, boxes = logits[:, -count:], boxes[:, -count:]
         hidden = (hidden if len(hidden) == count else hidden[evaluated : evaluated + count]).transpose(0, 1)
         corners = corners.unflatten(-1, (4, -1))
+        edges = _edges(values["live"].model.decoder, base.initial_reference_points) * _frames(images)[..., None]
     if base.denoising_meta_values is not None:
         noise = int(base.denoising_meta_values["dn_num_split"][0])
         logits, boxes, hidden = (x[:, :, noise:] for x in (logits, boxes, hidden))
-        corners = None if corners is None else corners[:, :, noise:]
-    return Decoder(logits, boxes * _frames(images), "sigmoid", hidden, corners)
+        corners, edges = (None if x is None else x[:, :, noise:] for x in (corners, edges))
+    return Decoder(logits, boxes * _frames(images), "sigmoid", hidden, corners, edges)
+
+
+def _edges(decoder: Any, reference: Tensor) -> Tensor:
+    """Where D-FINE's bins put the sides of a box: (..., 4, bins), of the boxes (..., 4) that its decoder refines."""
+    from transformers.models.d_fine.modeling_d_fine import weighting_function
+
+    scale = decoder.reg_scale.abs()
+    away = 0.5 + weighting_function(decoder.max_num_bins, decoder.up, decoder.reg_scale) / scale
+    centre, size = reference[..., :2, None], reference[..., 2:, None]
+    return torch.cat([centre - away * size, centre + away * size], -2).detach()
 
 
 def _frames(images: SharedImages) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taskkd.errors import RecipeError, nearest
+from taskkd.errors import RecipeError, TaskkdError, nearest
 
 __all__ = ["TRANSFORMS", "Augmentation", "build"]
 
@@ -81,6 +81,9 @@ class Augmentation:
 
     Args:
         transforms: of torchvision.transforms.v2, of an image and its boxes. None may remove or reorder boxes.
+
+    Raises:
+        TaskkdError: the sample is of a dataset for evaluation, with boxes to ignore.
     """
 
     def __init__(self, transforms: Sequence[Any]) -> None:
@@ -90,6 +93,8 @@ class Augmentation:
         from torchvision import tv_tensors
 
         target = sample["targets"]
+        if "ignored_boxes" in target:
+            raise TaskkdError("augmentation moves the boxes that are trained on: use a dataset without `ignored=True`.")
         size = tuple(sample["images"].shape[-2:])
         image = tv_tensors.Image(sample["images"])
         boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)

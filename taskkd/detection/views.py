@@ -20,7 +20,8 @@ Assign = Callable[[Tensor, Tensor, list[int]], Tensor]
 
 
 def _decoded(decode: Decode, regression: Tensor, anchors: list[Tensor]) -> Tensor:
-    """Boxes (N, A, 4) of raw regression (N, A, 4)."""
+    """Boxes (N, A, 4) of raw regression (N, A, 4); not in half precision, in which a box of 800 pixels is off by 4."""
+    regression = regression if regression.dtype == torch.float64 else regression.float()
     return decode(regression.flatten(0, 1), torch.cat(anchors)).reshape(regression.shape)
 
 
@@ -131,6 +132,7 @@ class Decoder:
         activation: "softmax": the last channel is "no object"; "sigmoid": a probability for each class.
         hidden: (N, L, Q, d), or None.
         corners: (N, L, Q, 4, bins) logits of the distribution of each side (D-FINE), or None.
+        edges: (N, L, Q, 4, bins) where each bin puts its side, x1 y1 x2 y2 in 0 to 1, or None.
     """
 
     logits: Tensor
@@ -138,6 +140,7 @@ class Decoder:
     activation: Literal["sigmoid", "softmax"]
     hidden: Tensor | None = None
     corners: Tensor | None = None
+    edges: Tensor | None = None
 
 
 @dataclass

@@ -250,7 +250,7 @@ def by_words(term: Term) -> Term:
         adapter=_given(term.adapters, term.adapter_spec),
         teacher_adapter=_given(term.teacher_adapters, term.teacher_adapter_spec),
         select=term.select,
-        weight="auto" if term.automatic else term.schedule,
+        weight=term.automatic or term.schedule,
         **options,
     )
 
@@ -270,7 +270,7 @@ def by_answers(term: Term) -> Term:
         term.student_pairs[0],
         term.teacher_pairs[0],
         mask=term.mask,
-        weight="auto" if term.automatic else term.schedule,
+        weight=term.automatic or term.schedule,
         teacher_mask="batch.teacher_next_mask",
         **{**term.option_schedules, **term.options},
     )

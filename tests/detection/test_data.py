@@ -231,7 +231,7 @@ def changed(**parts: Any) -> dict[str, Any]:
         (changed(categories=[{"id": 1}]), "the category {'id': 1} needs a number `id` and a text `name`"),
         (changed(categories=[*CATEGORIES, {"id": 3, "name": "bus"}]), "the categories 'car' and 'bus' have the id 3"),
         (changed(annotations=[3]), r"annotation 0 \(from 0\) is 3, expected an object"),
-        (changed(images=[{"id": 1, "file_name": "lost.png"}]), r"its first image lost.png is in none of .*; name the fold"),
+        (changed(images=[{"id": 1, "file_name": "lost.png"}]), r"its first image lost.png is in none of .*; name the"),
     ],
 )  # fmt: skip
 def test_what_is_no_coco_file(tmp_path: Path, data: Any, message: str) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from taskkd.augmentation import Augmented, generator_for
 from taskkd.detection.data import collate
 from taskkd.detection.transforms import TRANSFORMS, Augmentation, build
-from taskkd.errors import RecipeError
+from taskkd.errors import RecipeError, TaskkdError
 
 ALL: list[Any] = [
     "RandomPhotometricDistort",
@@ -162,6 +162,13 @@ def test_the_global_generator_is_put_back_after_an_error() -> None:
     with pytest.raises(ValueError, match="stop"):
         Augmentation([fails])(sample(), generator_for(0, 0, 0))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_samples_for_evaluation_are_refused() -> None:
+    own = sample()
+    own["targets"]["ignored_boxes"] = torch.zeros(0, 4)
+    with pytest.raises(TaskkdError, match="use a dataset without `ignored=True`"):
+        build(ALL)(own, generator_for(0, 0, 0))
 
 
 def test_every_name_is_known_to_torchvision() -> None:

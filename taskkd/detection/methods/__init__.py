@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from taskkd.detection.methods.bckd import bckd
 from taskkd.detection.methods.chen import chen
 from taskkd.detection.methods.detr_distill import detr_distill
 from taskkd.detection.methods.gdetkd import gdetkd
 from taskkd.detection.methods.gid import gid
 from taskkd.detection.methods.kd_detr import kd_detr
+from taskkd.detection.methods.crosskd import crosskd
+from taskkd.detection.methods.gdetkd import gdetkd
+from taskkd.detection.methods.gid import gid
+from taskkd.detection.methods.localization import localization
 from taskkd.detection.methods.yolo_response import yolo_response
 from taskkd.stages import Method
 
@@ -23,4 +28,7 @@ METHODS: dict[str, Callable[..., Method] | Any] = {
     "gid": gid,
     "kd_detr": kd_detr,
     "yolo_response": yolo_response,
+    "bckd": bckd,
+    "crosskd": crosskd,
+    "localization": localization,
 }

@@ -282,7 +282,7 @@ class ContrastiveImitation(DetectionTerm):
     """`region_contrast` of projected embeddings, with a queue of the teacher's.
 
     The student's embedding of a region is that of its own second stage; of a one-stage student the region pooled from
-    its classification tower, or from its neck.
+    its classification tower, or from its neck where it has none.
 
     Args:
         name, student, teacher, weight: see `DetectionTerm`.
@@ -424,11 +424,11 @@ def gdetkd(
 
     A two-stage student looks at its sampled proposals; class-aware localisation and soft targets are compared too, and
     the teacher's second stage is copied into it where the shapes agree. **`gdetkd(...)` then changes the student.** A
-    one-stage student (RetinaNet, FCOS) looks at its own predictions and the ground truth, one positive to three
-    negatives, with the feature and the contrastive term alone; classes may then differ.
+    one-stage student (RetinaNet, FCOS, the encoder of RT-DETR) looks at its own predictions and the ground truth, one
+    positive to three negatives, with the feature and the contrastive term alone; classes may then differ.
 
     Args:
-        student: a two-stage detector, RetinaNet or FCOS.
+        student: a two-stage detector, RetinaNet, FCOS, RT-DETR or D-FINE.
         teacher: a two-stage detector.
         feature_weight, contrast_weight: of the two general terms.
         localisation_weight, classes_weight: of the two terms for two-stage students.
@@ -445,7 +445,9 @@ def gdetkd(
     if "rois" not in other.views:
         raise RecipeError(f"gdetkd: the teacher, a {other.name}, has no second stage; expected Faster or Mask R-CNN.")
     if "regions" not in own.views or own.name == "SSD":
-        raise RecipeError(f"gdetkd: the student is a {own.name}; expected a two-stage detector, RetinaNet or FCOS.")
+        raise RecipeError(
+            f"gdetkd: the student is a {own.name}; expected a two-stage detector, RetinaNet, FCOS or RT-DETR."
+        )
     two_stage, models = "rois" in own.views, (student, teacher)
     terms: list[tuple[Weight, Callable[[Weight], Term]]] = [
         (feature_weight, lambda w: SemanticImitation("feature", *models, tau=tau, weight=w)),
@@ -466,5 +468,9 @@ def gdetkd(
 
 
 def _tower(student: Any) -> list[str]:
-    """Taps of the classification tower at each level."""
+    """Taps of the classification tower at each level; none where a detector (RT-DETR) has no such tower."""
+    from torchvision.models import detection as tv
+
+    if not isinstance(student, tv.RetinaNet | tv.FCOS):
+        return []
     return [f"head.classification_head.conv@{i}" for i in range(len(student.anchor_generator.sizes))]

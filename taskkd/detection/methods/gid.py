@@ -315,7 +315,8 @@ def _of_rois(rois: Rois, proposals: list[Tensor]) -> tuple[Tensor, Tensor]:
     probabilities = rois.logits.softmax(-1)[:, 1:]
     best = probabilities.argmax(1) + 1
     rows = torch.arange(len(best), device=best.device)
-    boxes = rois.decoder(rois.deltas, torch.cat(proposals)).reshape(len(best), -1, 4)[rows, best]
+    deltas = rois.deltas if rois.deltas.dtype == torch.float64 else rois.deltas.float()
+    boxes = rois.decoder(deltas, torch.cat(proposals)).reshape(len(best), -1, 4)[rows, best]
     each = [len(p) for p in proposals]
     padded = [nn.utils.rnn.pad_sequence(list(torch.split(x, each)), batch_first=True) for x in (probabilities, boxes)]
     return padded[0], padded[1]

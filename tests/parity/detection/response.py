@@ -11,7 +11,28 @@ from torch.func import functional_call
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
-from taskkd.detection.methods import chen, gdetkd, gid, yolo_response
+from taskkd.detection.methods.chen import (
+    bounded_distance,
+    bounded_regression,
+    hard_and_soft,
+    weighted_soft_targets,
+)
+from taskkd.detection.methods.gdetkd import (
+    SemanticGuide,
+    class_aware_regression,
+    level_weights,
+    region_contrast,
+    semantic_guided,
+)
+from taskkd.detection.methods.gid import (
+    distribution_boxes,
+    general_instances,
+    instance_classification,
+    instance_feature,
+    instance_regression,
+    instance_relation,
+)
+from taskkd.detection.methods.yolo_response import objectness_scaled
 
 Arrays = Mapping[str, Tensor]
 Params = Mapping[str, Any]
@@ -24,38 +45,38 @@ def chen_wce(arrays: Arrays, params: Params) -> dict[str, Tensor]:
         "background": params["background_index"],
         "temperature": params["T"],
     }
-    whole = chen.hard_and_soft(s, t, labels=arrays["in_labels"], mu=params["mu"], **options)
-    return {"loss": whole, "soft": chen.weighted_soft_targets(s, t, **options)}
+    whole = hard_and_soft(s, t, labels=arrays["in_labels"], mu=params["mu"], **options)
+    return {"loss": whole, "soft": weighted_soft_targets(s, t, **options)}
 
 
 def chen_bounded(arrays: Arrays, params: Params) -> dict[str, Tensor]:
     given = arrays["in_student"], arrays["in_teacher"], arrays["in_target"]
-    whole = chen.bounded_regression(*given, nu=params["nu"], margin=params["margin"])
-    return {"loss": whole, "bounded": chen.bounded_distance(*given, margin=params["margin"])}
+    whole = bounded_regression(*given, nu=params["nu"], margin=params["margin"])
+    return {"loss": whole, "bounded": bounded_distance(*given, margin=params["margin"])}
 
 
 def gid_feature(arrays: Arrays, params: Params) -> dict[str, Tensor]:
     distance = params.get("mode", "L2").lower()
-    return {"loss": gid.instance_feature(arrays["in_student"], arrays["in_teacher"], distance=distance)}
+    return {"loss": instance_feature(arrays["in_student"], arrays["in_teacher"], distance=distance)}
 
 
 def gid_relation(arrays: Arrays, params: Params) -> dict[str, Tensor]:
     s, t = arrays["in_student"], arrays["in_teacher"]
-    return {"loss": gid.instance_relation(s, t, beta=params["beta"], pairs="all").reshape(1)}
+    return {"loss": instance_relation(s, t, beta=params["beta"], pairs="all").reshape(1)}
 
 
 def gid_response(arrays: Arrays, params: Params) -> dict[str, Tensor]:
     s, t, mask = arrays["in_student"], arrays["in_teacher"], arrays["in_mask"]
     mode = params["mode"].lower()
     if mode == "bce":
-        return {"loss": gid.instance_classification(s, t, mask=mask)}
-    return {"loss": gid.instance_regression(s, t, mask=mask, beta=params.get("beta", 1.0), distance=mode)}
+        return {"loss": instance_classification(s, t, mask=mask)}
+    return {"loss": instance_regression(s, t, mask=mask, beta=params.get("beta", 1.0), distance=mode)}
 
 
 def gid_select(arrays: Arrays, params: Params) -> dict[str, Tensor]:
     height, width = arrays["in_image_size"].tolist()
     s, t = arrays["in_student_logits"].sigmoid(), arrays["in_teacher_logits"].sigmoid()
-    found = gid.general_instances(
+    found = general_instances(
         s,
         t,
         arrays["in_student_boxes"],
@@ -77,11 +98,11 @@ def gid_select(arrays: Arrays, params: Params) -> dict[str, Tensor]:
 
 def gid_select_ld(arrays: Arrays, params: Params) -> dict[str, Tensor]:
     boxes = [
-        gid.distribution_boxes(arrays[f"in_{side}_reg"], arrays["in_anchors"], stride=params["stride"])
+        distribution_boxes(arrays[f"in_{side}_reg"], arrays["in_anchors"], stride=params["stride"])
         for side in ("student", "teacher")
     ]
     s, t = arrays["in_student_cls"].sigmoid(), arrays["in_teacher_cls"].sigmoid()
-    found = gid.general_instances(
+    found = general_instances(
         s[None],
         t[None],
         boxes[0][None],
@@ -98,16 +119,16 @@ def gid_select_ld(arrays: Arrays, params: Params) -> dict[str, Tensor]:
 def gdetkd_sgfi(arrays: Arrays, params: Params) -> dict[str, Tensor]:
     s, t = arrays["in_student"], arrays["in_teacher"]
     embedding = arrays["w_embed.2.weight"].shape[0]
-    guide = gdetkd.SemanticGuide(s.shape[2], t.shape[1], embedding=embedding).to(s.dtype)
+    guide = SemanticGuide(s.shape[2], t.shape[1], embedding=embedding).to(s.dtype)
     tau = torch.as_tensor(params["tau"], dtype=s.dtype)
     weights = {name[2:]: value for name, value in arrays.items() if name.startswith("w_")} | {"log_tau": tau.log()}
     adapted, keys, others = functional_call(guide, weights, (list(s), t))
-    loss = gdetkd.semantic_guided(adapted, t, keys=keys, teacher_keys=others, tau=params["tau"])
-    return {"loss": loss, "alpha": gdetkd.level_weights(keys, others, tau=params["tau"])}
+    loss = semantic_guided(adapted, t, keys=keys, teacher_keys=others, tau=params["tau"])
+    return {"loss": loss, "alpha": level_weights(keys, others, tau=params["tau"])}
 
 
 def gdetkd_ckd(arrays: Arrays, params: Params) -> dict[str, Tensor]:
-    loss = gdetkd.region_contrast(
+    loss = region_contrast(
         arrays["in_student"],
         arrays["in_teacher"],
         boxes=arrays["in_boxes"],
@@ -120,7 +141,7 @@ def gdetkd_ckd(arrays: Arrays, params: Params) -> dict[str, Tensor]:
 
 def gdetkd_reg(arrays: Arrays, params: Params) -> dict[str, Tensor]:
     s, t = arrays["in_student"], arrays["in_teacher"]
-    return {"loss": gdetkd.class_aware_regression(s, t, probabilities=arrays["in_teacher_prob"])}
+    return {"loss": class_aware_regression(s, t, probabilities=arrays["in_teacher_prob"])}
 
 
 def yolo_objscaled(arrays: Arrays, params: Params) -> dict[str, Tensor]:
@@ -132,9 +153,9 @@ def yolo_objscaled(arrays: Arrays, params: Params) -> dict[str, Tensor]:
         )
         for side in ("student", "teacher")
     )
-    result = {"loss": params["weight"] * yolo_response.objectness_scaled(student, teacher)}
+    result = {"loss": params["weight"] * objectness_scaled(student, teacher)}
     for name, parts in {"reg": (1.0, 0.0, 0.0), "cls": (0.0, 1.0, 0.0), "obj": (0.0, 0.0, 1.0)}.items():
-        result[name] = yolo_response.objectness_scaled(student, teacher, parts=parts)
+        result[name] = objectness_scaled(student, teacher, parts=parts)
     return result
 
 
