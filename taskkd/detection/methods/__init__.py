@@ -7,13 +7,11 @@ from typing import Any
 
 from taskkd.detection.methods.bckd import bckd
 from taskkd.detection.methods.chen import chen
+from taskkd.detection.methods.crosskd import crosskd
 from taskkd.detection.methods.detr_distill import detr_distill
 from taskkd.detection.methods.gdetkd import gdetkd
 from taskkd.detection.methods.gid import gid
 from taskkd.detection.methods.kd_detr import kd_detr
-from taskkd.detection.methods.crosskd import crosskd
-from taskkd.detection.methods.gdetkd import gdetkd
-from taskkd.detection.methods.gid import gid
 from taskkd.detection.methods.localization import localization
 from taskkd.detection.methods.yolo_response import yolo_response
 from taskkd.stages import Method
