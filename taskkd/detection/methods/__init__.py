@@ -16,17 +16,28 @@ from taskkd.detection.methods.localization import localization
 from taskkd.detection.methods.yolo_response import yolo_response
 from taskkd.stages import Method
 
-__all__ = ["METHODS", "chen", "detr_distill", "gdetkd", "gid", "kd_detr", "yolo_response"]
+__all__ = [
+    "METHODS",
+    "bckd",
+    "chen",
+    "crosskd",
+    "detr_distill",
+    "gdetkd",
+    "gid",
+    "kd_detr",
+    "localization",
+    "yolo_response",
+]
 
 #: name -> `method(student, teacher, *, options) -> Method`
 METHODS: dict[str, Callable[..., Method] | Any] = {
+    "bckd": bckd,
     "chen": chen,
+    "crosskd": crosskd,
     "detr_distill": detr_distill,
     "gdetkd": gdetkd,
     "gid": gid,
     "kd_detr": kd_detr,
-    "yolo_response": yolo_response,
-    "bckd": bckd,
-    "crosskd": crosskd,
     "localization": localization,
+    "yolo_response": yolo_response,
 }
