@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from taskkd.detection.methods.auto import auto
 from taskkd.detection.methods.bckd import bckd
 from taskkd.detection.methods.channel_wise import channel_wise
 from taskkd.detection.methods.chen import chen
@@ -18,6 +19,7 @@ from taskkd.detection.methods.gdetkd import gdetkd
 from taskkd.detection.methods.gid import gid
 from taskkd.detection.methods.kd_detr import kd_detr
 from taskkd.detection.methods.localization import localization
+from taskkd.detection.methods.pearson_kd import pearson_kd
 from taskkd.detection.methods.masked_generative import masked_generative
 from taskkd.detection.methods.mimic import mimic
 from taskkd.detection.methods.pearson_kd import pearson_kd
@@ -28,6 +30,7 @@ from taskkd.stages import Method
 
 __all__ = [
     "METHODS",
+    "auto",
     "channel_wise",
     "chen",
     "defeat",
@@ -49,11 +52,13 @@ __all__ = [
     "gid",
     "kd_detr",
     "localization",
+    "pearson_kd",
     "yolo_response",
 ]
 
 #: name -> `method(student, teacher, *, options) -> Method`
 METHODS: dict[str, Callable[..., Method] | Any] = {
+    "auto": auto,
     "channel_wise": channel_wise,
     "defeat": defeat,
     "fbkd": fbkd,
@@ -72,5 +77,6 @@ METHODS: dict[str, Callable[..., Method] | Any] = {
     "gid": gid,
     "kd_detr": kd_detr,
     "localization": localization,
+    "pearson_kd": pearson_kd,
     "yolo_response": yolo_response,
 }
