@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 from collections.abc import Callable, Sequence
+from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
+from ruamel.yaml import YAML
 from torch import Tensor, nn
 
 import taskkd as kd
@@ -31,6 +37,7 @@ from taskkd.detection.methods.score_weighted import cell_scores, score_weighted_
 from taskkd.detection.regions import fgd_masks, fgfi_masks, inside_boxes
 from taskkd.detection.teacher import DetectorTeacher
 from taskkd.errors import RecipeError, ShapeError, TaskkdError
+from taskkd.recipes import options_schema
 from tests.detection import tiny_detr
 from tests.detection.detectors import DETECTORS, batch
 
@@ -503,6 +510,48 @@ def test_detectors_of_transformers(family: str) -> None:
         options = {"proposals": "gt"} if name == "mimic" else {}
         losses = step(distiller_of(name, student, teacher, example, **options), example)
         assert all(v.isfinite() and v > 0 for v in losses.values()), name
+
+
+def test_a_teacher_in_half_precision() -> None:
+    student, teacher = DETECTORS["faster_rcnn"](8), DETECTORS["faster_rcnn"](16, seed=1)
+    for name in MINE:
+        terms = METHODS[name](student, teacher).stages[0].terms
+        distiller = kd.Distiller(student, DetectorTeacher(teacher, student, dtype="bfloat16"), terms)
+        distiller.prepare(batch())
+        losses = step(distiller, batch())
+        assert all(v.isfinite() and v.dtype == torch.float32 for v in losses.values()), name
+        distiller.close()
+
+
+@pytest.mark.parametrize("name", MINE)
+def test_options_go_through_a_recipe(name: str) -> None:
+    schema = options_schema(METHODS[name])
+    defaults = schema().model_dump()
+    text = StringIO()
+    YAML().dump(defaults, text)
+    assert schema.model_validate(YAML(typ="safe").load(text.getvalue())).model_dump() == defaults
+    with pytest.raises(ValidationError):
+        schema.model_validate({"no_such_option": 1})
+
+
+def test_the_page_knows_every_method_and_option() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "methods" / "detection-features.md").read_text()
+    sections = {s.partition("`")[0]: s for s in page.split("\n## `")[1:]}
+    assert set(sections) == set(MINE)
+    for name, text in sections.items():
+        options = [p.name for p in inspect.signature(METHODS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        missing = [
+            o for o in options if f"`{o}`" not in text and o not in ("neck", "teacher_neck", "adapter", "levels")
+        ]
+        assert not missing, (name, missing)
+    (first, second) = re.findall(r"```python\n(.*?)```", page, re.S)
+    student, teacher = DETECTORS["retinanet"](8), DETECTORS["retinanet"](16, seed=1)
+    names: dict[str, Any] = {"student": student, "teacher": teacher, "batch": batch()}
+    exec(compile(first, "page", "exec"), names)
+    assert set(names["losses"]) == {"loss", "task", "focal_global"}
+    names |= {"fine_tune": lambda model: None, "quantization_mimic": METHODS["quantization_mimic"]}
+    exec(compile(second, "page", "exec"), names)
+    assert names["method"].name == "quantization_mimic"
 
 
 def test_what_cannot_be_is_refused() -> None:
