@@ -126,6 +126,22 @@ def test_crosskd_goes_between_families() -> None:
     assert all(t(run_of(student, teacher, terms, batch())) > 0 for t in terms)
 
 
+@pytest.mark.parametrize("method", ["crosskd", "bckd"])
+def test_twice_the_batch_is_the_same_and_half_precision_nearly(method: str) -> None:
+    student, teacher, data = sharpened(fcos(), 1), sharpened(fcos(24, seed=1), 2), batch((2, 1, 0))
+    twice = {**data, "images": data["images"] * 2, "targets": [dict(t) for t in data["targets"] * 2]}
+    terms = METHODS[method](student, teacher).stages[0].terms
+    distiller = kd.Distiller(student, DetectorTeacher(teacher, student), terms)
+    distiller.prepare(data)
+    once, again = distiller(**data), distiller(**twice)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = distiller(**data)
+    for term in terms:
+        assert once[term.name].item() == pytest.approx(again[term.name].item(), rel=1e-3)  # the deviation's n - 1
+        assert half[term.name].dtype == torch.float32
+        assert half[term.name].item() == pytest.approx(once[term.name].item(), rel=0.1)
+
+
 def test_the_teachers_head_is_nobodys_module() -> None:
     student, teacher = retinanet(), retinanet(24, seed=1)
     term = METHODS["crosskd"](student, teacher).stages[0].terms[0]

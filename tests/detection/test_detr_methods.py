@@ -240,7 +240,7 @@ def test_a_copy_of_the_distiller_decodes_with_its_own_student(name: str) -> None
     assert sum(p.numel() for t in terms for p in t.parameters()) == 0  # nothing of the student is in a term
 
 
-@pytest.mark.parametrize("name", ["detr", "conditional_detr", "deformable_detr"])
+@pytest.mark.parametrize("name", ["detr", "conditional_detr"])
 def test_the_same_detector_has_nothing_to_learn_from_shared_queries(name: str) -> None:
     own = detector(name, decoder_layers=1)
     distiller = build("kd_detr", own, copy.deepcopy(own), random_queries=4)
@@ -333,3 +333,25 @@ def test_shapes_that_do_not_fit_are_told() -> None:
         target_aware([torch.ones(1, 4, 2, 2)], [torch.ones(1, 4, 2, 2)], queries=torch.ones(1, 1, 3, 5), scores=s[1])
     with pytest.raises(ValueError, match="`temperature` must be positive"):
         shared_queries(s, s, temperature=0.0)
+
+
+@pytest.mark.parametrize("name", ["detr_distill", "kd_detr"])
+def test_mixed_precision_and_gradient_checkpointing(name: str) -> None:
+    own, other = detector("deformable_detr"), detector("deformable_detr", seed=1)
+    own.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    distiller = build(name, own, other)
+    with torch.autocast("cpu", torch.bfloat16):
+        distiller.prepare(data())
+        losses = distiller(**data())
+    losses["loss"].backward()
+    assert all(v.isfinite() and v.dtype == torch.float32 for v in losses.values())
+    assert all(p.grad.isfinite().all() for p in own.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", ["detr_distill", "kd_detr"])
+def test_a_teacher_may_see_larger_images(name: str) -> None:
+    own, other = detector("deformable_detr"), detector("deformable_detr", seed=1)
+    terms = METHODS[name](own, other).stages[0].terms
+    distiller = kd.Distiller(own, DetectorTeacher(other, own, size=1.5), terms)
+    distiller.prepare(data())
+    assert all(v.isfinite() for v in distiller(**data()).values())
