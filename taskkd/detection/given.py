@@ -109,7 +109,8 @@ def _detector(source: nn.Module | str | Path) -> nn.Module:
     if isinstance(source, str | Path):
         if not any((Path(source) / name).is_file() for name in (models.DETECTOR, "config.json")):
             raise RecipeError(
-                f"{str(source)!r} is no detector's folder: expected {models.DETECTOR} in it, or transformers' config.json."
+                f"{str(source)!r} is no detector's folder: expected {models.DETECTOR} in it, or config.json of "
+                "transformers."
             )
         return models.load(source)
     from taskkd.detection.transformers_models import TransformersDetector, is_transformers
