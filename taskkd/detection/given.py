@@ -39,7 +39,7 @@ class GivenDetection(DetectionTask):
         augment: as in a recipe's data.
         metric: that models are selected by.
         size: how much larger the teacher's images are.
-        bad: "error" or "skip", for damaged images and boxes without area.
+        bad: "error", "skip" or "skip_boxes", for damaged images and boxes without area.
 
     Raises:
         DataError: data of another kind, or wrong.
@@ -59,7 +59,7 @@ class GivenDetection(DetectionTask):
         augment: list[Any] | None = None,
         metric: Literal["AP", "AP50", "VOC_AP50", "VOC07_AP50"] = "AP",
         size: float = 1.0,
-        bad: Literal["error", "skip"] = "error",
+        bad: Literal["error", "skip", "skip_boxes"] = "error",
     ) -> None:
         self._student, self._teacher, self._size = _detector(student), _detector(teacher), size
         first = _annotations(train, images, classes or models.class_names(self._teacher) or None, bad)

@@ -22,8 +22,9 @@ __all__ = ["Annotations", "Array", "Bad", "Boxes", "Problems", "Record", "checke
 logger = logging.getLogger(__name__)
 
 Array: TypeAlias = npt.NDArray[Any]
-#: what to do about a bad box or image: stop with an error, or leave it out and say how many there were
-Bad: TypeAlias = Literal["error", "skip"]
+#: what to do about a bad box or image: stop with an error, or leave it out and say how many there were; "skip_boxes"
+#: leaves out boxes only, which needs no look at the images
+Bad: TypeAlias = Literal["error", "skip", "skip_boxes"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -105,8 +106,9 @@ class Problems:
     """
 
     def __init__(self, where: str, bad: Bad) -> None:
-        if bad not in ("error", "skip"):
-            raise DataError(f"bad={bad!r}: expected 'error' or 'skip'{nearest(str(bad), ('error', 'skip'))}.")
+        known = ("error", "skip", "skip_boxes")
+        if bad not in known:
+            raise DataError(f"bad={bad!r}: expected {', '.join(map(repr, known))}{nearest(str(bad), known)}.")
         self.where, self.bad = where, bad
         self.counts: Counter[str] = Counter()
         self.first: dict[str, str] = {}
@@ -122,7 +124,7 @@ class Problems:
         Raises:
             DataError: the sentence, where bad data is an error.
         """
-        if self.bad == "error":
+        if self.bad == "error" or (self.bad == "skip_boxes" and kind != "boxes"):
             raise DataError(f"{sentence}. (bad='skip' leaves such {kind} out and counts them.)")
         self.counts[kind] += 1
         self.first.setdefault(kind, sentence)
@@ -217,7 +219,7 @@ def label_of(name: str, classes: Sequence[str], where: str) -> int:
 def checked(records: Iterable[Record], problems: Problems) -> list[Record]:
     """The records whose images can be decoded and are of the size that the annotations say.
 
-    Where bad data is an error nothing is read here: images are decoded in training, and a bad one is an error then.
+    Where bad images are errors nothing is read here: images are decoded in training, and a bad one is an error then.
     Where it is left out this takes one pass over all the images.
 
     Raises:
@@ -226,7 +228,7 @@ def checked(records: Iterable[Record], problems: Problems) -> list[Record]:
     records = list(records)
     if not records:
         raise DataError(f"{problems.where}: there are no images.")
-    if problems.bad == "error":
+    if problems.bad != "skip":
         return records
     logger.info("%s: all %d images are decoded once to find bad ones.", problems.where, len(records))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

@@ -71,7 +71,9 @@ class Data(Model):
     hub: Hub | None = None
     sample: Sample | None = None
     classes: list[str] | None = None  # names in the order of their labels; None: as the training data has them
-    bad: Literal["error", "skip"] = "error"  # a bad box or image stops the run, or is left out and counted
+    bad: Literal["error", "skip", "skip_boxes"] = (
+        "error"  # a bad box or image stops the run, or is left out and counted
+    )
     tiles: Tiles | None = None
     augment: list[str | dict[str, Any]] = Field(["RandomHorizontalFlip"])
     hold: bool = False  # decoded images stay in memory

@@ -103,6 +103,7 @@ class NeckTerm(Term):
         adapter: of each level: a kind or a function as in `kd.Match`; "auto": a 1x1 convolution where the numbers of
             channels differ, else none; None: none. Where sizes differ the student's map is resized (bilinear).
         student_views, teacher_views: what is read beside the maps, as in `DetectionTerm`.
+        count: at most so many of the pairs that are found, finest first; None: all.
 
     Raises:
         TaskkdError: a model is of no known family and no taps are named, or a family has no such view.
@@ -121,9 +122,11 @@ class NeckTerm(Term):
         adapter: AdapterSpec | None = "auto",
         student_views: Sequence[str] = (),
         teacher_views: Sequence[str] = (),
+        count: int | None = None,
         weight: Weight = 1.0,
     ) -> None:
         super().__init__(name, weight)
+        self.count = count
         self.neck_taps = None if neck is None else tuple(neck)
         self.teacher_neck_taps = self.neck_taps if teacher_neck is None else tuple(teacher_neck)
         if neck is not None and len(self.neck_taps or ()) != len(self.teacher_neck_taps or ()):
@@ -211,7 +214,7 @@ class NeckTerm(Term):
                 f"term {self.name!r}: no level of the student has a stride of the teacher's; the strides are {shown}. "
                 "Name the maps that belong together with `neck` and `teacher_neck`."
             )
-        return sorted((i, j) for j, i in pairs.items())
+        return sorted((i, j) for j, i in pairs.items())[: self.count]
 
     def _picked(self, run: Run) -> tuple[list[Tensor], list[Tensor]]:
         students, teachers = self.maps(run)

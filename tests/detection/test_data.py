@@ -246,7 +246,9 @@ def test_what_no_reader_takes(tmp_path: Path) -> None:
         read(tmp_path / "boxes.csv")
     with pytest.raises(DataError, match="no folder ImageSets in it, as VOC has; of COCO data name the json file"):
         read(tmp_path)
-    with pytest.raises(DataError, match=r"bad='skipp': expected 'error' or 'skip' \(did you mean 'skip'\?\)"):
+    with pytest.raises(
+        DataError, match=r"bad='skipp': expected 'error', 'skip', 'skip_boxes' \(did you mean 'skip'\?\)"
+    ):
         read_coco(coco(tmp_path), bad="skipp")  # type: ignore[arg-type]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import taskkd as kd
 from taskkd.detection.boxes import as_corners
 from taskkd.detection.methods import METHODS
-from taskkd.detection.methods.crosskd import CrossHead, standardise_like
+from taskkd.detection.methods.crosskd import CrossHead, centredness, counted, standardise_like
 from taskkd.detection.methods.dense_losses import box_overlap, quality_focal
 from taskkd.detection.methods.localization import Localization, ld_terms
 from taskkd.detection.methods.localization_queries import PAIRS, QueryLocalization, on_other_bins
@@ -107,7 +108,7 @@ def test_the_terms_of_crosskd_by_hand() -> None:
     assert torch.allclose(classes(run), want)
     assert 0 < counts.float().mean() < 1
     certain = dense.logits[..., 1:].sigmoid().amax(-1) * counts
-    want = box_overlap(dense.decode(box.predictions(run)), dense.decode(), weights=certain)
+    want = box_overlap(dense.decode(box.predictions(run)), dense.decode(), weights=certain, divisor=number)
     assert torch.allclose(box(run), want)
 
 
@@ -120,10 +121,47 @@ def test_crosskd_has_the_papers_defaults_for_each_detector() -> None:
     assert len(METHODS["crosskd"](student, teacher, box_weight=0.0).stages[0].terms) == 1
 
 
+def test_fcos_counts_positives_by_how_central_they_are() -> None:
+    student, teacher = fcos(), fcos(24, seed=1)
+    terms = METHODS["crosskd"](student, teacher).stages[0].terms
+    run = run_of(student, teacher, terms, batch())
+    dense, images = terms[0].teacher_views(run).dense, terms[0].student_views(run).images
+    matched = dense.match(images.boxes)
+    found, want = centredness(dense, matched, images.boxes), torch.zeros(matched.shape)
+    for i, boxes in enumerate(images.boxes):
+        for a in (matched[i] >= 0).nonzero().flatten().tolist():
+            x, y = dense.anchors[i][a].reshape(2, 2).mean(0).tolist()
+            x0, y0, x1, y1 = boxes[matched[i, a]].tolist()
+            pairs = ((x - x0, x1 - x), (y - y0, y1 - y))
+            want[i, a] = math.prod(min(p) / max(p) for p in pairs) ** 0.5
+    assert torch.allclose(found, want, atol=1e-6)
+    total = max(2.0, want.sum().item())
+    assert total > 2
+    own, other = terms[0].predictions(run)[..., 1:], dense.logits[..., 1:]
+    counts = counted(dense, images)[1]
+    assert torch.allclose(terms[0](run), quality_focal(own, other, weights=counts, divisor=total))
+
+
 def test_crosskd_goes_between_families() -> None:
     student, teacher = fcos(), retinanet(24, seed=1)
     terms = METHODS["crosskd"](student, teacher).stages[0].terms
     assert all(t(run_of(student, teacher, terms, batch())) > 0 for t in terms)
+
+
+@pytest.mark.parametrize("method", ["crosskd", "bckd"])
+def test_twice_the_batch_is_the_same_and_half_precision_nearly(method: str) -> None:
+    student, teacher, data = sharpened(fcos(), 1), sharpened(fcos(24, seed=1), 2), batch((2, 1, 0))
+    twice = {**data, "images": data["images"] * 2, "targets": [dict(t) for t in data["targets"] * 2]}
+    terms = METHODS[method](student, teacher).stages[0].terms
+    distiller = kd.Distiller(student, DetectorTeacher(teacher, student), terms)
+    distiller.prepare(data)
+    once, again = distiller(**data), distiller(**twice)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = distiller(**data)
+    for term in terms:
+        assert once[term.name].item() == pytest.approx(again[term.name].item(), rel=1e-3)  # the deviation's n - 1
+        assert half[term.name].dtype == torch.float32
+        assert half[term.name].item() == pytest.approx(once[term.name].item(), rel=0.1)
 
 
 def test_the_teachers_head_is_nobodys_module() -> None:
@@ -151,7 +189,7 @@ def test_the_terms_of_bckd_by_hand() -> None:
     own, other = classes.student_views(run).dense, classes.teacher_views(run).dense
     images = classes.student_views(run).images
     matched = own.match(images.boxes)
-    value, weighted, total, positive = 0.0, 0.0, 0.0, 0
+    value, weighted, positive = 0.0, 0.0, 0
     boxes = own.decode(), other.decode()
     for i, (height, width) in enumerate(images.sizes):
         for a in range(own.logits.shape[1]):
@@ -165,10 +203,9 @@ def test_the_terms_of_bckd_by_hand() -> None:
             if b[2] > b[0] and b[3] > b[1]:
                 weight = (s.sigmoid() - t.sigmoid()).abs().max().item()
                 weighted += weight * box_overlap(boxes[0][i, a][None], b[None]).item()
-                total += weight
     assert positive > 2
     assert classes(run).item() == pytest.approx(value / positive, rel=1e-4)
-    assert box(run).item() == pytest.approx(weighted / total, rel=1e-4)
+    assert box(run).item() == pytest.approx(weighted / positive, rel=1e-4)
 
 
 def test_twins_have_nothing_to_learn() -> None:

@@ -4,7 +4,10 @@ B4 and B8 of the specification."""
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -476,6 +479,19 @@ def test_pairs_that_cannot_be_compared_are_refused() -> None:
     narrow.head.classification_head.num_classes = 5
     with pytest.raises(ShapeError, match="a teacher of the same classes"):
         distil("gid", one, narrow)
+
+
+def test_the_page_names_every_option_and_its_snippet_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "methods" / "detection-response.md").read_text()
+    for name in ("chen", "gid", "gdetkd", "yolo_response"):
+        section = page.partition(f": `{name}`")[2].partition("\n## ")[0]
+        options = [p for p in inspect.signature(METHODS[name]).parameters if p not in ("student", "teacher")]
+        missing = [o for o in options if o not in section and not (name == "gid" and o.endswith("_weight"))]
+        assert section
+        assert not missing
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    names: dict[str, Any] = dict(zip(("student", "teacher"), (DETECTORS["fcos"](c) for c in (8, 16)), strict=True))
+    exec(compile(snippet, "snippet", "exec"), names | {"batch": batch()})
 
 
 def test_first_stages_with_other_anchors_are_left_out() -> None:

@@ -24,8 +24,8 @@ class BinaryDense(DetectionTerm):
     Args:
         name, weight: see `Term`.
         student, teacher: one-stage detectors whose class scores are sigmoids.
-        what: "classification": `quality_focal`, divided by the number of positives (of the student's assigner; at least
-            one for each image). "box": GIoU, the mean with the largest difference of the class scores as weight.
+        what: "classification": `quality_focal`. "box": `1 - GIoU`, weighted by the largest difference of the class
+            scores. Both are divided by the number of positives of the student's assigner, at least one for each image.
         beta: of `quality_focal`.
 
     Raises:
@@ -66,12 +66,13 @@ class BinaryDense(DetectionTerm):
     def forward(self, run: Run) -> Tensor:
         own, other = self._pair(run)
         matched, counts = counted(own, self.student_views(run).images)
+        number = positives(matched, counts)
         if self.what == "classification":
             scores = own.logits[..., own.first :], other.logits[..., other.first :]
-            return quality_focal(*scores, beta=self.beta, weights=counts, divisor=positives(matched, counts))
+            return quality_focal(*scores, beta=self.beta, weights=counts, divisor=number)
         boxes = other.decode()
         apart = (own.probabilities() - other.probabilities()).detach().abs().amax(-1) * (counts & proper(boxes))
-        return box_overlap(own.decode(), boxes, weights=apart)
+        return box_overlap(own.decode(), boxes, weights=apart, divisor=number)
 
 
 def bckd(
@@ -88,9 +89,9 @@ def bckd(
     Source: Yang L. et al. 2023, "Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object
     Detection": the scores of a dense detector are independent yes/no decisions, which a softmax does not see.
 
-    Scaling: the classification is divided by the positives, by at least one for each image; the boxes by the sum of
-    their weights. Anchors in padding, or that the assigner ignores, and teacher's boxes
-    without area do not count.
+    Scaling: both are divided by the positives as the authors do, but at least by the number of images. Their code
+    leaves out levels without positives; ours takes all. Anchors in padding, anchors that the assigner ignores and boxes
+    of the teacher without area do not count.
 
     Args:
         student, teacher: torchvision's RetinaNet or FCOS with the same classes, anchors and levels.

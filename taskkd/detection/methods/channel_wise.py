@@ -35,8 +35,8 @@ def channel_wise_loss(student: Maps, teacher: Maps, *, temperature: float = 1.0,
     """
     levels = []
     for s, t in zip(as_list(student), as_list(teacher), strict=True):
-        s, t = (_normalised(s), _normalised(t)) if normalise else (s, t)
-        levels.append(losses.channel_wise(s, t, temperature=temperature))
+        pair = (_normalised(s), _normalised(t)) if normalise else (s, t)
+        levels.append(losses.channel_wise(*pair, temperature=temperature))
     total: Tensor = sum(levels[1:], levels[0])
     return total
 
@@ -49,7 +49,7 @@ def _normalised(x: Tensor, eps: float = 1e-5) -> Tensor:
 def class_maps(dense: Dense) -> list[Tensor]:
     """The class logits of each level as maps (N, anchors of a cell x classes, h, w)."""
     found = []
-    for (h, w), level in zip(dense.shapes, dense.logits.split(dense.level_sizes, 1), strict=True):
+    for (h, w), level in zip(dense.shapes, torch.split(dense.logits, dense.level_sizes, 1), strict=True):
         found.append(level.reshape(len(level), h, w, -1).permute(0, 3, 1, 2))
     return found
 
@@ -60,9 +60,7 @@ class ClassMaps(DetectionTerm):
     def __init__(
         self, name: str, student: nn.Module, teacher: nn.Module, *, temperature: float, weight: Weight
     ) -> None:
-        super().__init__(
-            name, student, teacher, student_views=("dense",), teacher_views=("dense",), weight=weight
-        )
+        super().__init__(name, student, teacher, student_views=("dense",), teacher_views=("dense",), weight=weight)
         self.temperature = temperature
 
     def forward(self, run: Run) -> Tensor:
@@ -96,8 +94,8 @@ def channel_wise(
 ) -> Method:
     """Each channel's softmax over space: where a channel is active counts.
 
-    Source: Shu, Liu, Gao, Yan, Shen 2021, "Channel-wise Knowledge Distillation for Dense Prediction"; on detectors as in
-    mmrazor (neck, 10), mmdetection-distiller and PaddleDetection (classes, 5). mmyolo's RTMDet is `normalise=True,
+    Source: Shu, Liu, Gao, Yan, Shen 2021, "Channel-wise Knowledge Distillation for Dense Prediction"; on detectors as
+    in mmrazor (neck, 10), mmdetection-distiller and PaddleDetection (classes, 5). mmyolo's RTMDet is `normalise=True,
     weight=1, until=280 / 300`.
 
     Args:

@@ -156,7 +156,7 @@ def bounded_regression(
     margin: float = 0.0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The paper's regression loss: `smooth L1(s, y) + nu * bounded_distance` (eq. 5), both means over rows.
+    """The paper's regression loss: `smooth L1(s, y) + nu * bounded_distance`, both means over rows.
 
     Here the smooth L1 is a part of the student's own loss; the term is `nu * bounded_distance` alone.
 

@@ -19,7 +19,7 @@ from taskkd.losses.primitives import check_same_shape, full_precision
 from taskkd.stages import Method, Stage
 from taskkd.terms import Run, Weight
 
-__all__ = ["Branch", "CrossHead", "counted", "crosskd", "positives", "proper", "standardise_like"]
+__all__ = ["Branch", "CrossHead", "centredness", "counted", "crosskd", "positives", "proper", "standardise_like"]
 
 Branch = Literal["classification", "box"]
 #: torchvision's mark of an anchor whose overlap is between the thresholds: neither positive nor negative
@@ -55,10 +55,16 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.mean((0, 2, 3), keepdim=True), std
 
 
+def _centres(anchors: Tensor) -> Tensor:
+    """(A, 2), in fp32 at least: under autocast anchors are in half precision."""
+    full = anchors.to(torch.promote_types(anchors.dtype, torch.float32))
+    return (full[:, :2] + full[:, 2:]) / 2
+
+
 def counted(dense: Dense, images: SharedImages) -> tuple[Tensor, Tensor]:
     """(N, A): what the detector's assigner gives each anchor; and whether it counts: not ignored, not in padding."""
     matched = dense.match(images.boxes)
-    centres = torch.stack([(a[:, :2] + a[:, 2:]) / 2 for a in dense.anchors])
+    centres = torch.stack([_centres(a) for a in dense.anchors])
     sizes = centres.new_tensor([(w, h) for h, w in images.sizes])[:, None]
     return matched, (matched != BETWEEN) & (centres < sizes).all(-1)
 
@@ -66,6 +72,24 @@ def counted(dense: Dense, images: SharedImages) -> tuple[Tensor, Tensor]:
 def positives(matched: Tensor, counts: Tensor) -> Tensor:
     """The number of positive anchors of a batch, at least one for each image."""
     return ((matched >= 0) & counts).sum().clamp(min=len(matched))
+
+
+def centredness(dense: Dense, matched: Tensor, boxes: list[Tensor]) -> Tensor:
+    """(N, A): how central a positive point lies in its box, 0 to 1, as FCOS trains its centre-ness; 0 elsewhere.
+
+    Args:
+        dense: for its anchors, whose centres are the points.
+        matched: (N, A) index of each point's box.
+        boxes: of each image (n, 4).
+    """
+    found = []
+    for anchors, index, given in zip(dense.anchors, matched, boxes, strict=True):
+        points, positive = _centres(anchors), index >= 0
+        own, value = given.to(points.dtype)[index[positive]], points.new_zeros(len(anchors))
+        low, high = points[positive] - own[:, :2], own[:, 2:] - points[positive]
+        value[positive] = (torch.minimum(low, high) / torch.maximum(low, high)).clamp(min=0).prod(-1).sqrt()
+        found.append(value)
+    return torch.stack(found)
 
 
 def proper(boxes: Tensor) -> Tensor:
@@ -76,9 +100,9 @@ def proper(boxes: Tensor) -> Tensor:
 class CrossHead(DetectionTerm):
     """The student's feature in a head's tower, aligned, through the rest of the teacher's; compared with the teacher.
 
-    The classification branch: `quality_focal` over all anchors, divided by the number of positives (of the teacher's
-    own assigner; at least one for each image). The box branch: `box_overlap` of decoded boxes, the mean with the
-    teacher's largest class probability as weight.
+    The classification branch: `quality_focal` over all anchors. The box branch: `box_overlap` of decoded boxes,
+    weighted by the teacher's largest class probability. Both are divided by the number of positives of the teacher's
+    own assigner, or for FCOS by the sum of their centredness; at least by the number of images.
 
     Args:
         name, weight: see `Term`.
@@ -153,13 +177,16 @@ class CrossHead(DetectionTerm):
     def forward(self, run: Run) -> Tensor:
         crossed, dense = self.predictions(run), self.teacher_views(run).dense
         matched, counts = counted(dense, self.student_views(run).images)
+        number = positives(matched, counts)
+        if dense.quality is not None:
+            central = centredness(dense, matched, self.student_views(run).images.boxes) * counts
+            number = central.sum().clamp(min=len(matched))
         if self.branch == "classification":
             own, other = crossed[..., dense.first :], dense.logits[..., dense.first :]
-            number = positives(matched, counts)
             return quality_focal(own, other, beta=self.beta, weights=counts, divisor=number)
         boxes = dense.decode()
         certain = dense.probabilities().amax(-1) * (counts & proper(boxes))
-        return box_overlap(dense.decode(crossed), boxes, kind=self.boxes, weights=certain)
+        return box_overlap(dense.decode(crossed), boxes, kind=self.boxes, weights=certain, divisor=number)
 
 
 def crosskd(
@@ -179,9 +206,9 @@ def crosskd(
     teacher do not pull at the same predictions. The defaults (None) are the paper's for the teacher's family: RetinaNet
     cut after 3 convolutions, weights 1 and 1, GIoU; FCOS after 2, weights 0.4 and 0.75, IoU.
 
-    Scaling: the classification is divided by the positives as the authors do, but by at least one for each image; the
-    boxes by the sum of their weights. Anchors in padding, anchors that the assigner ignores and boxes of the teacher
-    without area do not count.
+    Scaling: divided by the positives, for FCOS by the sum of their centredness, as the authors do, but at least by the
+    number of images (theirs: by 1, for FCOS by 1e-6). Anchors in padding, anchors that the assigner ignores and boxes
+    of the teacher without area do not count.
 
     Args:
         student, teacher: torchvision's RetinaNet or FCOS, with as many levels.

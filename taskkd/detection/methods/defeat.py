@@ -39,8 +39,8 @@ def defeat_loss(
     total = zero(students)
     for s, t, mask in zip(students, as_list(teacher), as_list(masks), strict=True):
         check_same_shape(s, t, "defeat_loss")
-        mask, squares = mask.to(s.dtype), (s - t).square().mean(1)
-        total = total + foreground / 2 * masked_mean(squares, mask) + background / 2 * masked_mean(squares, 1 - mask)
+        squares, inside = (s - t).square().mean(1), mask > 0
+        total = total + foreground / 2 * masked_mean(squares, inside) + background / 2 * masked_mean(squares, ~inside)
     return total / len(students)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Interval
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,9 +42,9 @@ def fgfi_loss(
     sums, counts = zero(as_list(student)), zero(as_list(teacher))
     for s, t, mask in pairs:
         check_same_shape(s, t, "fgfi_loss")
-        mask = mask.to(s.dtype)
-        sums = sums + ((s - t).square().sum(1) * mask).sum()
-        counts = counts + mask.sum() * (s.shape[1] if normalise == "elements" else 1)
+        weight = mask.to(s.dtype)
+        sums = sums + ((s - t).square().sum(1) * weight).sum()
+        counts = counts + weight.sum() * (s.shape[1] if normalise == "elements" else 1)
     return safe_divide(sums, 2 * counts)
 
 

@@ -39,9 +39,9 @@ def pearson_loss(
     """
     levels = []
     for s, t in zip(as_list(student), as_list(teacher), strict=True):
-        s, t = (resized(s, t), t) if resize == "student" else (s, resized(t, s))
-        check_same_shape(s, t, "pearson_loss")
-        levels.append(F.mse_loss(_standardised(s, eps), _standardised(t, eps)) / 2)
+        own, other = (resized(s, t), t) if resize == "student" else (s, resized(t, s))
+        check_same_shape(own, other, "pearson_loss")
+        levels.append(F.mse_loss(_standardised(own, eps), _standardised(other, eps)) / 2)
     total: Tensor = sum(levels[1:], levels[0])
     return total
 
