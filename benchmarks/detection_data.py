@@ -162,7 +162,7 @@ def scene(digits: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
                 objects.append((box, int(labels[index]) + 1, False))
                 break
     scribble(image, generator)
-    image += 0.04 * torch.randn(image.shape, generator=generator)
+    image += 0.02 * torch.randn(image.shape, generator=generator)
     return (image.clamp(0, 1) * 255).round().to(torch.uint8), objects
 
 
@@ -184,10 +184,10 @@ def texture(generator: torch.Generator) -> torch.Tensor:
 
 
 def deformed(digit: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The digit slanted, turned and scaled to a height of 16 to 44 pixels, cut to what is drawn."""
-    angle, slant = uniform(generator, -0.35, 0.35), uniform(generator, -0.3, 0.3)
+    """The digit slanted, turned and scaled to a height of about 20 to 44 pixels, cut to what is drawn."""
+    angle, slant = uniform(generator, -0.25, 0.25), uniform(generator, -0.2, 0.2)
     matrix = torch.tensor([[[np.cos(angle), np.sin(angle) + slant, 0], [-np.sin(angle), np.cos(angle), 0]]])
-    side = int(uniform(generator, 22, 62))
+    side = int(uniform(generator, 32, 64))
     grid = F.affine_grid(matrix.float(), [1, 1, side, side], align_corners=False)
     drawn = F.grid_sample(digit[None, None], grid, align_corners=False)[0, 0]
     rows, columns = (drawn > 0.3).any(1).nonzero(), (drawn > 0.3).any(0).nonzero()
@@ -199,9 +199,9 @@ def paste(image: torch.Tensor, shape: torch.Tensor, x: int, y: int, generator: t
     part = image[:, y : y + shape.shape[0], x : x + shape.shape[1]]
     mean = part.mean((1, 2))
     colour = torch.rand(3, generator=generator)
-    while bool((colour - mean).abs().max() < 0.3):
+    while bool((colour - mean).abs().max() < 0.5):
         colour = torch.rand(3, generator=generator)
-    alpha = shape * uniform(generator, 0.7, 1.0)
+    alpha = shape * uniform(generator, 0.8, 1.0)
     part.copy_(part * (1 - alpha) + colour[:, None, None] * alpha)
 
 

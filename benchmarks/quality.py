@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py nlp [--data movie|banking77] [--student-layers 2|3] [--seeds 0,1,2]
                                      [--methods logits,patient_kd] [--out runs/quality] [--search]
+    python benchmarks/quality.py detection --help       (see quality_detection.py)
 
 The teacher is all-MiniLM-L6-v2 (6 layers of 384), fine-tuned on the labels of the table. The student has 2 or 3 of its
 layers as they were before, and a fresh head from the seed. All trainings of a table share start, labels, batch size,
@@ -205,6 +206,11 @@ class Job:
         return TABLES[self.name]
 
     @property
+    def title(self) -> str:
+        """Which arguments make it."""
+        return f"nlp --data {self.name} --student-layers {self.layers}"
+
+    @property
     def folder(self) -> Path:
         """Of all its runs."""
         return self.out / f"{self.name}-{self.layers}"
@@ -285,16 +291,16 @@ def verdict(gains: Sequence[float]) -> str:
     return "gain" if mean > 0 else "loss"
 
 
-def tests(report: dict[str, Any], part: str) -> list[float]:
-    """The metric on test for each seed."""
+def on_test(report: dict[str, Any], part: str, metric: str | None = None) -> list[float]:
+    """A metric on test (default: the one that models are selected by) for each seed."""
     runs = report["alone"] if part == "alone" else report["distilled"]["distilled"]
-    return [runs[str(seed)]["test"][report["metric"]] for seed in report["seeds"]]
+    return [runs[str(seed)]["test"][metric or report["metric"]] for seed in report["seeds"]]
 
 
 def markdown(job: Job, reports: dict[str, dict[str, Any]]) -> str:
     """The table of a job: one line for teacher, student alone, and every row."""
     table, first = job.table, reports["alone"]
-    alone, teacher = tests(first, "alone"), first["teacher"]["test"][first["metric"]]
+    alone, teacher = on_test(first, "alone"), first["teacher"]["test"][first["metric"]]
     rates = ", ".join(run["setting"] for run in first["alone"].values())
     steps = next(iter(first["alone"].values()))["steps"]
     lines = [
@@ -309,7 +315,7 @@ def markdown(job: Job, reports: dict[str, dict[str, Any]]) -> str:
     ]
     for name, row in table.rows.items():
         if name in reports:
-            found = tests(reports[name], "distilled")
+            found = on_test(reports[name], "distilled")
             gains = [f - a for f, a in zip(found, alone, strict=True)]
             gain = f"{100 * statistics.mean(gains):+.2f} \u00b1 {100 * error(gains):.2f}"
             lines.append(f"| {row.title}{setting(job, name)} | {spread(found)} | {gain} | {verdict(gains)} |")
@@ -322,11 +328,12 @@ def setting(job: Job, name: str) -> str:
     return f" ({', '.join(f'{k.rpartition(chr(46))[2]} {v:g}' for k, v in found.items())})" if found else ""
 
 
-def publish(job: Job, text: str, path: Path = RESULTS) -> None:
-    """Put a table in place of the one that stands in the page, or at its end."""
-    title = f"quality.py nlp --data {job.name} --student-layers {job.layers}"
+def publish(job: Any, text: str, path: Path = RESULTS, *, heading: str = "## NLP") -> None:
+    """Put a table in place of the one that stands in the page, or at its end, under a heading of its own."""
+    title = f"quality.py {job.title}"
     begin, end = f"<!-- {title} -->", f"<!-- end of {title} -->"
-    page = path.read_text(encoding="utf-8") if path.is_file() else "# Results\n\n## NLP\n"
+    page = path.read_text(encoding="utf-8") if path.is_file() else "# Results\n"
+    page = page if heading in page else f"{page.rstrip()}\n\n{heading}\n"
     command = f"python benchmarks/{title} --seeds {','.join(map(str, job.seeds))}"
     block = f"{begin}\n{text}\n`{command}`\n{end}"
     if begin in page:
@@ -338,6 +345,12 @@ def publish(job: Job, text: str, path: Path = RESULTS) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run or go on with a table."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["detection"]:
+        sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+        from benchmarks import quality_detection
+
+        return quality_detection.main(given[1:])
     parser = argparse.ArgumentParser(description="Quality tables on real data.")
     parser.add_argument("task", choices=["nlp"])
     parser.add_argument("--data", choices=sorted(TABLES), default="movie")

@@ -1,0 +1,415 @@
+"""Speed and memory of distilling detectors.
+
+    python benchmarks/detection.py [--only feature|second|dense|regions|memory] [--rounds N] [--device cpu|cuda]
+
+Models are random, images random, boxes random but of sensible sizes; speed does not depend on what they show.
+
+    feature  a step with a feature method (Pearson KD) over the sum of its parts: a step of the student alone, and the
+             teacher's backbone and pyramid. RetinaNet and Faster R-CNN, ResNet-50 to ResNet-18, images of 160 pixels.
+             Bar 1.03.
+    second   the same with Chen's terms, of Faster R-CNN: the parts are the student's step, the teacher's backbone, its
+             RPN head and its box head on the student's regions. The terms themselves are not among the parts.
+    dense    the same with GID of RetinaNet: the parts are the student's step, the teacher's backbone and head.
+    regions  FGFI's and FGD's masks, boxes as masks (DeFeat), and the general instances of GID, over loops over images
+             and boxes as released code has them, at 100 boxes an image; both give the same masks and instances. Bar 10.
+    memory   the peak of `feature`'s step over that of its parts, whose maps are held: bar 1.1. Resident memory above
+             what models and data take, each in a process of its own; on a GPU what torch has allocated.
+
+Times are CPU time of one thread (on a GPU wall time, synchronised), interleaved in one process in changing order,
+medians of ratios with quartiles. Exits 1 if a bar is missed by more than the noise of 0.01.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_iou
+
+import taskkd as kd
+from taskkd.detection.methods import METHODS
+from taskkd.detection.models import build
+from taskkd.detection.shared import SharedImages
+from taskkd.detection.teacher import DetectorTeacher
+
+SIDE, BATCH, CLASSES = 160, 4, 10
+SMALL = {"min_size": SIDE, "max_size": SIDE, "rois_per_image": 64, "proposals": 400}
+NOISE = 0.01
+STATUS = Path("/proc/self/status")
+
+
+# ---- what is timed
+
+
+def detector(architecture: str, backbone: str, device: str) -> nn.Module:
+    """A detector that trains all of its parts."""
+    return build({"architecture": architecture, "backbone": backbone, **SMALL}, CLASSES).to(device)
+
+
+def random_boxes(count: int, side: int, generator: torch.Generator) -> Tensor:
+    """(count, 4) boxes of 4 to 80 pixels, inside an image."""
+    size = 4 + 76 * torch.rand(count, 2, generator=generator) ** 2
+    corner = torch.rand(count, 2, generator=generator) * (side - size).clamp(min=1)
+    return torch.cat([corner, corner + size], 1).clamp(max=side)
+
+
+def batch(device: str, images: int = BATCH) -> dict[str, Any]:
+    """Images with eight boxes each."""
+    generator = torch.Generator().manual_seed(0)
+    targets = [
+        {
+            "boxes": random_boxes(8, SIDE, generator).to(device),
+            "labels": torch.randint(1, CLASSES + 1, (8,), generator=generator).to(device),
+        }
+        for _ in range(images)
+    ]
+    pictures = [torch.rand(3, SIDE, SIDE, generator=generator).to(device) for _ in range(images)]
+    return {"images": pictures, "targets": targets, "id": torch.arange(images)}
+
+
+class Pair:
+    """A student that is distilled, and the parts of which that consists, each a function without arguments."""
+
+    def __init__(self, architecture: str, method: str, device: str, options: dict[str, Any] | None = None) -> None:
+        torch.manual_seed(0)
+        self.batch = batch(device)
+        self.teacher = detector(architecture, "resnet50", device).eval()
+        self.student = detector(architecture, "resnet18", device)
+        made = METHODS[method](self.student, self.teacher, **(options or {}))
+        source = DetectorTeacher(self.teacher, self.student)
+        self.distiller = kd.Distiller(self.student, source, made.stages[0].terms)
+        self.distiller.to(device).prepare(self.batch)
+        self.distiller.train()
+        self.optimizer = torch.optim.SGD(self.distiller.parameters(), lr=1e-6)
+        with torch.no_grad():
+            images, targets = self.student.transform(self.batch["images"], self.batch["targets"])
+            self.images = images
+            self.regions: list[Tensor] = [t["boxes"].repeat(8, 1) for t in targets]  # as many as are sampled
+
+    def distil(self) -> None:
+        """One step of the distiller."""
+        self.optimizer.zero_grad()
+        self.distiller(**self.batch)["loss"].backward()
+        self.optimizer.step()
+        self.distiller.step()
+
+    def alone(self, held: Any = None) -> None:
+        """One step of the student."""
+        self.optimizer.zero_grad()
+        sum(self.student(self.batch["images"], self.batch["targets"]).values()).backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def backbone(self) -> dict[str, Tensor]:
+        """The teacher's backbone and pyramid."""
+        maps: dict[str, Tensor] = self.teacher.backbone(self.images.tensors)
+        return maps
+
+    @torch.no_grad()
+    def heads(self) -> Any:
+        """The teacher's backbone, pyramid, and the heads that responses need."""
+        maps = self.backbone()
+        if hasattr(self.teacher, "head"):
+            return self.teacher.head(list(maps.values()))
+        self.teacher.rpn.head(list(maps.values()))
+        pooled = self.teacher.roi_heads.box_roi_pool(maps, self.regions, self.images.image_sizes)
+        return self.teacher.roi_heads.box_predictor(self.teacher.roi_heads.box_head(pooled))
+
+
+def seconds(work: Callable[[], Any], device: str) -> float:
+    """How long it takes."""
+    if device == "cpu":
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def ratios(
+    whole: Callable[[], Any], parts: Sequence[Callable[[], Any]], rounds: int, device: str
+) -> tuple[float, float, float]:
+    """Quartiles of the time of `whole` over that of all `parts`, in rounds of changing order."""
+    found = []
+    for number in range(rounds + 2):
+        works = [whole, *parts]
+        order = list(range(len(works)))
+        taken = {i: seconds(works[i], device) for i in (order if number % 2 else order[::-1])}
+        if number >= 2:  # the first are warm-up
+            found.append(taken[0] / sum(taken[i] for i in order[1:]))
+    low, middle, high = statistics.quantiles(found, n=4)
+    return low, middle, high
+
+
+def report(title: str, found: tuple[float, float, float], bar: str, good: bool) -> bool:
+    """Print a line; whether the bar is met."""
+    low, middle, high = found
+    print(f"{title}: {middle:.3f} ({low:.3f} .. {high:.3f}), bar {bar}{'' if good else '  MISSED'}", flush=True)
+    return good
+
+
+def feature(rounds: int, device: str) -> bool:
+    """A feature method."""
+    good = True
+    for architecture in ("retinanet", "faster_rcnn"):
+        pair = Pair(architecture, "pearson_kd", device)
+        found = ratios(pair.distil, [pair.alone, pair.backbone], rounds, device)
+        again = ratios(pair.alone, [pair.alone], max(rounds // 2, 4), device)
+        print(
+            f"  {architecture}: a step of the student over another: {again[1]:.3f} ({again[0]:.3f} .. {again[2]:.3f})"
+        )
+        good &= report(f"{architecture}, Pearson KD over its parts", found, "1.03", found[1] <= 1.03 + NOISE)
+    return good
+
+
+def second(rounds: int, device: str) -> bool:
+    """Responses of second stages."""
+    pair = Pair("faster_rcnn", "chen", device)
+    found = ratios(pair.distil, [pair.alone, pair.heads], rounds, device)
+    return report("faster_rcnn, Chen 2017 over its parts", found, "none", good=True)
+
+
+def dense(rounds: int, device: str) -> bool:
+    """Responses at anchors."""
+    pair = Pair("retinanet", "gid", device)
+    found = ratios(pair.distil, [pair.alone, pair.heads], rounds, device)
+    return report("retinanet, GID over its parts", found, "none", good=True)
+
+
+# ---- regions: loops over images and boxes, written from the formulas
+
+
+def loop_fgfi(
+    boxes: list[Tensor], anchors: list[Tensor], shapes: list[tuple[int, int]], levels: list[Tensor], psi: float = 0.5
+) -> list[Tensor]:
+    """Of each level: for every box the IoU of all anchors, and the cells with one above psi times the best."""
+    masks = []
+    for level, (own, (h, w)) in enumerate(zip(anchors, shapes, strict=True)):
+        rows = []
+        for image, image_boxes in enumerate(boxes):
+            mask = torch.zeros(h, w, dtype=torch.bool, device=own.device)
+            for number in range(len(image_boxes)):
+                if int(levels[image][number]) != level:
+                    continue
+                overlap = box_iou(own, image_boxes[number : number + 1]).view(h, w, -1)
+                mask |= (overlap > psi * overlap.max()).any(-1)
+            rows.append(mask)
+        masks.append(torch.stack(rows))
+    return masks
+
+
+def loop_fgd(boxes: list[Tensor], shapes: list[tuple[int, int]], side: int) -> list[tuple[Tensor, Tensor]]:
+    """Of each level, image and box: the cells from floor to ceil, both included, have at least 1 over their number."""
+    masks = []
+    for h, w in shapes:
+        front = torch.zeros(len(boxes), h, w, device=boxes[0].device)
+        back = torch.ones_like(front)
+        for i, image_boxes in enumerate(boxes):
+            for x1, y1, x2, y2 in image_boxes:
+                left, right = int(torch.floor(x1 / side * w)), int(torch.ceil(x2 / side * w))
+                top, bottom = int(torch.floor(y1 / side * h)), int(torch.ceil(y2 / side * h))
+                value = 1.0 / ((bottom - top + 1) * (right - left + 1))
+                cells = front[i, top : bottom + 1, left : right + 1]
+                front[i, top : bottom + 1, left : right + 1] = torch.maximum(cells, cells.new_tensor(value))
+            back[i] = torch.where(front[i] > 0, 0, 1)
+            if back[i].sum() > 0:
+                back[i] /= back[i].sum()
+        masks.append((front, back))
+    return masks
+
+
+def loop_inside(boxes: list[Tensor], shapes: list[tuple[int, int]], side: int, levels: list[Tensor]) -> list[Tensor]:
+    """Of each level, image and box: the cells in the box."""
+    masks = []
+    for level, (h, w) in enumerate(shapes):
+        mask = torch.zeros(len(boxes), h, w, dtype=torch.bool, device=boxes[0].device)
+        for i, image_boxes in enumerate(boxes):
+            for number, (x1, y1, x2, y2) in enumerate(image_boxes):
+                if int(levels[i][number]) == level:
+                    left, top = int(x1 * w / side), int(y1 * h / side)
+                    right, bottom = max(int(x2 * w / side), left + 1), max(int(y2 * h / side), top + 1)
+                    mask[i, top:bottom, left:right] = True
+        masks.append(mask)
+    return masks
+
+
+def loop_instances(
+    student: Tensor, teacher: Tensor, student_boxes: Tensor, teacher_boxes: Tensor, count: int, side: int
+) -> list[Tensor]:
+    """Of each image: sorted by score, a box is taken if it overlaps none of those taken before by more than 0.3."""
+    found = []
+    for s, t, own, other in zip(student, teacher, student_boxes, teacher_boxes, strict=True):
+        score = (t - s).abs().amax(1)
+        boxes = torch.where((t.amax(1) > s.amax(1))[:, None], other, own).clamp(0, side)
+        taken: list[int] = []
+        for i in score.topk(min(3000, len(score))).indices.tolist():
+            if float((boxes[i, 2:] - boxes[i, :2]).min()) <= 1:
+                continue
+            if all(float(box_iou(boxes[i][None], boxes[j][None])) <= 0.3 for j in taken):
+                taken.append(i)
+            if len(taken) == count:
+                break
+        found.append(boxes[taken])
+    return found
+
+
+def regions(rounds: int, device: str, count: int = 100, side: int = 640) -> bool:
+    """Masks and instances of four images of 640 pixels, five levels, nine anchors in a cell of the dense ones."""
+    from taskkd.detection.methods.gid import general_instances
+    from taskkd.detection.regions import assign_levels, fgd_masks, fgfi_masks, inside_boxes
+
+    generator = torch.Generator().manual_seed(0)
+    boxes = [random_boxes(count, side, generator).to(device) for _ in range(BATCH)]
+    shapes = [(side // s, side // s) for s in (8, 16, 32, 64, 128)]
+    strides = [(float(side // h), float(side // w)) for h, w in shapes]
+    model = build({"architecture": "retinanet", "backbone": "resnet18"}, 1)
+    maps = [torch.zeros(1, 1, *shape) for shape in shapes]
+    images = SharedImages(torch.zeros(1, 3, side, side), [(side, side)], [], [])
+    grid = model.anchor_generator(images_of(images), maps)[0].to(device)
+    sizes = [9 * h * w for h, w in shapes]
+    anchors = list(grid.split(sizes))
+    finest = 14 * strides[0][0]
+    levels = [assign_levels(b, len(shapes), finest=finest) for b in boxes]
+    dense = [torch.rand(BATCH, sum(sizes), CLASSES, generator=generator).to(device) ** 8 for _ in range(2)]
+    moved = [(grid + 4 * torch.randn(grid.shape, generator=generator).to(device)).expand(BATCH, -1, -1) for _ in "st"]
+
+    def ours_instances() -> list[Tensor]:
+        return general_instances(*dense, *moved, sizes=[(side, side)] * BATCH, instances=count).boxes
+
+    cases: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "FGFI masks": (
+            lambda: fgfi_masks(boxes, anchors, shapes, finest=finest),
+            lambda: loop_fgfi(boxes, anchors, shapes, levels),
+        ),
+        "FGD masks": (
+            lambda: fgd_masks(boxes, shapes, [(float(side), float(side))] * BATCH),
+            lambda: loop_fgd(boxes, shapes, side),
+        ),
+        "DeFeat masks": (
+            lambda: inside_boxes(boxes, shapes, strides, finest=finest),
+            lambda: loop_inside(boxes, shapes, side, levels),
+        ),
+        "general instances": (ours_instances, lambda: loop_instances(*dense, *moved, count, side)),
+    }
+    good = True
+    for name, (ours, loop) in cases.items():
+        check_same(name, ours(), loop())
+        found = ratios(loop, [ours], min(rounds, 10), device)
+        good &= report(f"{name}, loops over boxes over ours", found, "10", found[1] >= 10)
+    return good
+
+
+def images_of(shared: SharedImages) -> Any:
+    """torchvision's form."""
+    from torchvision.models.detection.image_list import ImageList
+
+    return ImageList(shared.tensors, shared.sizes)
+
+
+def check_same(name: str, ours: Any, loop: Any) -> None:
+    """Both compute the same.
+
+    Raises:
+        SystemExit: they do not.
+    """
+    pairs = [
+        (a, b)
+        for first, second in zip(ours, loop, strict=True)
+        for a, b in zip(_each(first), _each(second), strict=True)
+    ]
+    for number, (a, b) in enumerate(pairs):
+        if a.shape != b.shape or not torch.allclose(a.double(), b.double(), atol=1e-5):
+            sys.exit(f"{name}: loops and ours differ at {number}: {tuple(a.shape)} and {tuple(b.shape)}.")
+
+
+def _each(value: Any) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+# ---- memory
+
+
+def peak(which: str, architecture: str, device: str) -> float:
+    """MB above what models, optimiser and data take, at the worst moment of two steps."""
+    pair = Pair(architecture, "pearson_kd", device)
+    pair.alone()  # gradients and the optimiser's state
+
+    def parts() -> None:
+        held = pair.backbone()
+        pair.alone(held)
+
+    work = pair.distil if which == "distil" else parts
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    pair.optimizer.zero_grad()
+    if STATUS.is_file():
+        (STATUS.parent / "clear_refs").write_text("5")  # the peak is counted anew
+    before = resident("VmRSS")
+    work()
+    work()
+    return resident("VmHWM") - before
+
+
+def resident(key: str) -> float:
+    """A line of /proc/self/status in MB; where there is none the peak of the whole process."""
+    if not STATUS.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return next(float(line.split()[1]) / 1024 for line in STATUS.read_text().splitlines() if line.startswith(key))
+
+
+def memory(rounds: int, device: str) -> bool:
+    """Each in processes of their own."""
+    good = True
+    for architecture in ("retinanet", "faster_rcnn"):
+        found = []
+        for _ in range(max(2, min(rounds // 5, 5))):
+            taken = {}
+            for which in ("distil", "parts"):
+                command = [sys.executable, __file__, "--peak", f"{which},{architecture}", "--device", device]
+                taken[which] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            found.append(taken["distil"] / taken["parts"])
+        print(f"  {architecture}: {taken['distil']:.0f} MB over {taken['parts']:.0f} MB")
+        middle = statistics.median(found)
+        spread = (min(found), middle, max(found))
+        good &= report(f"{architecture}, peak memory over that of the parts", spread, "1.1", middle <= 1.1)
+    return good
+
+
+CASES = {"feature": feature, "second": second, "dense": dense, "regions": regions, "memory": memory}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print; 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(description="Speed and memory of distilling detectors.")
+    parser.add_argument("--only", choices=sorted(CASES))
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    if options.peak:
+        print(peak(*options.peak.split(","), options.device))
+        return 0
+    names = [options.only] if options.only else list(CASES)
+    good = [CASES[name](options.rounds, options.device) for name in names]
+    return int(not all(good))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
