@@ -20,6 +20,7 @@ from taskkd.adapters import AdapterSpec, build_adapter, maps_all_levels
 from taskkd.errors import ShapeError, TapError, TaskkdError, nearest
 from taskkd.ranks import gather_ranks, join_ranks, world_size
 from taskkd.schedules import Progress, Schedule, constant
+from taskkd.taps import describe
 
 __all__ = ["Auto", "Match", "Run", "Term", "Weight"]
 
@@ -119,6 +120,11 @@ class Term(nn.Module):
     def built(self) -> bool:
         """Whether everything trainable exists."""
         return True
+
+    def compared(self, run: Run) -> tuple[dict[str, str], dict[str, str]]:
+        """What the term reads of student and of teacher, by name, and its shape: for reports."""
+        own = {tap: describe(run.student[tap]) for tap in self.student_taps}
+        return own, {tap: describe(run.teacher[tap]) for tap in self.teacher_taps}
 
     def forward(self, run: Run) -> Tensor:
         """The loss of this run: a scalar, fp32 or fp64."""

@@ -15,6 +15,7 @@ from taskkd.detection.families import Family, family_of
 from taskkd.detection.shared import SharedImages
 from taskkd.detection.views import Views
 from taskkd.errors import ShapeError, TaskkdError
+from taskkd.taps import describe
 from taskkd.terms import Run, Term, Weight
 
 __all__ = ["DetectionTerm", "NeckTerm", "views_of"]
@@ -66,12 +67,18 @@ class DetectionTerm(Term):
         weight: Weight = 1.0,
     ) -> None:
         super().__init__(name, weight)
+        self.views_read = tuple(student_views), tuple(teacher_views)
         self.student_family, self.teacher_family = family_of(student, "student"), family_of(teacher, "teacher")
         self.student_taps = (
             self.student_family.images,
             *_taps(self.student_family, student_views, f"term {name!r}: the student, a"),
         )
         self.teacher_taps = _taps(self.teacher_family, teacher_views, f"term {name!r}: the teacher, a")
+
+    def compared(self, run: Run) -> tuple[dict[str, str], dict[str, str]]:
+        """The tensors of the views that are read."""
+        own, other = self.views_read
+        return _shapes(self.student_views(run), own), _shapes(self.teacher_views(run), other)
 
     def student_views(self, run: Run) -> Views:
         """What the student computed, and the images."""
@@ -80,6 +87,18 @@ class DetectionTerm(Term):
     def teacher_views(self, run: Run) -> Views:
         """What the teacher computed; its `images` are those that the student saw."""
         return views_of(run, self.teacher_family, self.student_views(run).images)
+
+
+def _shapes(views: Views, names: Sequence[str]) -> dict[str, str]:
+    """The tensors of views, by name."""
+    found: dict[str, str] = {}
+    for name in names:
+        value = views.get(name)
+        parts = enumerate(value) if isinstance(value, list) else vars(value).items()
+        for key, part in parts:
+            if isinstance(part, Tensor):
+                found[f"{name}[{key}]" if isinstance(value, list) else f"{name}.{key}"] = describe(part)
+    return found
 
 
 def _taps(family: Family, views: Sequence[str], who: str) -> tuple[str, ...]:
@@ -236,6 +255,16 @@ class NeckTerm(Term):
                 adapted.append(adapter(s, t) if getattr(adapter, "takes_target", False) else adapter(s))
             students = adapted
         return [resized(s, t) for s, t in zip(students, teachers, strict=True)], teachers
+
+    def compared(self, run: Run) -> tuple[dict[str, str], dict[str, str]]:
+        """The maps of the paired levels, as they are tapped."""
+        students, teachers = self.maps(run)
+        own = self.neck_taps or [f"neck[{i}]" for i in range(len(students))]
+        other = self.teacher_neck_taps or [f"neck[{j}]" for j in range(len(teachers))]
+        return (
+            {own[i]: describe(students[i]) for i, _ in self.levels},
+            {other[j]: describe(teachers[j]) for _, j in self.levels},
+        )
 
     def forward(self, run: Run) -> Tensor:
         students, teachers = self.pairs(run)
