@@ -108,9 +108,9 @@ TABLES = {
         [[8, 12], [16, 25], [32, 50]],
         ["RandomHorizontalFlip", "RandomVerticalFlip"],
         epochs=8,
-        rate=2e-3,
-        finetune={"epochs": 8, "learning_rate": 5e-4, "batch_size": 8},
-        alone=[1e-3, 2e-3, 4e-3],
+        rate=4e-3,
+        finetune={"epochs": 8, "learning_rate": 1e-3, "batch_size": 8},
+        alone=[2e-3, 4e-3, 8e-3],
     ),
     "digits": Table(
         "digits on textures, ten classes",
@@ -118,9 +118,9 @@ TABLES = {
         [[16, 20], [26, 32], [40, 50]],
         [],
         epochs=8,
-        rate=2e-3,
-        finetune={"epochs": 8, "learning_rate": 1e-3, "batch_size": 8},
-        alone=[1e-3, 2e-3, 4e-3],
+        rate=5e-3,
+        finetune={"epochs": 10, "learning_rate": 1e-3, "batch_size": 8},
+        alone=[3e-3, 5e-3, 1e-2],
     ),
 }
 
