@@ -1,1 +1,68 @@
 """Object detection: detectors of torchvision and transformers, any other through tap names."""
+
+from taskkd.detection.data import DetectionDataset, collate, read, tree_crowns
+from taskkd.detection.methods import (
+    METHODS,
+    auto,
+    bckd,
+    channel_wise,
+    chen,
+    crosskd,
+    defeat,
+    detr_distill,
+    fbkd,
+    fgd,
+    fgfi,
+    gdetkd,
+    gid,
+    kd_detr,
+    localization,
+    masked_generative,
+    mimic,
+    pearson_kd,
+    quantization_mimic,
+    score_weighted,
+    yolo_response,
+)
+from taskkd.detection.metrics import CocoMetric, VocMetric
+from taskkd.detection.models import build, load, save
+from taskkd.detection.teacher import DetectorTeacher
+from taskkd.detection.terms import DetectionTerm, NeckTerm
+from taskkd.detection.transformers_models import TransformersDetector
+
+__all__ = [
+    "METHODS",
+    "CocoMetric",
+    "DetectionDataset",
+    "DetectionTerm",
+    "DetectorTeacher",
+    "NeckTerm",
+    "TransformersDetector",
+    "VocMetric",
+    "auto",
+    "bckd",
+    "build",
+    "channel_wise",
+    "chen",
+    "collate",
+    "crosskd",
+    "defeat",
+    "detr_distill",
+    "fbkd",
+    "fgd",
+    "fgfi",
+    "gdetkd",
+    "gid",
+    "kd_detr",
+    "load",
+    "localization",
+    "masked_generative",
+    "mimic",
+    "pearson_kd",
+    "quantization_mimic",
+    "read",
+    "save",
+    "score_weighted",
+    "tree_crowns",
+    "yolo_response",
+]

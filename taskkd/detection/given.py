@@ -107,8 +107,11 @@ class GivenDetection(DetectionTask):
 def _detector(source: nn.Module | str | Path) -> nn.Module:
     """A detector with torchvision's interface."""
     if isinstance(source, str | Path):
-        if not (Path(source) / models.DETECTOR).is_file():
-            raise RecipeError(f"{str(source)!r} is no detector's folder: expected {models.DETECTOR} in it.")
+        if not any((Path(source) / name).is_file() for name in (models.DETECTOR, "config.json")):
+            raise RecipeError(
+                f"{str(source)!r} is no detector's folder: expected {models.DETECTOR} in it, or config.json of "
+                "transformers."
+            )
         return models.load(source)
     from taskkd.detection.transformers_models import TransformersDetector, is_transformers
 

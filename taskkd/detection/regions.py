@@ -6,7 +6,6 @@ pixels: height over h and width over w.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -61,27 +60,35 @@ def assign_levels(boxes: Tensor, levels: int, *, finest: float = 56.0) -> Tensor
 # ---- rectangles of cells
 
 
-def _covered(low: Tensor, high: Tensor, weight: Tensor, shape: Shape) -> Tensor:
-    """(N, h, w), the sums of the weights (N, n) of the rectangles that cover a cell; in the precision of the weights.
+def _covered(low: Tensor, high: Tensor, weight: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+    """(N, h, w) of each level, the sums of the weights of the rectangles that cover a cell, in the weights' precision.
 
-    They go from the cell `low` (N, n, 2), x y, to before `high`. A rectangle adds its weight at two corners and takes
-    it away at two, then rows and columns are summed up: the price does not depend on its size.
+    A rectangle adds its weight at two corners and takes it away at two, then rows and columns are summed up: the price
+    does not depend on its size.
+
+    Args:
+        low, high: (levels, N, n, 2), x y: the first cell and the one after the last.
+        weight: (levels, N, n).
+        shapes: (h, w) of the levels.
     """
-    h, w = shape
-    limit = torch.tensor([w, h], device=low.device)
+    images = weight.shape[1]
+    limit = torch.tensor([[w, h] for h, w in shapes], device=low.device)[:, None, None]
     low = torch.minimum(low.clamp(min=0), limit)
     high = torch.maximum(torch.minimum(high, limit), low)
     (x1, y1), (x2, y2) = low.unbind(-1), high.unbind(-1)
-    image = torch.arange(len(weight), device=low.device)[:, None] * (h + 1)
-    corners = torch.stack([(image + y) * (w + 1) + x for x, y in ((x1, y1), (x2, y2), (x1, y2), (x2, y1))])
+    sizes = [(h + 1) * (w + 1) for h, w in shapes]
+    starts = [images * sum(sizes[:i]) + n * size for i, size in enumerate(sizes) for n in range(images)]
+    start, row = torch.tensor(starts, device=low.device).view(-1, images, 1), limit[..., 0] + 1
+    corners = torch.stack([start + y * row + x for x, y in ((x1, y1), (x2, y2), (x1, y2), (x2, y1))])
     signed = torch.stack([weight, weight, -weight, -weight])
-    steps = weight.new_zeros(len(weight) * (h + 1) * (w + 1)).index_add_(0, corners.flatten(), signed.flatten())
-    return steps.view(-1, h + 1, w + 1)[:, :h, :w].cumsum(1).cumsum(2)
+    steps = weight.new_zeros(images * sum(sizes)).index_add_(0, corners.flatten(), signed.flatten())
+    each = torch.split(steps, [images * size for size in sizes])
+    return [x.view(images, h + 1, w + 1)[:, :h, :w].cumsum(1).cumsum(2) for x, (h, w) in zip(each, shapes, strict=True)]
 
 
-def _cells(boxes: Tensor, stride: Stride) -> tuple[Tensor, Tensor]:
-    """First cell and the one after the last, x y, of boxes (..., 4): truncated, at least one cell."""
-    by = boxes.new_tensor([stride[1], stride[0], stride[1], stride[0]])
+def _cells(boxes: Tensor, strides: Sequence[Stride]) -> tuple[Tensor, Tensor]:
+    """First cell and the one after the last, (levels, N, n, 2), x y, of boxes (N, n, 4): truncated, at least one."""
+    by = boxes.new_tensor([[x, y, x, y] for y, x in strides])[:, None, None]
     cells = (boxes / by).long()
     return cells[..., :2], torch.maximum(cells[..., 2:], cells[..., :2] + 1)
 
@@ -103,8 +110,7 @@ def inside_boxes(
     if finest is not None:
         belongs = assign_levels(padded, len(shapes), finest=finest)
         weights = weights * (belongs == torch.arange(len(shapes), device=padded.device)[:, None, None])
-    levels = zip(weights, shapes, strides, strict=True)
-    return [_covered(*_cells(padded, stride), weight, shape) > 0 for weight, shape, stride in levels]
+    return [covered > 0 for covered in _covered(*_cells(padded, strides), weights, shapes)]
 
 
 @torch.no_grad()
@@ -120,7 +126,7 @@ def box_sums(values: Tensor, boxes: Sequence[Tensor], stride: Stride) -> tuple[T
         (R,) sums and (R,) numbers of cells.
     """
     padded, valid = pad_boxes(boxes)
-    low, high = _cells(padded, stride)
+    (low,), (high,) = _cells(padded, [stride])
     rows, columns = (_inside(low[..., i], high[..., i], values.shape[2 - i]).to(values.dtype) for i in (1, 0))
     with torch.enable_grad():
         sums = ((rows @ values) * columns).sum(-1)[valid]
@@ -161,29 +167,31 @@ def fgd_masks(
     values, order = torch.where(valid, 1 / (high - low).prod(-1).to(padded.dtype), 0).sort(2, descending=True)
     low, high = (x.gather(2, order[..., None].expand(-1, -1, -1, 2)) for x in (low, high))
     masks = []
-    for i, shape in enumerate(shapes):
-        foreground = _first(values[i], low[i], high[i], shape)
+    for foreground in _first(values, low, high, shapes):
         background = (foreground == 0).to(padded.dtype)
         masks.append((foreground, background / background.sum((1, 2), keepdim=True).clamp(min=1)))
     return masks
 
 
-def _first(values: Tensor, low: Tensor, high: Tensor, shape: Shape) -> Tensor:
-    """(N, h, w), the value (N, n) > 0 of the first of the rectangles that cover a cell; 0 where there is none.
+def _first(values: Tensor, low: Tensor, high: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+    """(N, h, w) of each level, the value of the first of the rectangles that cover a cell; 0 where there is none.
 
-    Values fall; those that are 0 do not count. Each rectangle is a bit, and the highest that is set is the first.
+    Values (levels, N, n) fall; those that are 0 do not count. Each rectangle is a bit, and the highest that is set is
+    the first.
     """
-    found = [values.new_zeros(len(values), *shape)] if values.shape[1] == 0 else []
-    for start in range(0, values.shape[1], BITS):
+    found = [values.new_zeros(values.shape[1], *shape) for shape in shapes]
+    for start in range(0, values.shape[2], BITS):
         part = slice(start, start + BITS)
-        some = values[:, part].flip(1)  # the last one is bit 0
-        bit = torch.arange(some.shape[1] - 1, -1, -1, device=values.device, dtype=torch.float64).exp2()
-        bits = _covered(low[:, part], high[:, part], bit * (values[:, part] > 0), shape)
-        # a double's exponent without a logarithm: 0 for none, 1 for bit 0
-        highest = bits.view(torch.int64).bitwise_right_shift_(52).sub_(1022).clamp_(min=0)
-        known = torch.cat([some.new_zeros(len(some), 1), some], 1)
-        found.append(known.gather(1, highest.flatten(1)).view(-1, *shape))
-    return functools.reduce(torch.maximum, found)
+        some = values[:, :, part].flip(2)  # the last one is bit 0
+        bit = torch.arange(some.shape[2] - 1, -1, -1, device=values.device, dtype=torch.float64).exp2()
+        covered = _covered(low[:, :, part], high[:, :, part], bit * (values[:, :, part] > 0), shapes)
+        known = torch.cat([some.new_zeros(*some.shape[:2], 1), some], 2)
+        for i, bits in enumerate(covered):
+            # a double's exponent without a logarithm: 0 for none, 1 for bit 0
+            highest = bits.view(torch.int64).bitwise_right_shift_(52).sub_(1022).clamp_(min=0)
+            own = known[i].gather(1, highest.flatten(1)).view_as(found[i])
+            found[i] = torch.maximum(found[i], own) if start else own
+    return found
 
 
 # ---- FGFI: cells with an anchor that overlaps a box nearly as much as the best one does
@@ -221,6 +229,7 @@ def fgfi_masks(
         finest: see `assign_levels`.
     """
     padded, valid = pad_boxes(boxes)
+    valid = valid & (padded[..., 2:] > padded[..., :2]).any(-1)  # a point is no box, even where pixels have a width
     belongs = assign_levels(padded, len(shapes), finest=finest)
     grids = [_Grid(a, shape, plus_one) for a, shape in zip(anchors, shapes, strict=True)]
     target = padded.to(anchors[0].dtype).flatten(0, 1)

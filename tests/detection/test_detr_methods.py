@@ -219,6 +219,8 @@ def test_a_batch_without_boxes_is_finite(name: str) -> None:
     losses = distiller(**data(boxes=False))
     losses["loss"].backward()
     assert all(v.isfinite() for v in losses.values())
+    one = {name: values[1:] for name, values in data().items()}  # a batch of one image, which has none
+    assert all(v.isfinite() for v in distiller(**one).values())
     assert all(p.grad is None or p.grad.isfinite().all() for p in own.parameters())
 
 

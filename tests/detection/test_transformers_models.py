@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from taskkd.detection.given import _detector
 from taskkd.detection.transformers_models import TransformersDetector, inside_images, labels_of
 from taskkd.errors import DataError, TaskkdError
 from tests.detection.tiny_detr import NAMES, batch, detector
@@ -118,6 +119,8 @@ def test_what_is_saved_is_read_by_us_and_by_transformers(name: str, tmp_path: Pa
     again, info = TransformersDetector.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
+    assert isinstance(_detector(tmp_path), TransformersDetector)  # what `kd.distill` takes for a student or teacher
+    assert isinstance(_detector(model.model), TransformersDetector)
     plain = AutoModelForObjectDetection.from_pretrained(tmp_path).eval()
     assert plain.state_dict().keys() == model.model.state_dict().keys()
     assert AutoImageProcessor.from_pretrained(tmp_path).size == model.processor.size

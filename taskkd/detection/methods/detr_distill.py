@@ -206,10 +206,11 @@ def query_scores(decoder: Decoder, images: SharedImages) -> Tensor:
     """
     from torchvision.ops import box_iou
 
-    softmax = decoder.activation == "softmax"
-    probability = decoder.logits.float().softmax(-1)[..., :-1] if softmax else decoder.logits.float().sigmoid()
+    exact = torch.promote_types(decoder.logits.dtype, torch.float32)
+    logits, every = decoder.logits.to(exact), decoder.boxes.to(exact)
+    probability = logits.softmax(-1)[..., :-1] if decoder.activation == "softmax" else logits.sigmoid()
     scores, found = probability.amax(-1), []
-    for score, boxes, truth, (h, w) in zip(scores, decoder.boxes.float(), images.boxes, images.sizes, strict=True):
+    for score, boxes, truth, (h, w) in zip(scores, every, images.boxes, images.sizes, strict=True):
         if len(truth):
             corners = as_corners(boxes).flatten(0, 1) * boxes.new_tensor([w, h, w, h])
             overlap = box_iou(corners, truth.to(corners.dtype)).amax(1).nan_to_num(0.0)

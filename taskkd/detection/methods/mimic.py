@@ -133,7 +133,8 @@ class MimicTerm(NeckTerm):
         boxes = [b.detach().to(images.tensors.dtype) for b in boxes]
         if self.pool is not None:
             height, width = images.tensors.shape[2:]
-            pooled = [pool_own_level(m, boxes, (int(height), int(width)), self.pool) for m in (students, teachers)]
+            full = [[m if m.dtype == torch.float64 else m.float() for m in side] for side in (students, teachers)]
+            pooled = [pool_own_level(side, boxes, (int(height), int(width)), self.pool) for side in full]
             return mimic_loss(*pooled, normalise=self.normalise)
         return mimic_crops(students, teachers, boxes, strides_of(images, students), self.normalise)
 
