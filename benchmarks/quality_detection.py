@@ -117,9 +117,9 @@ TABLES = {
         lambda source, folder: write_digits(folder),
         [[16, 20], [26, 32], [40, 50]],
         [],
-        epochs=8,
+        epochs=7,
         rate=5e-3,
-        finetune={"epochs": 10, "learning_rate": 1e-3, "batch_size": 8},
+        finetune={"epochs": 8, "learning_rate": 1e-3, "batch_size": 8},
         alone=[3e-3, 5e-3, 1e-2],
     ),
 }
