@@ -24,7 +24,8 @@ def auto(
 ) -> Method:
     """PKD on the neck's maps, for every pair; for two two-stage detectors also Chen's answers of the second stage.
 
-    Source: Cao et al. 2022 (`pearson_kd`) and Chen et al. 2017 (`chen`, without its hint). Which of them for which pair
+    Source: Cao et al. 2022, "PKD: General Distillation Framework for Object Detectors via Pearson Correlation
+    Coefficient" (`pearson_kd`), and Chen et al. 2017 (`chen`, without its hint). Which of them for which pair
     is our choice.
 
     Args:

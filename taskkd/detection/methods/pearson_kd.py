@@ -66,7 +66,8 @@ def pearson_kd(
 ) -> Method:
     """The neck's maps, each channel standardised: what varies counts, not how strong it is.
 
-    Source: Cao et al. 2022 (PKD), weights as in mmrazor. Teacher and student may be of different families: it is the
+    Source: Cao et al. 2022, "PKD: General Distillation Framework for Object Detectors via Pearson Correlation
+    Coefficient", weights as in mmrazor. Teacher and student may be of different families: it is the
     method that asks least of a pair. The authors have no adapter, and maps of 256 channels on both sides.
 
     Args:
