@@ -107,9 +107,9 @@ TABLES = {
         write_nuclei,
         [[8, 12], [16, 25], [32, 50]],
         ["RandomHorizontalFlip", "RandomVerticalFlip"],
-        epochs=4,
+        epochs=2,
         rate=4e-3,
-        finetune={"epochs": 6, "learning_rate": 1e-3, "batch_size": 8},
+        finetune={"epochs": 4, "learning_rate": 1e-3, "batch_size": 8},
         alone=[2e-3, 4e-3, 8e-3],
     ),
     "digits": Table(
