@@ -9,7 +9,7 @@ from torch import nn
 
 from taskkd.detection.families import family_of
 from taskkd.detection.shared import renormalised
-from taskkd.detection.terms import TEACHER_SCALE, views_of
+from taskkd.detection.terms import TEACHER_IMAGES, views_of
 from taskkd.errors import TaskkdError
 from taskkd.suppliers import Supplier
 from taskkd.taps import parse_tap
@@ -88,7 +88,8 @@ class DetectorTeacher(Supplier):
             by = shared.tensors.new_tensor([factor[1], factor[0], factor[1], factor[0]])
             regions = [r.detach() if self.size == 1 else r.detach() * by for r in views.regions]
         tensors = renormalised(shared, self.student_family.normalisation, self.family.normalisation)
-        run.notes[TEACHER_SCALE] = shared.tensors.shape[2] / views.images.tensors.shape[2]
+        if shared is not views.images:
+            run.notes[TEACHER_IMAGES] = shared
         self.family.run(model, ImageList(tensors, shared.sizes), self.parts_run, regions)
 
     def __call__(self, batch: Mapping[str, Any], run: Any = None) -> dict[str, Any]:

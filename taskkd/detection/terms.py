@@ -20,8 +20,8 @@ from taskkd.terms import Run, Term, Weight
 
 __all__ = ["DetectionTerm", "NeckTerm", "views_of"]
 
-#: in `Run.notes`: how much larger the images are that the teacher saw
-TEACHER_SCALE = "detection.teacher_scale"
+#: in `Run.notes`: the images as the teacher saw them, larger or smaller where its `size` is not 1
+TEACHER_IMAGES = "detection.teacher_images"
 
 
 def views_of(run: Run, family: Family, images: SharedImages | None = None) -> Views:
@@ -30,12 +30,15 @@ def views_of(run: Run, family: Family, images: SharedImages | None = None) -> Vi
     Args:
         run: of the batch.
         family: of the student or, with `images`, of the teacher.
-        images: what the teacher saw, which are the student's.
+        images: the student's; the teacher's view has them as the teacher saw them.
     """
     side = "student" if images is None else "teacher"
     key = f"detection.{side}"
     if key not in run.notes:
-        shared = SharedImages.of(run.student[family.images]) if images is None else images
+        if images is None:
+            shared = SharedImages.of(run.student[family.images])
+        else:
+            shared = run.notes.get(TEACHER_IMAGES, images)
         run.notes[key] = Views(family, getattr(run, side), shared)
     views: Views = run.notes[key]
     return views
@@ -85,7 +88,7 @@ class DetectionTerm(Term):
         return views_of(run, self.student_family)
 
     def teacher_views(self, run: Run) -> Views:
-        """What the teacher computed; its `images` are those that the student saw."""
+        """What the teacher computed; its `images` and boxes are in the pixels that it saw."""
         return views_of(run, self.teacher_family, self.student_views(run).images)
 
 
@@ -111,8 +114,8 @@ def _taps(family: Family, views: Sequence[str], who: str) -> tuple[str, ...]:
 class NeckTerm(Term):
     """Base of terms over feature maps, which are paired level by level and brought to one size and width.
 
-    Levels are paired by their strides, finest first; those without a partner within a factor of 1.5 are left out. Maps
-    of a teacher that saw larger images (`size` of `DetectorTeacher`) are resized to the student's.
+    Levels are paired by their strides, finest first; those without a partner within a factor of 1.5 are left out, and of
+    several of one stride on one side alone the later ones have the partners. Maps of a teacher that saw larger images (`size` of `DetectorTeacher`) are resized to the student's.
 
     Args:
         name, weight: see `Term`.
@@ -206,10 +209,10 @@ class NeckTerm(Term):
         """Pair the levels and make the adapters."""
         students, teachers = self.maps(run)
         if not self.levels:
-            height = self.images(run).tensors.shape[2]
-            scale = run.notes.get(TEACHER_SCALE, 1.0)
-            strides = [height / m.shape[2] for m in students], [height * scale / m.shape[2] for m in teachers]
-            self.levels = self._paired(*strides)
+            own = self.images(run)
+            seen: SharedImages = run.notes.get(TEACHER_IMAGES, own)
+            height, other = own.tensors.shape[2], seen.tensors.shape[2]
+            self.levels = self._paired([height / m.shape[2] for m in students], [other / m.shape[2] for m in teachers])
         if self.adapter_spec is None or len(self.adapters):
             return
         students, teachers = self._picked(run)
@@ -222,23 +225,23 @@ class NeckTerm(Term):
     def _paired(self, own: Sequence[float], other: Sequence[float]) -> list[tuple[int, int]]:
         if self.neck_taps is not None:
             return [(i, i) for i in range(len(own))]
-        pairs: dict[int, int] = {}  # teacher's level -> student's; of two of the same stride the later
-        for i, stride in enumerate(own):
-            distance, j = min((abs(math.log2(stride / t)), j) for j, t in enumerate(other))
-            if distance <= math.log2(1.5):
-                pairs[j] = i
+        apart = [(abs(math.log2(s / t)), -i, -j) for i, s in enumerate(own) for j, t in enumerate(other)]
+        pairs: dict[int, int] = {}  # student's level -> teacher's; the nearest first, of equal ones the later
+        for distance, i, j in sorted(apart):
+            if distance <= math.log2(1.5) and -i not in pairs and -j not in pairs.values():
+                pairs[-i] = -j
         if not pairs:
             shown = " and ".join(", ".join(f"{s:g}" for s in side) for side in (own, other))
             raise ShapeError(
                 f"term {self.name!r}: no level of the student has a stride of the teacher's; the strides are {shown}. "
                 "Name the maps that belong together with `neck` and `teacher_neck`."
             )
-        return sorted((i, j) for j, i in pairs.items())[: self.count]
+        return sorted(pairs.items())[: self.count]
 
     def _picked(self, run: Run) -> tuple[list[Tensor], list[Tensor]]:
         students, teachers = self.maps(run)
         own, other = [students[i] for i, _ in self.levels], [teachers[j] for _, j in self.levels]
-        if run.notes.get(TEACHER_SCALE, 1.0) != 1.0:
+        if TEACHER_IMAGES in run.notes:
             other = [resized(t, s) for s, t in zip(own, other, strict=True)]
         return own, other
 

@@ -153,6 +153,34 @@ def test_a_teacher_sees_larger_images_and_its_maps_are_brought_to_the_students_g
         DetectorTeacher(teacher, student, size=0)
 
 
+def test_levels_are_paired_by_stride_one_with_one() -> None:
+    term = Sees("maps", retinanet(), retinanet())
+    cases = [
+        ([32, 32, 64], [32, 32, 64], [(0, 0), (1, 1), (2, 2)]),  # fasterrcnn_mobilenet_v3_large_320_fpn
+        ([32, 32, 64], [4, 8, 16, 32, 64], [(1, 3), (2, 4)]),
+        ([4, 8, 16, 32, 64], [32, 32, 64], [(3, 1), (4, 2)]),
+        ([8, 16, 32, 48], [32], [(2, 0)]),  # a level that fits is not given up for one that nearly does
+        ([8, 16], [10, 20], [(0, 0), (1, 1)]),
+    ]
+    for own, other, expected in cases:
+        assert term._paired(own, other) == expected
+
+
+def test_what_a_larger_teacher_saw_is_in_its_own_pixels() -> None:
+    student, teacher = retinanet(), faster_rcnn(24, seed=1)
+    term = Regions("r", student, teacher, student_views=("neck", "regions"), teacher_views=("rois",))
+    distiller = kd.Distiller(student, DetectorTeacher(teacher, student, size=1.5), [term])
+    given = batch((2, 1), sizes=((64, 96),))
+    distiller.prepare(given)
+    run = distiller._run(given)
+    own, seen = term.student_views(run).images, term.teacher_views(run).images
+    assert (own.tensors.shape[2:], seen.tensors.shape[2:]) == ((64, 96), (96, 128))  # multiples of 32, not 1.5 times
+    by = torch.tensor([128 / 96, 96 / 64] * 2)
+    for regions, proposals in zip(term.student_views(run).regions, term.teacher_views(run).rois.proposals, strict=True):
+        torch.testing.assert_close(proposals, regions * by)
+    distiller.close()
+
+
 def test_a_two_stage_teacher_looks_at_the_regions_of_a_one_stage_student() -> None:
     student, teacher = fcos(), faster_rcnn(24, seed=1)
     term = Regions("r", student, teacher, student_views=("neck", "regions"), teacher_views=("rois",))

@@ -14,7 +14,7 @@ from taskkd.detection.families import family_of
 from taskkd.detection.methods.maps import Adapter, adapter_of, strides_of, two_stage, zero
 from taskkd.detection.pooling import levels_of, pool_own_level
 from taskkd.detection.regions import box_sums
-from taskkd.detection.terms import TEACHER_SCALE, DetectionTerm, NeckTerm
+from taskkd.detection.terms import DetectionTerm, NeckTerm
 from taskkd.errors import RecipeError, ShapeError
 from taskkd.losses.primitives import check_same_shape, full_precision
 from taskkd.stages import Method, Stage
@@ -116,14 +116,16 @@ class MimicTerm(NeckTerm):
             return images.boxes
         if self.proposals == "student":
             return self.student_views(run).regions
-        views, scale = self.teacher_views(run), run.notes.get(TEACHER_SCALE, 1.0)
+        views = self.teacher_views(run)
         if "proposals" in views.family.views:
-            return [boxes[: self.limit] / scale for boxes in views.proposals]
-        from taskkd.detection.sampling import own_regions
+            found = [boxes[: self.limit] for boxes in views.proposals]
+        else:
+            from taskkd.detection.sampling import own_regions
 
-        # its own predictions are in the pixels that it saw
-        found = own_regions(views.dense, images.scaled(scale), count=self.limit)
-        return [boxes / scale for boxes in found]
+            found = own_regions(views.dense, views.images, count=self.limit)
+        (h, w), (height, width) = images.tensors.shape[2:], views.images.tensors.shape[2:]
+        by = images.tensors.new_tensor([w / width, h / height, w / width, h / height])
+        return [boxes * by for boxes in found]
 
     def compare(self, students: list[Tensor], teachers: list[Tensor], run: Run) -> Tensor:
         """The loss of all regions."""
