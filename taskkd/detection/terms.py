@@ -115,8 +115,8 @@ class NeckTerm(Term):
     """Base of terms over feature maps, which are paired level by level and brought to one size and width.
 
     Levels are paired by their strides, finest first; those without a partner within a factor of 1.5 are left out, and
-    of several of one stride on one side alone the later ones have the partners. Maps of a teacher that saw larger images
-    (`size` of `DetectorTeacher`) are resized to the student's.
+    of several of one stride on one side alone the later ones have the partners. Maps of a teacher that saw larger
+    images (`size` of `DetectorTeacher`) are resized to the student's.
 
     Args:
         name, weight: see `Term`.
