@@ -22,7 +22,7 @@ demo: .venv/.installed
 
 # One process for each core, of one thread each; `pytest` alone runs them one after the other.
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-all: .venv/.installed
 	$(BIN)/python -m pytest -m 'slow or not slow'
