@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from taskkd.errors import NonFiniteError, TaskkdError
-from taskkd.taps import describe
 from taskkd.terms import Run, Term
 
 __all__ = ["Preparation", "TermReport", "advise", "even_out", "measure"]
@@ -72,8 +71,7 @@ def measure(
                 value.item(),
                 weights[name],
                 float(torch.stack(norms).norm()) if norms else 0.0,
-                {n: describe(run.student[n]) for n in (term.student_taps if term else ())},
-                {n: describe(run.teacher[n]) for n in (term.teacher_taps if term else ())},
+                *(term.shown(run) if term else ({}, {})),
                 sum(p.numel() for p in term.parameters()) if term else 0,
             )
         )

@@ -20,6 +20,7 @@ from taskkd.adapters import AdapterSpec, build_adapter, maps_all_levels
 from taskkd.errors import ShapeError, TapError, TaskkdError, nearest
 from taskkd.ranks import gather_ranks, join_ranks, world_size
 from taskkd.schedules import Progress, Schedule, constant
+from taskkd.taps import describe
 
 __all__ = ["Auto", "Match", "Run", "Term", "Weight"]
 
@@ -119,6 +120,13 @@ class Term(nn.Module):
     def built(self) -> bool:
         """Whether everything trainable exists."""
         return True
+
+    def shown(self, run: Run) -> tuple[dict[str, str], dict[str, str]]:
+        """What the term compares, in words: of student and of teacher the name of a value -> what it is."""
+        return (
+            {name: describe(run.student[name]) for name in self.student_taps},
+            {name: describe(run.teacher[name]) for name in self.teacher_taps},
+        )
 
     def forward(self, run: Run) -> Tensor:
         """The loss of this run: a scalar, fp32 or fp64."""

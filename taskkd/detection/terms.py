@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from taskkd.adapters import AdapterSpec, build_adapter
 from taskkd.detection.families import Family, family_of
 from taskkd.detection.shared import SharedImages
-from taskkd.detection.views import Views
+from taskkd.detection.views import Views, shapes
 from taskkd.errors import ShapeError, TaskkdError
 from taskkd.terms import Run, Term, Weight
 
@@ -69,6 +69,7 @@ class DetectionTerm(Term):
         weight: Weight = 1.0,
     ) -> None:
         super().__init__(name, weight)
+        self.view_names = tuple(student_views), tuple(teacher_views)
         self.student_family, self.teacher_family = family_of(student, "student"), family_of(teacher, "teacher")
         self.student_taps = (
             self.student_family.images,
@@ -84,6 +85,14 @@ class DetectionTerm(Term):
         """What the teacher computed; its `images` and boxes are in the pixels that it saw."""
         return views_of(run, self.teacher_family, self.student_views(run).images)
 
+    def shown(self, run: Run) -> tuple[dict[str, str], dict[str, str]]:
+        """The views with their shapes."""
+        own, other = (
+            {name: shapes(views.get(name)) for name in names}
+            for names, views in zip(self.view_names, (self.student_views(run), self.teacher_views(run)), strict=True)
+        )
+        return own, other
+
 
 def _taps(family: Family, views: Sequence[str], who: str) -> tuple[str, ...]:
     for view in views:
@@ -95,8 +104,9 @@ def _taps(family: Family, views: Sequence[str], who: str) -> tuple[str, ...]:
 class NeckTerm(Term):
     """Base of terms over feature maps, which are paired level by level and brought to one size and width.
 
-    Levels are paired by their strides, finest first; those without a partner within a factor of 1.5 are left out, and of
-    several of one stride on one side alone the later ones have the partners. Maps of a teacher that saw larger images (`size` of `DetectorTeacher`) are resized to the student's.
+    Levels are paired by their strides, finest first; those without a partner within a factor of 1.5 are left out, and
+    of several of one stride on one side alone the later ones have the partners. Maps of a teacher that saw larger
+    images (`size` of `DetectorTeacher`) are resized to the student's.
 
     Args:
         name, weight: see `Term`.
@@ -239,6 +249,16 @@ class NeckTerm(Term):
                 adapted.append(adapter(s, t) if getattr(adapter, "takes_target", False) else adapter(s))
             students = adapted
         return [resized(s, t) for s, t in zip(students, teachers, strict=True)], teachers
+
+    def shown(self, run: Run) -> tuple[dict[str, str], dict[str, str]]:
+        """The levels that are paired, as they are before adapters."""
+        sides = zip(
+            self.maps(run), (self.neck_taps, self.teacher_neck_taps), zip(*self.levels, strict=True), strict=True
+        )
+        own, other = (
+            {taps[i] if taps else f"neck[{i}]": shapes(maps[i]) for i in levels} for maps, taps, levels in sides
+        )
+        return own, other
 
     def forward(self, run: Run) -> Tensor:
         students, teachers = self.pairs(run)
