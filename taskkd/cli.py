@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 from pathlib import Path
@@ -92,8 +93,9 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
             shown.add_row(term.name, *(f"{n:.4g}" for n in numbers), adapter)
         console.print(shown)
         for term in preparation.terms:
-            for (own, a), (other, b) in zip(term.student.items(), term.teacher.items(), strict=False):
-                _say(f"{term.name}: {own} {_shape(a)} <- {other} {_shape(b)}")
+            sides = ([f"{tap} {_shape(text)}" for tap, text in side.items()] for side in (term.student, term.teacher))
+            for own, other in itertools.zip_longest(*sides, fillvalue=""):
+                _say(f"{term.name}: {own} <- {other}".rstrip(" <-") if own else f"{term.name}: <- {other}")
     for warning in plan.warnings:
         _say(f"note: {warning}")
 
@@ -161,7 +163,10 @@ def evaluate(
 def predict(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     inputs: Annotated[
-        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts; none: one a line from standard input.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[TEXT]...", help="Texts, of detectors image files; none: one a line from standard input."
+        ),
     ] = None,
 ) -> None:
     """Predict with a run's student: label, probability and input (regression: value and input), tab-separated."""

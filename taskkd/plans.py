@@ -61,7 +61,7 @@ def check(recipe: Any, *, evaluate: int = 200) -> Plan:
         plan.summary.append(
             ("teacher's own metric", f"it is fine-tuned first: {epochs:g} epochs on {len(data.train)} samples")
         )
-        plan.warnings.append("the sizes below are those of a teacher that is not fine-tuned yet.")
+        plan.warnings.append("values and gradients are those of a teacher that is not fine-tuned yet.")
     if recipe.method is None and not recipe.terms:
         return plan
     training = recipe.training

@@ -71,7 +71,7 @@ def measure(
                 value.item(),
                 weights[name],
                 float(torch.stack(norms).norm()) if norms else 0.0,
-                *(term.compared(run) if term else ({}, {})),
+                *(term.shown(run) if term else ({}, {})),
                 sum(p.numel() for p in term.parameters()) if term else 0,
             )
         )

@@ -407,9 +407,10 @@ def distill(
         student: a model, or a list of the teacher's layers (0-based). A model is left as it was: the trained one is in
             the result.
         teacher: a model that is trained for the task, or its name or path.
-        train: a path (csv, tsv, jsonl, parquet), a list of dicts, or an HF `Dataset`.
+        train: nlp: a path (csv, tsv, jsonl, parquet), a list of dicts, or an HF `Dataset`; detection: a COCO json
+            file, a folder in the layout of Pascal VOC, an HF `Dataset`, or `Annotations`.
         eval: the same, to validate on; None: a tenth of `train` to validate on and a tenth to test on are held out.
-        task: "nlp".
+        task: "nlp" or "detection".
         output_dir: of the run; an interrupted run goes on there.
         method: a key of the task's `METHODS`; None: "soft_targets" for nlp, "auto" for detection.
         options: the method's own.
@@ -417,7 +418,9 @@ def distill(
         baseline: whether the student alone is trained as well, for comparison.
         seeds: one run each.
         **data: what else the task's data takes; for nlp `processing_class`, `text`, `label`, `test`, `unlabelled`,
-            `max_length`, `stride`, `no_answer`, `masking`, `mask_share` (see `taskkd.nlp.given.GivenTask`).
+            `max_length`, `stride`, `no_answer`, `masking`, `mask_share` (see `taskkd.nlp.given.GivenTask`); for
+            detection `test`, `images`, `classes`, `augment`, `metric`, `size`, `bad` (see
+            `taskkd.detection.given.GivenDetection`).
 
     Raises:
         TaskkdError: of the kind that says what is wrong.

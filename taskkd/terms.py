@@ -121,10 +121,12 @@ class Term(nn.Module):
         """Whether everything trainable exists."""
         return True
 
-    def compared(self, run: Run) -> tuple[dict[str, str], dict[str, str]]:
-        """What the term reads of student and of teacher, by name, and its shape: for reports."""
-        own = {tap: describe(run.student[tap]) for tap in self.student_taps}
-        return own, {tap: describe(run.teacher[tap]) for tap in self.teacher_taps}
+    def shown(self, run: Run) -> tuple[dict[str, str], dict[str, str]]:
+        """What the term compares, in words: of student and of teacher the name of a value -> what it is."""
+        return (
+            {name: describe(run.student[name]) for name in self.student_taps},
+            {name: describe(run.teacher[name]) for name in self.teacher_taps},
+        )
 
     def forward(self, run: Run) -> Tensor:
         """The loss of this run: a scalar, fp32 or fp64."""

@@ -51,7 +51,8 @@ def draw(
                 found = sample["targets"]
                 boxes, labels = found["boxes"], found["labels"]
             else:
-                (found,) = detectors[title].eval()([sample["images"]])
+                model = detectors[title].eval()  # the teacher of a run stays where it was trained
+                (found,) = model([sample["images"].to(next(model.parameters()).device)])
                 kept = found["scores"] >= threshold
                 boxes, labels = found["boxes"][kept], found["labels"][kept]
             axis.set_title(f"{title}: {len(boxes)}", fontsize=10)
@@ -62,8 +63,8 @@ def draw(
 
 def _spread(table: Any, count: int) -> list[int]:
     """Images from all parts of the table, with boxes where there are any."""
-    step = max(1, len(table) // count)
-    groups = [range(start, min(start + step, len(table))) for start in range(0, len(table), step)][:count]
+    count = min(count, len(table))
+    groups = [range(i * len(table) // count, (i + 1) * len(table) // count) for i in range(count)]
     records = getattr(table, "records", None)
     if records is None:
         return [group[0] for group in groups]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from taskkd.detection.config import DetectorConfig
-from taskkd.schema import CacheConfig, Finetune, Model, Recipe, TeacherConfig, Training
+from taskkd.schema import Baseline, CacheConfig, Finetune, Model, Recipe, TeacherConfig, Training
 
 __all__ = ["Data", "DetectionRecipe", "Student", "Teacher"]
 
@@ -136,3 +136,12 @@ class DetectionRecipe(Recipe):
     teacher: Teacher
     student: Student
     training: DetectionTraining = DetectionTraining()
+
+    @model_validator(mode="after")
+    def _as_long_alone(self) -> DetectionRecipe:
+        """The student alone is trained as the distilled one is, where the recipe does not say otherwise."""
+        if self.baseline is not None:
+            own = {"epochs": self.training.epochs, "learning_rates": [self.training.learning_rate]}
+            given = {name: getattr(self.baseline, name) for name in self.baseline.model_fields_set}
+            self.baseline = Baseline(**{**own, **given})
+        return self

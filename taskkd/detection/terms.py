@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from taskkd.adapters import AdapterSpec, build_adapter
 from taskkd.detection.families import Family, family_of
 from taskkd.detection.shared import SharedImages
-from taskkd.detection.views import Views
+from taskkd.detection.views import Views, shapes
 from taskkd.errors import ShapeError, TaskkdError
 from taskkd.taps import describe
 from taskkd.terms import Run, Term, Weight
@@ -70,7 +70,7 @@ class DetectionTerm(Term):
         weight: Weight = 1.0,
     ) -> None:
         super().__init__(name, weight)
-        self.views_read = tuple(student_views), tuple(teacher_views)
+        self.view_names = tuple(student_views), tuple(teacher_views)
         self.student_family, self.teacher_family = family_of(student, "student"), family_of(teacher, "teacher")
         self.student_taps = (
             self.student_family.images,
@@ -90,6 +90,14 @@ class DetectionTerm(Term):
     def teacher_views(self, run: Run) -> Views:
         """What the teacher computed; its `images` and boxes are in the pixels that it saw."""
         return views_of(run, self.teacher_family, self.student_views(run).images)
+
+    def shown(self, run: Run) -> tuple[dict[str, str], dict[str, str]]:
+        """The views with their shapes."""
+        own, other = (
+            {name: shapes(views.get(name)) for name in names}
+            for names, views in zip(self.view_names, (self.student_views(run), self.teacher_views(run)), strict=True)
+        )
+        return own, other
 
 
 def _shapes(views: Views, names: Sequence[str]) -> dict[str, str]:
@@ -260,15 +268,15 @@ class NeckTerm(Term):
             students = adapted
         return [resized(s, t) for s, t in zip(students, teachers, strict=True)], teachers
 
-    def compared(self, run: Run) -> tuple[dict[str, str], dict[str, str]]:
-        """The maps of the paired levels, as they are tapped."""
-        students, teachers = self.maps(run)
-        own = self.neck_taps or [f"neck[{i}]" for i in range(len(students))]
-        other = self.teacher_neck_taps or [f"neck[{j}]" for j in range(len(teachers))]
-        return (
-            {own[i]: describe(students[i]) for i, _ in self.levels},
-            {other[j]: describe(teachers[j]) for _, j in self.levels},
+    def shown(self, run: Run) -> tuple[dict[str, str], dict[str, str]]:
+        """The levels that are paired, as they are before adapters."""
+        sides = zip(
+            self.maps(run), (self.neck_taps, self.teacher_neck_taps), zip(*self.levels, strict=True), strict=True
         )
+        own, other = (
+            {taps[i] if taps else f"neck[{i}]": shapes(maps[i]) for i in levels} for maps, taps, levels in sides
+        )
+        return own, other
 
     def forward(self, run: Run) -> Tensor:
         students, teachers = self.pairs(run)

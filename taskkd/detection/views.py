@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from taskkd.detection.shared import SharedImages
 
-__all__ = ["Decoder", "Dense", "Rois", "Rpn", "Views"]
+__all__ = ["Decoder", "Dense", "Rois", "Rpn", "Views", "shapes"]
 
 #: raw regression (n, 4) and anchors (n, 4) -> boxes (n, 4), x1 y1 x2 y2
 Decode = Callable[[Tensor, Tensor], Tensor]
@@ -208,3 +208,13 @@ class Views:
         """Predictions of the queries."""
         found: Decoder = self.get("decoder")
         return found
+
+
+def shapes(view: Any) -> str:
+    """The shapes of the tensors of a view, in words."""
+    if isinstance(view, Tensor):
+        return str(tuple(view.shape))
+    if isinstance(view, list):
+        return ", ".join(shapes(x) for x in view)
+    parts = ((f.name, getattr(view, f.name)) for f in fields(view))
+    return ", ".join(f"{name} {shapes(value)}" for name, value in parts if isinstance(value, Tensor))

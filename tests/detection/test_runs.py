@@ -12,7 +12,7 @@ from PIL import Image
 
 import taskkd as kd
 from taskkd import plans, recipes, reports, runs
-from taskkd.detection import models
+from taskkd.detection import DetectionDataset, models, pictures, read
 from taskkd.detection.task import TASK, DetectionTask
 from taskkd.errors import DataError, RecipeError, TaskkdError
 from tests.detection import coco_folder
@@ -93,7 +93,34 @@ def test_check_says_what_would_be_done(recipe: Path) -> None:
     (term,) = [t for t in plan.stages["distil"].terms if t.name == "pearson"]
     assert term.gradient_norm > 0
     assert term.adapter_parameters > 0
+    assert next(iter(term.student.items())) == ("neck[0]", "(3, 8, 8, 8)")
+    assert [*term.teacher.items()][-1] == ("neck[3]", "(3, 16, 1, 1)")
     assert "1 epochs" in said["distillation"]
+
+
+def test_check_shows_what_predictions_are_compared(recipe: Path) -> None:
+    plan = plans.check(recipes.load_recipe(recipe, ["method={name: bckd}"]))
+    term = plan.stages["distil"].terms[1]
+    assert term.student == term.teacher
+    assert term.student["dense"].startswith("logits (3, 774, 3), regression (3, 774, 4)")
+
+
+def test_the_student_alone_is_trained_as_long_unless_it_is_said_otherwise(recipe: Path) -> None:
+    text = recipe.read_text().replace("baseline: {learning_rates: [1e-3], epochs: 1}", "")
+    for baseline, rates, epochs in (("", [1e-3], 7), ("baseline: {epochs: 2}", [1e-3], 2), ("baseline: null", None, 0)):
+        recipe.write_text(text + baseline)
+        found = recipes.load_recipe(recipe, ["training.epochs=7"]).baseline
+        assert (None if found is None else (found.learning_rates, found.epochs)) == (rates and (rates, epochs))
+
+
+def test_pictures_are_of_images_with_boxes_from_the_whole_set(data: Path) -> None:
+    table = DetectionDataset(read(data))  # the 6th and the 12th image have none
+    for count in (4, 5, 7, 11):
+        shown = pictures._spread(table, count)
+        assert len(shown) == count
+        assert shown == sorted(set(shown))
+        assert shown[-1] >= 8
+    assert all(len(table.records[i].boxes) for i in pictures._spread(table, 6))
 
 
 def test_a_teacher_that_finds_nothing_is_refused(recipe: Path, tmp_path: Path) -> None:
