@@ -15,7 +15,6 @@ from taskkd.detection.families import Family, family_of
 from taskkd.detection.shared import SharedImages
 from taskkd.detection.views import Views, shapes
 from taskkd.errors import ShapeError, TaskkdError
-from taskkd.taps import describe
 from taskkd.terms import Run, Term, Weight
 
 __all__ = ["DetectionTerm", "NeckTerm", "views_of"]
@@ -78,11 +77,6 @@ class DetectionTerm(Term):
         )
         self.teacher_taps = _taps(self.teacher_family, teacher_views, f"term {name!r}: the teacher, a")
 
-    def compared(self, run: Run) -> tuple[dict[str, str], dict[str, str]]:
-        """The tensors of the views that are read."""
-        own, other = self.views_read
-        return _shapes(self.student_views(run), own), _shapes(self.teacher_views(run), other)
-
     def student_views(self, run: Run) -> Views:
         """What the student computed, and the images."""
         return views_of(run, self.student_family)
@@ -98,18 +92,6 @@ class DetectionTerm(Term):
             for names, views in zip(self.view_names, (self.student_views(run), self.teacher_views(run)), strict=True)
         )
         return own, other
-
-
-def _shapes(views: Views, names: Sequence[str]) -> dict[str, str]:
-    """The tensors of views, by name."""
-    found: dict[str, str] = {}
-    for name in names:
-        value = views.get(name)
-        parts = enumerate(value) if isinstance(value, list) else vars(value).items()
-        for key, part in parts:
-            if isinstance(part, Tensor):
-                found[f"{name}[{key}]" if isinstance(value, list) else f"{name}.{key}"] = describe(part)
-    return found
 
 
 def _taps(family: Family, views: Sequence[str], who: str) -> tuple[str, ...]:
