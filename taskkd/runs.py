@@ -126,6 +126,7 @@ def run_recipe(
         for seed in recipe.seeds:
             if recipe.baseline is not None:
                 report["alone"][str(seed)] = _alone(session, teacher, seed)
+                _look_at_teacher(session, report["alone"][str(seed)]["validation"])
             for name, variant in variants.items():
                 if variant.method is not None or variant.terms:
                     outcome = _distilled(replace(session, recipe=variant), teacher, seed, name)
@@ -240,6 +241,16 @@ def _alone(session: Session, teacher: nn.Module, seed: int) -> dict[str, Any]:
     model = f"seed-{seed}/alone-{best}/model"
     test = session.tested(f"seed-{seed}/alone/test", lambda: session.student(teacher, seed, model))
     return {**runs[best], "test": test, "setting": best, "model": model}
+
+
+def _look_at_teacher(session: Session, alone: Mapping[str, float]) -> None:
+    """Say so where the student alone is better than its teacher: mostly that has not the weights it should have."""
+    own, name = session.record.finished["teacher"]["validation"], session.metric
+    if own[name] < alone[name]:
+        logger.warning(
+            "the teacher's %s on validation, %.4f, is below that of the student alone, %.4f: see that its weights were "
+            "loaded, and that it was trained for this data.", name, own[name], alone[name],
+        )  # fmt: skip
 
 
 def _untrained(session: Session, teacher: nn.Module, seed: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Whole runs on a tiny teacher and synthetic text: what a user does with a recipe or `kd.distill`."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -199,6 +200,24 @@ def test_a_teacher_at_chance_is_refused(recipe: Path, tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(untrained)
     with pytest.raises(RecipeError, match="no better than chance"):
         run(recipe, tmp_path / "run", f"teacher.model={untrained}")
+
+
+def test_a_teacher_that_is_worse_than_the_student_alone_is_pointed_out(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("taskkd"), "propagate", True)
+    monkeypatch.setattr(nlp_task.NlpTask, "chance", lambda *_: -1.0)
+    wrong, folder = tiny.teacher(), tmp_path / "wrong"
+    with torch.no_grad():
+        wrong.classifier.weight.neg_()
+        wrong.classifier.bias.neg_()
+    wrong.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    report = run(recipe, tmp_path / "run", f"teacher.model={folder}").report
+    own, other = report["alone"]["0"]["validation"]["accuracy"], report["teacher"]["validation"]["accuracy"]
+    assert own > other
+    said = f"the teacher's accuracy on validation, {other:.4f}, is below that of the student alone, {own:.4f}"
+    assert said in caplog.text
 
 
 def test_a_teacher_is_fine_tuned_first(recipe: Path, tmp_path: Path) -> None:

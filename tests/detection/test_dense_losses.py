@@ -123,6 +123,11 @@ def test_the_student_takes_on_the_teachers_moments() -> None:
         assert torch.allclose(aligned[:, channel].std(), t[:, channel].std(), atol=1e-5)
 
 
+def test_the_gradient_of_the_alignment_is_right() -> None:
+    s, t = (torch.randn(2, 4, 5, 6, dtype=torch.float64) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda x: standardise_like(x, t), s.requires_grad_(), fast_mode=True)
+
+
 def test_a_single_cell_and_a_constant_map_are_finite() -> None:
     for shape in ((1, 2, 1, 1), (2, 2, 3, 3)):
         s = torch.ones(shape, requires_grad=True)

@@ -202,6 +202,9 @@ def test_the_guide_prefers_the_level_that_means_the_same() -> None:
     assert right < wrong
     right.backward()
     assert all(p.grad is not None for p in guide.parameters())
+    guide.double()
+    levels = [torch.randn(3, 4, 7, 7, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    assert torch.autograd.gradcheck(lambda *x: guide.loss(x, teacher.double()), levels, fast_mode=True)
 
 
 # ---- general instances
