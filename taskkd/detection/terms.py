@@ -21,6 +21,16 @@ __all__ = ["DetectionTerm", "NeckTerm", "views_of"]
 
 #: in `Run.notes`: the images as the teacher saw them, larger or smaller where its `size` is not 1
 TEACHER_IMAGES = "detection.teacher_images"
+#: views that not all families have, in errors
+MEANT = {
+    "dense": "predictions at every anchor or point",
+    "rpn": "a first stage",
+    "rois": "a second stage",
+    "proposals": "a first stage's proposals",
+    "decoder": "a decoder of queries",
+    "sources": "maps that a decoder of queries looks at",
+    "queries": "queries that another decoder can run on",
+}
 
 
 def views_of(run: Run, family: Family, images: SharedImages | None = None) -> Views:
@@ -97,7 +107,8 @@ class DetectionTerm(Term):
 def _taps(family: Family, views: Sequence[str], who: str) -> tuple[str, ...]:
     for view in views:
         if view not in family.views:
-            raise TaskkdError(f"{who} {family.name}, has no {view!r}; it has {', '.join(family.views)}.")
+            meant = f" ({MEANT[view]})" if view in MEANT else ""
+            raise TaskkdError(f"{who} {family.name}, has no {view!r}{meant}; it has {', '.join(family.views)}.")
     return tuple(dict.fromkeys(tap for view in views for tap in family.taps(view)))
 
 
