@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from taskkd import recipes, runs
+from taskkd.detection.methods import METHODS
 from taskkd.detection.task import DetectionTask
 from tests.detection import coco_folder, tiny_detr
 
@@ -93,11 +96,17 @@ def test_a_papers_recipe_trains(
 
 
 def test_every_recipe_says_its_paper_and_its_data() -> None:
+    """Acceptance E3: it parses, names a paper that its method names as its source, and what it is trained on."""
     assert len(PAPERS) >= 15
     for name, text in recipes.packaged_recipes().items():
         if name.startswith("detection/"):
-            assert text.startswith("# "), name
+            loaded = recipes.load_recipe(name)
+            header = text.partition("\n")[0]
+            assert header.startswith("# "), name
             assert ("COCO" in text) == name.startswith("detection/coco-"), name
+            author, year = re.findall(r"(\w+) (20\d\d)", header)[0]
+            source = inspect.getdoc(METHODS[loaded.method.name])
+            assert re.search(rf"Source: .*{author}.* {year}", source, re.S), name
 
 
 @pytest.mark.parametrize("name", [n for n in recipes.packaged_recipes() if n.startswith("detection/trees-")])

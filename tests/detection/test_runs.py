@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import taskkd as kd
 from taskkd import plans, recipes, reports, runs
@@ -140,6 +142,27 @@ def test_one_call(data: Path, tmp_path: Path) -> None:
     assert [t for t in result.report["distilled"]["distilled"]["0"] if t == "test"]
     assert "pearson" in (tmp_path / "run" / "run.json").read_text()
     assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("untrained")
+def test_one_call_with_its_defaults_takes_a_minute_at_most(tmp_path: Path) -> None:
+    """Acceptance E1; processor time, so that what else the machine does does not count."""
+    data = coco_folder.write(tmp_path / "coco", 20)
+    student, teacher = retinanet(8), retinanet(24, seed=1)
+    options: dict[str, Any] = {"task": "detection", "method": "pearson_kd", "baseline": True}
+    start = time.process_time()
+    result = kd.distill(student, teacher, data, output_dir=tmp_path / "run", **options)
+    assert time.process_time() - start < 60
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [row["model"] for row in report["table"]] == ["teacher", "student alone", "distilled"]
+    assert all(0 <= row["AP"] <= 1 for row in report["table"])
+    logged = [h for h in result.report["distilled"]["distilled"]["0"]["history"] if "loss_pearson" in h]
+    assert all(h["loss_task"] > 0 and h["loss_pearson"] > 0 for h in logged)
+    assert len(logged) >= 12
+    saved = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    assert saved.keys() == student.state_dict().keys()  # the student alone
+    assert not list((tmp_path / "run").rglob("*.bin"))
 
 
 def test_what_the_one_call_cannot_take(data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,43 @@
+"""Detectors on two ranks (torchrun, gloo): the students stay equal, and a queue holds the regions of both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.detection import ranks_job
+from tests.detection.detectors import retinanet
+from tests.engine import distance, run_job
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    run_job(str(folder), ranks=2, script=ranks_job.__file__, timeout=240)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pearson_kd", "gdetkd"])
+def test_students_of_two_ranks_are_equal(ranks: list[dict[str, Any]], method: str) -> None:
+    first, second = (rank[method] for rank in ranks)
+    assert first["step"] == second["step"] == 3
+    assert first["untouched"]
+    assert second["untouched"]
+    assert distance(first["parameters"], second["parameters"]) == 0.0
+    assert any(n.startswith("terms.") for n in first["parameters"])
+    start = dict(retinanet(8).named_parameters())
+    moved = {n: v for n, v in first["parameters"].items() if n.startswith("student.")}
+    assert sum(not torch.equal(v, start[n.partition(".")[2]]) for n, v in moved.items()) > 0.9 * len(start)
+
+
+@pytest.mark.slow
+def test_a_queue_holds_the_regions_of_both(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["gdetkd"]["queue"] for rank in ranks)
+    assert distance(first, second) == 0.0
+    seen, rows = (next(v for n, v in first.items() if n.endswith(end)) for end in ("queue.seen", "queue.rows"))
+    # three steps of two ranks with two images each, which have one to three boxes and the student's predictions
+    assert int(seen) > 100
+    assert int((rows.abs().sum(1) > 0).sum()) == int(seen)
