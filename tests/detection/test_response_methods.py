@@ -1,5 +1,5 @@
-"""Methods on predictions and regions: Chen, GID, G-DetKD, the objectness-scaled response; acceptance A2 to A4, B1, B3,
-B4 and B8 of the specification."""
+"""Methods on predictions and regions: Chen, GID, G-DetKD, the objectness-scaled response; acceptance A2 to A4, B4
+and B8 of the specification."""
 
 from __future__ import annotations
 
@@ -321,81 +321,6 @@ def distil(
     return distiller
 
 
-PAIRS = [
-    ("chen", "faster_rcnn", "faster_rcnn", {}),
-    ("chen", "retinanet", "retinanet", {}),
-    ("chen", "fcos", "fcos", {}),
-    ("chen", "ssdlite", "ssdlite", {}),
-    ("gid", "faster_rcnn", "faster_rcnn", {}),
-    ("gid", "faster_rcnn", "faster_rcnn", {"stage": "second"}),
-    ("gid", "retinanet", "retinanet", {}),
-    ("gid", "fcos", "fcos", {}),
-    ("gid", "ssdlite", "ssdlite", {}),
-    ("gdetkd", "faster_rcnn", "faster_rcnn", {}),
-    ("gdetkd", "retinanet", "faster_rcnn", {"queue": 0}),
-    ("gdetkd", "fcos", "faster_rcnn", {}),
-    ("yolo_response", "fcos", "fcos", {}),
-    ("yolo_response", "fcos", "fcos", {"points": "confidence"}),
-]
-
-
-@pytest.mark.parametrize(("method", "of_student", "of_teacher", "options"), PAIRS)
-def test_a_step(method: str, of_student: str, of_teacher: str, options: dict[str, Any]) -> None:
-    student, teacher = DETECTORS[of_student](8), DETECTORS[of_teacher](16, seed=1)
-    keys, before = list(student.state_dict()), copy.deepcopy(teacher.state_dict())
-    distiller = distil(method, student, teacher, **options)
-    losses = distiller(**batch())
-    losses["loss"].backward()
-    assert all(v.isfinite() for v in losses.values())
-    assert all(p.grad is not None for p in student.parameters())
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in distiller.own_parameters())
-    for count in ((0, 0), (1,)):  # images without boxes, a batch of one
-        distiller.zero_grad()
-        losses = distiller(**batch(count))
-        losses["loss"].backward()
-        assert all(v.isfinite() for v in losses.values())
-        if not any(count):
-            assert all(losses[n] == 0 for n in ("bound", "rpn-bound") if n in losses)
-    distiller.close()
-    assert list(student.state_dict()) == keys
-    assert all(torch.equal(v, before[n]) for n, v in teacher.state_dict().items())
-    assert not any(p.requires_grad for p in teacher.parameters())
-
-
-@pytest.mark.parametrize("method", ["chen", "gid", "gdetkd"])
-def test_a_step_of_an_encoder_with_dense_predictions(method: str) -> None:
-    student = tiny_detr.detector("rt_detr")
-    wide = tiny_detr.detector("rt_detr", seed=1, width=64)
-    distiller = distil(method, student, DETECTORS["faster_rcnn"](16, seed=1) if method == "gdetkd" else wide)
-    losses = distiller(**batch())
-    losses["loss"].backward()
-    assert all(v.isfinite() for v in losses.values())
-    assert sum(v > 0 for v in losses.values()) >= len(losses) - 1
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in distiller.own_parameters())
-    assert distiller(**batch((0, 0)))["loss"].isfinite()
-    distiller.close()
-
-
-def test_both_second_stages_look_at_the_students_sampled_proposals() -> None:
-    student, teacher = DETECTORS["faster_rcnn"](8), DETECTORS["faster_rcnn"](16, seed=1)
-    seen: dict[str, list[Tensor]] = {}
-    for side, model in (("student", student), ("teacher", teacher)):
-
-        def keep(module: nn.Module, args: tuple[Any, ...], side: str = side) -> None:
-            seen[side] = [p.clone() for p in args[1]]
-
-        model.roi_heads.box_roi_pool.register_forward_pre_hook(keep)
-    distiller = distil("chen", student, teacher)
-    data = batch()
-    distiller(**data)
-    assert all(torch.equal(a, b) for a, b in zip(seen["student"], seen["teacher"], strict=True))
-    assert [len(p) for p in seen["teacher"]] == [32, 32]
-    _, targets = student.transform(data["images"], data["targets"])
-    for proposals, target in zip(seen["teacher"], targets, strict=True):
-        assert (box_iou(target["boxes"], proposals).amax(1) > 0.999).all()  # the ground truth is among them
-    distiller.close()
-
-
 def same(name: str) -> tuple[nn.Module, nn.Module]:
     model = DETECTORS[name](16)
     return model, copy.deepcopy(model)
@@ -415,10 +340,6 @@ def test_an_equal_teacher_bounds_nothing_unless_there_is_a_margin(name: str) -> 
 @pytest.mark.parametrize("name", ["faster_rcnn", "retinanet"])
 def test_an_equal_teacher_has_nothing_to_teach(name: str) -> None:
     student, teacher = same(name)
-    distiller = distil("gid", student, teacher)
-    losses = distiller(**batch())
-    assert losses["boxes"] <= 1e-6
-    distiller.close()
     # with noise, so that there are instances, and no adapter, so that their features agree
     options: dict[str, Any] = {"view": "rpn" if name == "faster_rcnn" else "dense", "score": "max_abs_diff"}
     selection = Selection(side="surer", nms=0.3, instances=10, min_side=0.0, **options)
@@ -436,12 +357,6 @@ def test_an_equal_teacher_has_nothing_to_teach(name: str) -> None:
     assert losses["feature"] <= 1e-6
     assert losses["relation"] <= 1e-6
     distiller.close()
-    if name == "faster_rcnn":
-        distiller = distil("gdetkd", *same(name))
-        losses = distiller(**batch())
-        assert losses["localisation"] <= 1e-6
-        assert losses["classes"] <= 1e-6
-        distiller.close()
 
 
 def test_the_teachers_head_is_copied_where_it_fits() -> None:

@@ -58,7 +58,7 @@ def pearson_kd(
     student: nn.Module,
     teacher: nn.Module,
     *,
-    weight: Annotated[float, Ge(0)] | None = None,
+    weight: Annotated[float, Ge(0)] | Literal["auto"] | None = None,
     levels: Annotated[int, Gt(0)] | None = 4,
     adapter: Adapter = "auto",
     neck: list[str] | None = None,
@@ -66,12 +66,13 @@ def pearson_kd(
 ) -> Method:
     """The neck's maps, each channel standardised: what varies counts, not how strong it is.
 
-    Source: Cao et al. 2022 (PKD), weights as in mmrazor. Teacher and student may be of different families: it is the
+    Source: Cao et al. 2022, "PKD: General Distillation Framework for Object Detectors via Pearson Correlation
+    Coefficient", weights as in mmrazor. Teacher and student may be of different families: it is the
     method that asks least of a pair. The authors have no adapter, and maps of 256 channels on both sides.
 
     Args:
         student, teacher: detectors, or any modules with `neck`.
-        weight: None: 6 for two-stage students, 10 for others, as published.
+        weight: None: 6 for two-stage students, 10 for others, as published; "auto": see `kd.Auto`.
         levels: how many, finest first; None: all that both have.
         adapter: see `taskkd.detection.methods.maps.adapter_of`.
         neck, teacher_neck: taps of maps, paired in order; None: those of the detector's family.
