@@ -192,7 +192,9 @@ def test_a_method_that_does_not_fit_a_detector_says_so() -> None:
 def test_a_pair_whose_anchors_or_levels_differ_says_so() -> None:
     student = fcos()
     teacher = retinanet(seed=1)
-    with pytest.raises(ShapeError, match=r"anchors of the levels: \[144, .* of the student, \[864, .* of the teacher"):
+    with pytest.raises(
+        ShapeError, match=r"the student predicts at \[144, .* anchors of its levels, the teacher at \[864"
+    ):
         distiller_of(student, teacher, "bckd").prepare(batch())
     terms = METHODS["crosskd"](student, teacher).stages[0].terms
     larger = DetectorTeacher(teacher, student, size=2.0)
