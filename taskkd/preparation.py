@@ -97,9 +97,9 @@ def even_out(
         raise TaskkdError("weight='auto' needs a task loss or a term of given weight to be measured against.")
     target = weights[reference.name] * reference.gradient_norm
     norms = {r.name: r.gradient_norm for r in reports}
-    chosen = torch.tensor(
-        [s * target / norms[n] if norms[n] > 0 else 1.0 for n, s in shares.items()], dtype=torch.float64
-    )
+    # A term that hardly moves the student at its start (twins, a branch that ends in a 0) would weigh billions.
+    found = [s * target / norms[n] if norms[n] > 1e-8 * target else 1.0 for n, s in shares.items()]
+    chosen = torch.tensor(found, dtype=torch.float64)
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         shared = chosen.to("cuda") if torch.distributed.get_backend() == "nccl" else chosen
         torch.distributed.all_reduce(shared)
