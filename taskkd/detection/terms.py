@@ -134,6 +134,8 @@ class NeckTerm(Term):
     """
 
     needs_student_run = True
+    #: images and boxes are looked at; of modules of no known family the batch must have `images` and `targets` then
+    needs_images = True
 
     def __init__(
         self,
@@ -164,7 +166,9 @@ class NeckTerm(Term):
         )
         own = self.neck_taps or self._family_taps(self.student_family, ("neck",), "student")
         other = self.teacher_neck_taps or self._family_taps(self.teacher_family, ("neck",), "teacher")
-        images = ("batch.images", "batch.targets") if self.student_family is None else (self.student_family.images,)
+        images: tuple[str, ...] = ("batch.images", "batch.targets") if self.needs_images else ()
+        if self.student_family is not None:
+            images = (self.student_family.images,)
         self.student_taps = tuple(
             dict.fromkeys([*images, *own, *self._family_taps(self.student_family, student_views, "student")])
         )
@@ -210,7 +214,9 @@ class NeckTerm(Term):
     def build(self, run: Run) -> None:
         """Pair the levels and make the adapters."""
         students, teachers = self.maps(run)
-        if not self.levels:
+        if not self.levels and self.neck_taps is not None:
+            self.levels = [(i, i) for i in range(len(students))]
+        elif not self.levels:
             own = self.images(run)
             seen: SharedImages = run.notes.get(TEACHER_IMAGES, own)
             height, other = own.tensors.shape[2], seen.tensors.shape[2]
@@ -225,8 +231,6 @@ class NeckTerm(Term):
                 raise ShapeError(f"term {self.name!r}, level {position}: {error}") from None
 
     def _paired(self, own: Sequence[float], other: Sequence[float]) -> list[tuple[int, int]]:
-        if self.neck_taps is not None:
-            return [(i, i) for i in range(len(own))]
         apart = [(abs(math.log2(s / t)), -i, -j) for i, s in enumerate(own) for j, t in enumerate(other)]
         pairs: dict[int, int] = {}  # student's level -> teacher's; the nearest first, of equal ones the later
         for distance, i, j in sorted(apart):

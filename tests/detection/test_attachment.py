@@ -170,6 +170,23 @@ def test_the_same_seed_gives_the_same_losses_though_sizes_and_samples_are_drawn(
     assert len(set(first)) == 5
 
 
+@pytest.mark.slow
+def test_backbones_may_be_compiled() -> None:
+    """Of detectors the backbone with its pyramid alone: proposals have no fixed shape."""
+    found = []
+    for compiled in (False, True):
+        student, teacher = pair("retinanet")
+        distiller = distiller_of(student, teacher, "pearson_kd")
+        distiller.prepare(batch())
+        if compiled:
+            student.backbone.compile(backend="eager")
+            teacher.backbone.compile(backend="eager")
+        losses = distiller(**batch())
+        losses["loss"].backward()
+        found.append((losses["pearson"], losses["loss"].detach(), student.backbone.body.layer1[0].weight.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 # ---- wrong use
 
 
