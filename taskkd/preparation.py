@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -90,16 +91,20 @@ def even_out(
         weights: the weights of the others.
 
     Raises:
-        TaskkdError: there is nothing to measure against, or its gradient is 0.
+        TaskkdError: there is nothing to measure against, or its gradient is 0 or not finite.
     """
     reference = next((r for r in reports if r.name not in shares), None)
     if reference is None:
         raise TaskkdError("weight='auto' needs a task loss or a term of given weight to be measured against.")
     target = weights[reference.name] * reference.gradient_norm
+    if not math.isfinite(target):
+        raise TaskkdError(
+            f"weight='auto': the gradient of {reference.name!r} is {target} on this batch, nothing to measure against."
+        )
     norms = {r.name: r.gradient_norm for r in reports}
-    chosen = torch.tensor(
-        [s * target / norms[n] if norms[n] > 0 else 1.0 for n, s in shares.items()], dtype=torch.float64
-    )
+    # A term that hardly moves the student at its start (twins, a branch that ends in a 0) would weigh billions.
+    found = [s * target / norms[n] if norms[n] > 1e-8 * target else 1.0 for n, s in shares.items()]
+    chosen = torch.tensor(found, dtype=torch.float64)
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         shared = chosen.to("cuda") if torch.distributed.get_backend() == "nccl" else chosen
         torch.distributed.all_reduce(shared)

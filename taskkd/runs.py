@@ -49,13 +49,17 @@ class Result:
 def _claim(folder: Path, text: str) -> None:
     """Write the resolved recipe into a run's folder, or see that it is the one the run was started with.
 
+    A run that ended before anything was trained (a wrong name or path) may be started with another recipe.
+
     Raises:
         RecipeError: the folder holds a run of another recipe; the message has the first difference.
     """
     path = folder / "recipe.yaml"
     if path.is_file():
         old, new = path.read_text(encoding="utf-8").splitlines(), text.splitlines()
-        if old != new:
+        if old != new and not _begun(folder):
+            (folder / "run.json").unlink(missing_ok=True)
+        elif old != new:
             pairs = [(a, b) for a, b in zip(old, new, strict=False) if a != b]
             shown = f"{pairs[0][0].strip()!r} there, {pairs[0][1].strip()!r} now" if pairs else "keys were added"
             raise RecipeError(
@@ -63,6 +67,12 @@ def _claim(folder: Path, text: str) -> None:
                 "delete it (--restart)."
             )
     path.write_text(text, encoding="utf-8")
+
+
+def _begun(folder: Path) -> bool:
+    """Whether anything in a run's folder would be lost."""
+    own = {"run.lock", "recipe.yaml", "run.json"}
+    return any(path.name not in own for path in folder.iterdir()) or bool(Record(folder).finished.keys() - {"inputs"})
 
 
 def run_recipe(

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import taskkd as kd
 from taskkd import losses, schedules
 from taskkd.errors import NonFiniteError, ShapeError, TapError, TaskkdError
+from taskkd.preparation import TermReport, even_out
 from taskkd.terms import Run, Term
 from tests import small
 
@@ -406,6 +407,13 @@ def test_auto_is_restored_from_a_checkpoint(conv_pair: tuple[nn.Module, nn.Modul
     assert second.weights() == first.weights()
     batch = small.conv_batch()
     assert second(**batch)["loss"].item() == first(**batch)["loss"].item()
+
+
+@pytest.mark.parametrize("norm", [0.0, math.inf, math.nan])
+def test_auto_against_no_gradient(norm: float) -> None:
+    reports = [TermReport("task", 1.0, 1.0, norm), TermReport("block", 1.0, 1.0, 2.0)]
+    with pytest.raises(TaskkdError, match=rf"the gradient of 'task' is {norm:g} on this batch, nothing to measure"):
+        even_out({"block": 1.0}, reports, {"task": 1.0})
 
 
 def test_auto_against_another_term(conv_pair: tuple[nn.Module, nn.Module]) -> None:

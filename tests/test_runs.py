@@ -172,6 +172,14 @@ def test_terms_by_hand_and_a_sweep_of_a_weight(recipe: Path, tmp_path: Path) -> 
             run(path, tmp_path / "bad", override, "baseline=null", restart=True)
 
 
+def test_a_recipe_that_did_not_start_may_be_corrected(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for wrong in ("terms.hidden.teacher=out.pooled", "teacher.model=lost"):
+        with pytest.raises(TaskkdError):
+            run(recipe, folder, wrong, "baseline=null")
+    run(recipe, folder, "baseline=null")
+
+
 def test_a_run_of_another_recipe_is_not_overwritten(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(recipe, folder, "baseline=null", "training.epochs=1")

@@ -321,3 +321,13 @@ def test_an_automatic_weight_brings_a_term_to_a_share_of_the_task_loss() -> None
     assert found == pytest.approx([1.0, 0.25])
     with pytest.raises(TaskkdError, match=r"the share of an automatic weight must be positive, got 0"):
         kd.Auto(0)
+
+
+def test_a_term_that_hardly_moves_the_student_keeps_its_weight() -> None:
+    student = torch.nn.Linear(4, 3)
+    term = Match("a", lambda s, t: 1e-15 * losses.mse(s, t), "out", weight="auto")
+    distiller = kd.Distiller(student, torch.nn.Linear(4, 3), [term], task_loss=lambda out, _: out.square().mean())
+    found = {r.name: r for r in distiller.prepare({"input": torch.rand(8, 4)}).terms}
+    assert 0 < found["a"].gradient_norm < 1e-10
+    assert found["a"].weight == 1.0
+    distiller.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from taskkd.detection.backbones import (
     IMAGENET,
     TIMM,
     Body,
+    groups_of,
     parts_of,
     timm_body,
     torchvision_body,
@@ -256,7 +256,7 @@ def _rcnn(
 def _fcos_head(width: int, anchors: int, channels: int, convs: int) -> FCOSHead:
     """torchvision's, whose groups are of 32 channels fixed, with groups that divide any width."""
     head = FCOSHead(32, anchors, channels, num_convs=0)
-    norm = partial(nn.GroupNorm, math.gcd(32, width))
+    norm = partial(nn.GroupNorm, groups_of(width))
     head.classification_head = type(head.classification_head)(width, anchors, channels, convs, norm_layer=norm)
     head.regression_head = type(head.regression_head)(width, anchors, convs, norm_layer=norm)
     return head

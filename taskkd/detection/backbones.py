@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -272,10 +274,11 @@ def timm_body(name: str, stages: Sequence[int], state: Mapping[str, Tensor] | st
         indices = [info.reduction().index(2 ** (s + 1)) for s in stages]
     except (RuntimeError, AttributeError, TypeError, ValueError):
         raise RecipeError(f"backbone 'timm:{name}' has no maps of strides {[2 ** (s + 1) for s in stages]}.") from None
-    net = downloaded(
-        lambda: timm.create_model(name, features_only=True, out_indices=tuple(indices), **options),
-        f"ImageNet weights of timm:{name}",
-    )
+    with _quiet("timm"):  # it warns that the classifier's weights are not used
+        net = downloaded(
+            lambda: timm.create_model(name, features_only=True, out_indices=tuple(indices), **options),
+            f"ImageNet weights of timm:{name}",
+        )
     flat = "_" if type(net).__name__ == "FeatureListNet" else "."  # which flattens nested layers
     modules = dict(zip(info.reduction(), info.module_name(), strict=True))
     parts = ["net." + modules[r].replace(".", flat) if r in modules else "" for r in (2, 4, 8, 16, 32)]
@@ -285,6 +288,18 @@ def timm_body(name: str, stages: Sequence[int], state: Mapping[str, Tensor] | st
     if known is not None:
         mean, std = [known.mean] * 3, [known.std] * 3
     return Body(TimmMaps(net), [info.channels()[i] for i in indices], parts, list(mean), list(std))
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """A library's logger says errors only."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _timm_state(name: str, state: Any, source: str) -> dict[str, Tensor]:
@@ -329,7 +344,14 @@ def _frozen(norm: nn.BatchNorm2d) -> nn.Module:
 
 
 def _grouped(norm: nn.BatchNorm2d) -> nn.Module:
-    return _with_activation(norm, nn.GroupNorm(math.gcd(32, norm.num_features), norm.num_features))
+    return _with_activation(norm, nn.GroupNorm(groups_of(norm.num_features), norm.num_features))
+
+
+def groups_of(channels: int) -> int:
+    """32 groups or, of narrow layers, fewer: a group of one channel has no deviation on a map of one cell, which torch
+    refuses."""
+    groups = math.gcd(32, channels)
+    return groups // 2 if groups == channels > 1 else groups
 
 
 def _with_activation(old: Any, new: nn.Module) -> nn.Module:

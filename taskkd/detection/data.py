@@ -46,8 +46,12 @@ def read(
     if (path / "ImageSets").is_dir():
         return read_voc(path, part or "trainval", classes=classes, bad=bad)
     if path.is_dir():
-        raise DataError(f"{path}: no folder ImageSets in it, as VOC has; of COCO data name the json file.")
+        found = next(iter(sorted(path.glob("*.json"))), None)
+        shown = "" if found is None else f" ({found}?)"
+        raise DataError(f"{path}: no folder ImageSets in it, as VOC has; of COCO data name the json file{shown}.")
     if path.suffix not in (".json", ".zip"):
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder.")
         raise DataError(f"{path}: expected a COCO .json or .zip file, or a folder in the layout of VOCdevkit/VOC2007.")
     return read_coco(path, images, classes=classes, bad=bad)
 

@@ -74,6 +74,12 @@ class GivenDetection(DetectionTask):
         options = {} if augment is None else {"augment": augment}
         config = Data.model_validate({"coco": {"train": "given"}, "metric": metric, "bad": bad, **options})
         self._data = DetectionData(parts, config)
+        own = models.class_count(self._student)
+        if own is not None and own < len(first.classes):
+            raise RecipeError(
+                f"the student tells {own} classes apart (beside the background), the data has {len(first.classes)}: "
+                f"{', '.join(first.classes[:20])}."
+            )
         for model in (self._student, self._teacher):
             if getattr(model, "description", None) is None and not hasattr(model, "save_pretrained"):
                 model.description = models.describe(model, first.classes)  # type: ignore[assignment]
@@ -100,8 +106,12 @@ class GivenDetection(DetectionTask):
         return self._teacher
 
     def student(self, recipe: Any, data: DetectionData, teacher: nn.Module, seed: int) -> nn.Module:
-        """A copy of the given student."""
-        return copy.deepcopy(self._student)
+        """A copy of the given student; one of transformers whose classes have no names gets those of the data."""
+        own = copy.deepcopy(self._student)
+        if hasattr(own, "save_pretrained") and not models.class_names(own):
+            own.config.id2label = dict(enumerate(data.classes))  # type: ignore[union-attr]
+            own.config.label2id = {name: i for i, name in enumerate(data.classes)}  # type: ignore[union-attr]
+        return own
 
 
 def _detector(source: nn.Module | str | Path) -> nn.Module:

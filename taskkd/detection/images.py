@@ -81,4 +81,8 @@ def decode(source: Source, image_id: int) -> Tensor:
 def _unreadable(source: Source, image_id: int, error: Exception) -> DataError:
     if isinstance(error, FileNotFoundError):
         return DataError(f"{source.name} (image id {image_id}): no such file.")
-    return DataError(f"{source.name} (image id {image_id}): the image cannot be read: {error}.")
+    from PIL import UnidentifiedImageError
+
+    # Pillow names the buffer that it was given
+    why = "it is no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+    return DataError(f"{source.name} (image id {image_id}): the image cannot be read: {why}.")

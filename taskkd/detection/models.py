@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from taskkd.detection.architectures import assemble, builder_of
 from taskkd.detection.backbones import check_fit, downloaded, read_weights
-from taskkd.detection.config import DetectorConfig
-from taskkd.errors import CheckpointError, DataError, RecipeError
+from taskkd.detection.config import Architecture, DetectorConfig
+from taskkd.errors import CheckpointError, DataError, RecipeError, nearest
 
-__all__ = ["Description", "build", "class_names", "describe", "load", "save"]
+__all__ = ["Description", "build", "class_count", "class_names", "describe", "load", "save"]
 
 DETECTOR = "detector.json"
 WEIGHTS = "model.safetensors"
@@ -146,11 +146,7 @@ def _existing(config: DetectorConfig, classes: int | Sequence[str], seed: int) -
     found = class_names(model)
     fits = classes == len(found) if isinstance(classes, int) else list(classes) == found
     if not fits:
-        given = str(classes) if isinstance(classes, int) else f"{len(classes)} ({', '.join(classes[:8])})"
-        raise RecipeError(
-            f"the detector {source!r} is for {len(found)} classes ({', '.join(found[:8])}), the data has "
-            f"{given}: expected the same, in the same order."
-        )
+        raise _other_classes(source, found, classes)
     return model
 
 
@@ -160,6 +156,7 @@ def _of_transformers(config: DetectorConfig, classes: int | Sequence[str] | None
 
     several = isinstance(config.min_size, list)
     size: Any = {"scales": config.min_size} if several else {"size": config.min_size}
+    _check_source(config.model or "")
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         try:
@@ -167,8 +164,50 @@ def _of_transformers(config: DetectorConfig, classes: int | Sequence[str] | None
             model: nn.Module = made.from_pretrained(config.model, classes=classes, longest=config.max_size, **size)
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
-            raise DataError(f"detector {config.model!r} cannot be loaded: {first}") from None
+            hint = nearest((config.model or "").partition("/")[0], get_args(Architecture))
+            raise DataError(f"detector {config.model!r} cannot be loaded{hint}: {first}") from None
+    if classes is not None and not isinstance(classes, int):
+        _check_order(str(config.model), classes)
     return model.train()
+
+
+def _check_source(source: str) -> None:
+    """Refuse what is neither a folder of transformers nor a name on the hub.
+
+    Raises:
+        DataError: it is not.
+    """
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        inside = next((p for p in ("student", "model") if (folder / p / DETECTOR).is_file()), None)
+        hint = f"; did you mean {folder / inside}?" if inside else "."
+        raise DataError(f"{source} holds no detector: expected {DETECTOR} in it, or config.json of transformers{hint}")
+    if not folder.exists() and (source.count("/") > 1 or source.startswith((".", "/", "~"))):
+        raise DataError(f"detector {source!r}: no such folder.")
+
+
+def _check_order(source: str, classes: Sequence[str]) -> None:
+    """Refuse a detector of `transformers` for the same classes in another order: its answers would be of others.
+
+    Raises:
+        RecipeError: the order is another.
+    """
+    from transformers import AutoConfig
+
+    labels = AutoConfig.from_pretrained(source).id2label or {}
+    found = [str(labels[i]) for i in sorted(labels)]
+    if found != list(classes) and sorted(found) == sorted(classes):
+        raise _other_classes(source, found, classes)
+
+
+def _other_classes(source: str, found: Sequence[str], classes: int | Sequence[str]) -> RecipeError:
+    given = str(classes) if isinstance(classes, int) else f"{len(classes)} ({', '.join(classes[:8])})"
+    same = not isinstance(classes, int) and sorted(found) == sorted(classes)
+    hint = "; name them in the detector's order as `data: {classes: [...]}`" if same else ""
+    return RecipeError(
+        f"the detector {source!r} is for {len(found)} classes ({', '.join(found[:8])}), the data has {given}: expected "
+        f"the same, in the same order{hint}."
+    )
 
 
 # ---- saving
@@ -193,12 +232,30 @@ def describe(model: nn.Module, names: Sequence[str] | None = None) -> Descriptio
 
 
 def class_names(model: nn.Module) -> list[str]:
-    """The names of a detector's classes, without the background; none are known of a module that was not built here."""
+    """The names of a detector's classes, without the background; none are known of a module that was not built here,
+    or of one of transformers that nobody gave names."""
     known = getattr(model, "description", None)
     if isinstance(known, Description):
         return list(known.names)
     labels = getattr(getattr(model, "config", None), "id2label", None) or {}  # of transformers
-    return [str(labels[i]) for i in sorted(labels)]
+    names = [str(labels[i]) for i in sorted(labels)]
+    return [] if names == [f"LABEL_{i}" for i in range(len(names))] else names
+
+
+def class_count(model: Any) -> int | None:
+    """How many classes a detector tells apart, without the background; None: unknown."""
+    from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+    from torchvision.models.detection.ssd import SSD
+
+    if isinstance(model, FasterRCNN):
+        scores = getattr(model.roi_heads.box_predictor, "cls_score", None)
+        return None if scores is None else int(scores.out_features) - 1
+    if isinstance(model, FCOS | RetinaNet):
+        return int(model.head.classification_head.num_classes) - 1
+    if isinstance(model, SSD):
+        return int(model.head.classification_head.num_columns) - 1
+    labels = getattr(getattr(model, "config", None), "num_labels", None)
+    return None if labels is None else int(labels)
 
 
 def save(model: nn.Module, folder: str | Path, names: Sequence[str] | None = None) -> None:

@@ -32,6 +32,7 @@ def _pool(x: Tensor, rois: Tensor, shape: tuple[int, int], size: int) -> Tensor:
     """(R, C, size, size) of the rois (R, 5) `image x1 y1 x2 y2` in pixels of images of this (height, width)."""
     from torchvision.ops import roi_align
 
+    x = x if x.dtype == torch.float64 else x.float()  # half precision would move the regions by pixels
     by = rois.new_tensor([1, x.shape[3] / shape[1], x.shape[2] / shape[0]])[[0, 1, 2, 1, 2]]
     pooled: Tensor = roi_align(x, (rois * by).to(x.dtype), size, sampling_ratio=2, aligned=True)
     return pooled

@@ -51,16 +51,21 @@ def check_anchors(name: str, student: Dense | Rpn, teacher: Dense | Rpn) -> None
         )
 
 
-def check_predictions(name: str, student: Tensor, teacher: Tensor) -> None:
+def check_predictions(name: str, student: Tensor, teacher: Tensor, *, instead: str = "") -> None:
     """Refuse logits of other classes.
 
+    Args:
+        name: of the term.
+        student, teacher: logits.
+        instead: how to do without the term, for the error.
+
     Raises:
-        ShapeError: the shapes differ; `name` is the term's.
+        ShapeError: the shapes differ.
     """
     if student.shape != teacher.shape:
         raise ShapeError(
             f"term {name!r}: the student's logits are {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}; "
-            "methods on predictions need a teacher of the same classes."
+            f"methods on predictions need a teacher of the same classes{instead and f' ({instead})'}."
         )
 
 

@@ -6,6 +6,7 @@ again would see other pixels and give maps of other sizes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from taskkd.errors import TapError
 
-__all__ = ["Normalisation", "SharedImages", "renormalised"]
+__all__ = ["Normalisation", "SharedImages", "inside_images", "renormalised"]
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,21 @@ class SharedImages:
 
     def inside(self) -> Tensor:
         """(batch, 1, height, width), True where there is image, False where it is padded."""
-        height, width = self.tensors.shape[2:]
-        sizes = torch.tensor(self.sizes, device=self.tensors.device)
-        rows = torch.arange(height, device=sizes.device) < sizes[:, :1]
-        columns = torch.arange(width, device=sizes.device) < sizes[:, 1:]
-        return (rows[:, :, None] & columns[:, None, :])[:, None]
+        return inside_images(self.tensors, self.sizes)[:, None]
+
+
+def inside_images(tensors: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """(batch, height, width), True where there is image, False where the batch is padded.
+
+    Args:
+        tensors: (batch, channels, height, width).
+        sizes: (height, width) of each image without padding.
+    """
+    height, width = tensors.shape[2:]
+    known = torch.tensor(sizes, device=tensors.device)
+    rows = torch.arange(height, device=known.device) < known[:, :1]
+    columns = torch.arange(width, device=known.device) < known[:, 1:]
+    return rows[:, :, None] & columns[:, None, :]
 
 
 @dataclass(frozen=True)

@@ -263,6 +263,9 @@ class DetectionTask:
             image = decode(in_file(Path(path)), 0).float() / 255
             with torch.no_grad():
                 (found,) = student([image])
+            if not (found["scores"] >= 0.5).any():
+                best = f"; the highest is {float(found['scores'].max()):.2f}" if len(found["scores"]) else ""
+                logger.warning("%s: no box with a score of 0.5 or more%s", path, best)
             for box, label, score in zip(found["boxes"], found["labels"], found["scores"], strict=True):
                 if score >= 0.5:
                     corners = " ".join(f"{v:.1f}" for v in box.tolist())
@@ -295,7 +298,7 @@ def _metric(config: Data, classes: Sequence[str]) -> Any:
 def _source(data: str) -> dict[str, Any]:
     if data == "trees":
         return {"sample": {"name": "trees"}}
-    if Path(data).is_dir():
+    if (Path(data) / "ImageSets").is_dir():
         return {"voc": {"folder": data, "test": "test" if _listed(data, "test") else None}}
     return {"coco": {"train": data}}
 

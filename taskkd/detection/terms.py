@@ -21,6 +21,16 @@ __all__ = ["DetectionTerm", "NeckTerm", "views_of"]
 
 #: in `Run.notes`: the images as the teacher saw them, larger or smaller where its `size` is not 1
 TEACHER_IMAGES = "detection.teacher_images"
+#: views that not all families have, in errors
+MEANT = {
+    "dense": "predictions at every anchor or point",
+    "rpn": "a first stage",
+    "rois": "a second stage",
+    "proposals": "a first stage's proposals",
+    "decoder": "a decoder of queries",
+    "sources": "maps that a decoder of queries looks at",
+    "queries": "queries that another decoder can run on",
+}
 
 
 def views_of(run: Run, family: Family, images: SharedImages | None = None) -> Views:
@@ -97,7 +107,8 @@ class DetectionTerm(Term):
 def _taps(family: Family, views: Sequence[str], who: str) -> tuple[str, ...]:
     for view in views:
         if view not in family.views:
-            raise TaskkdError(f"{who} {family.name}, has no {view!r}; it has {', '.join(family.views)}.")
+            meant = f" ({MEANT[view]})" if view in MEANT else ""
+            raise TaskkdError(f"{who} {family.name}, has no {view!r}{meant}; it has {', '.join(family.views)}.")
     return tuple(dict.fromkeys(tap for view in views for tap in family.taps(view)))
 
 
@@ -123,6 +134,8 @@ class NeckTerm(Term):
     """
 
     needs_student_run = True
+    #: images and boxes are looked at; of modules of no known family the batch must have `images` and `targets` then
+    needs_images = True
 
     def __init__(
         self,
@@ -153,7 +166,9 @@ class NeckTerm(Term):
         )
         own = self.neck_taps or self._family_taps(self.student_family, ("neck",), "student")
         other = self.teacher_neck_taps or self._family_taps(self.teacher_family, ("neck",), "teacher")
-        images = ("batch.images", "batch.targets") if self.student_family is None else (self.student_family.images,)
+        images: tuple[str, ...] = ("batch.images", "batch.targets") if self.needs_images else ()
+        if self.student_family is not None:
+            images = (self.student_family.images,)
         self.student_taps = tuple(
             dict.fromkeys([*images, *own, *self._family_taps(self.student_family, student_views, "student")])
         )
@@ -199,7 +214,9 @@ class NeckTerm(Term):
     def build(self, run: Run) -> None:
         """Pair the levels and make the adapters."""
         students, teachers = self.maps(run)
-        if not self.levels:
+        if not self.levels and self.neck_taps is not None:
+            self.levels = [(i, i) for i in range(len(students))]
+        elif not self.levels:
             own = self.images(run)
             seen: SharedImages = run.notes.get(TEACHER_IMAGES, own)
             height, other = own.tensors.shape[2], seen.tensors.shape[2]
@@ -214,8 +231,6 @@ class NeckTerm(Term):
                 raise ShapeError(f"term {self.name!r}, level {position}: {error}") from None
 
     def _paired(self, own: Sequence[float], other: Sequence[float]) -> list[tuple[int, int]]:
-        if self.neck_taps is not None:
-            return [(i, i) for i in range(len(own))]
         apart = [(abs(math.log2(s / t)), -i, -j) for i, s in enumerate(own) for j, t in enumerate(other)]
         pairs: dict[int, int] = {}  # student's level -> teacher's; the nearest first, of equal ones the later
         for distance, i, j in sorted(apart):

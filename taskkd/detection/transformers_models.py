@@ -16,9 +16,10 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import box_convert
 
+from taskkd.detection.shared import inside_images
 from taskkd.errors import DataError, TaskkdError, nearest
 
-__all__ = ["KINDS", "ImageTransform", "Kind", "TransformersDetector", "inside_images", "is_transformers", "labels_of"]
+__all__ = ["KINDS", "ImageTransform", "Kind", "TransformersDetector", "is_transformers", "labels_of"]
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,7 @@ class TransformersDetector(nn.Module):
             targets: as in `forward`, boxes in pixels of `images`; given, the output has losses.
         """
         self.live(self.model)
-        mask = inside_images(images).long() if self.kind.masked else None
+        mask = inside_images(images.tensors, images.image_sizes).long() if self.kind.masked else None
         labels = None if targets is None else labels_of(self, targets, images)
         with self._decoder_shown():
             return self.model(pixel_values=images.tensors, pixel_mask=mask, labels=labels)
@@ -316,16 +317,6 @@ class TransformersDetector(nn.Module):
 def is_transformers(model: nn.Module) -> bool:
     """Whether a module is a model of `transformers` itself, as yet without torchvision's interface."""
     return any(base.__module__.startswith("transformers.") for base in type(model).__mro__)
-
-
-def inside_images(images: ImageList) -> Tensor:
-    """(batch, height, width), True where there is image, False where the batch is padded."""
-    height, width = images.tensors.shape[2:]
-    sizes = torch.tensor(images.image_sizes, device=images.tensors.device)
-    rows = torch.arange(height, device=sizes.device) < sizes[:, :1]
-    columns = torch.arange(width, device=sizes.device) < sizes[:, 1:]
-    inside: Tensor = rows[:, :, None] & columns[:, None, :]
-    return inside
 
 
 def labels_of(

@@ -170,6 +170,23 @@ def test_the_same_seed_gives_the_same_losses_though_sizes_and_samples_are_drawn(
     assert len(set(first)) == 5
 
 
+@pytest.mark.slow
+def test_backbones_may_be_compiled() -> None:
+    """Of detectors the backbone with its pyramid alone: proposals have no fixed shape."""
+    found = []
+    for compiled in (False, True):
+        student, teacher = pair("retinanet")
+        distiller = distiller_of(student, teacher, "pearson_kd")
+        distiller.prepare(batch())
+        if compiled:
+            student.backbone.compile(backend="eager")
+            teacher.backbone.compile(backend="eager")
+        losses = distiller(**batch())
+        losses["loss"].backward()
+        found.append((losses["pearson"], losses["loss"].detach(), student.backbone.body.layer1[0].weight.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 # ---- wrong use
 
 
@@ -178,7 +195,9 @@ def test_a_method_that_does_not_fit_a_detector_says_so() -> None:
         METHODS["crosskd"](faster_rcnn(), faster_rcnn())
     with pytest.raises(RecipeError, match=r"`convolutions` is 5, the student's classification tower has 4"):
         METHODS["crosskd"](retinanet(), retinanet(), convolutions=5)
-    with pytest.raises(TaskkdError, match=r"the student, a Faster R-CNN, has no 'dense'; it has neck, rpn, rois"):
+    with pytest.raises(
+        TaskkdError, match=r"the student, a Faster R-CNN, has no 'dense' \(predictions at .*\); it has neck, rpn, rois"
+    ):
         METHODS["bckd"](faster_rcnn(), retinanet())
     with pytest.raises(RecipeError, match=r"the student \(RetinaNet\) or .* one number for each side.*sides="):
         METHODS["localization"](retinanet(), retinanet())
@@ -190,7 +209,9 @@ def test_a_method_that_does_not_fit_a_detector_says_so() -> None:
 def test_a_pair_whose_anchors_or_levels_differ_says_so() -> None:
     student = fcos()
     teacher = retinanet(seed=1)
-    with pytest.raises(ShapeError, match=r"anchors of the levels: \[144, .* of the student, \[864, .* of the teacher"):
+    with pytest.raises(
+        ShapeError, match=r"the student predicts at \[144, .* anchors of its levels, the teacher at \[864"
+    ):
         distiller_of(student, teacher, "bckd").prepare(batch())
     terms = METHODS["crosskd"](student, teacher).stages[0].terms
     larger = DetectorTeacher(teacher, student, size=2.0)

@@ -240,15 +240,19 @@ def test_what_is_no_coco_file(tmp_path: Path, data: Any, message: str) -> None:
 
 
 def test_what_no_reader_takes(tmp_path: Path) -> None:
+    (tmp_path / "boxes.csv").touch()
     with pytest.raises(DataError, match=r"none\.json: no such file\."):
         read(tmp_path / "none.json")
     with pytest.raises(DataError, match=r"expected a COCO \.json or \.zip file, or a folder in the layout of VOC"):
         read(tmp_path / "boxes.csv")
-    with pytest.raises(DataError, match="no folder ImageSets in it, as VOC has; of COCO data name the json file"):
+    with pytest.raises(DataError, match=r"lost: no such file or folder\."):
+        read(tmp_path / "lost")
+    with pytest.raises(DataError, match=r"no folder ImageSets in it, as VOC has; of COCO data name the json file\."):
         read(tmp_path)
-    with pytest.raises(
-        DataError, match=r"bad='skipp': expected 'error', 'skip', 'skip_boxes' \(did you mean 'skip'\?\)"
-    ):
+    (tmp_path / "own.json").touch()
+    with pytest.raises(DataError, match=r"name the json file \(.*own\.json\?\)\."):
+        read(tmp_path)
+    with pytest.raises(DataError, match=r"bad='skipp': expected 'error', 'skip', 'skip_boxes' \(did you mean 'skip'"):
         read_coco(coco(tmp_path), bad="skipp")  # type: ignore[arg-type]
 
 

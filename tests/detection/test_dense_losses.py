@@ -217,8 +217,8 @@ def test_ld_is_a_mean_and_the_authors_a_sum() -> None:
     positive[0, :2], vlr[1, 3:] = True, torch.tensor([0.25, 0.0, 0.5])
     ours, theirs = (
         [ld_terms(*(v.repeat(n, *[1] * (v.ndim - 1)) for v in values), positive=positive.repeat(n, 1),
-                  vlr=vlr.repeat(n, 1), normalize=normalize) for n in (1, 2)]
-        for normalize in ("sum_w", "authors")
+                  vlr=vlr.repeat(n, 1), normalise=normalise) for n in (1, 2)]
+        for normalise in ("sum_w", "authors")
     )  # fmt: skip
     for part in ("ld", "ld_vlr", "kd"):
         assert math.isclose(ours[0][part], ours[1][part], rel_tol=1e-9)

@@ -233,10 +233,10 @@ def square_batch(boxes: tuple[int, ...]) -> dict[str, Any]:
     return {**data, "images": torch.stack(data["images"])}
 
 
-@pytest.mark.parametrize("normalize", ["sum_w", "authors"])
-def test_the_terms_of_ld_on_a_head_with_distributions(normalize: str) -> None:
+@pytest.mark.parametrize("normalise", ["sum_w", "authors"])
+def test_the_terms_of_ld_on_a_head_with_distributions(normalise: str) -> None:
     student, teacher, data = Distributions(0), Distributions(1), square_batch((2, 1, 0))
-    method = METHODS["localization"](student, teacher, **TAPS, normalize=normalize, legacy_iof=True)
+    method = METHODS["localization"](student, teacher, **TAPS, normalise=normalise, legacy_iof=True)
     terms = method.stages[0].terms
     assert {t.name: t.schedule.value for t in terms} == {
         "localization": 0.25, "localization-vlr": 0.25, "classification": 10.0,
@@ -257,11 +257,11 @@ def test_the_terms_of_ld_on_a_head_with_distributions(normalize: str) -> None:
 
     logits = rows(run.student, "classes"), rows(run.teacher, "classes")
     sides = [rows(v, "sides").reshape(3, 80, 4, 5) for v in (run.student, run.teacher)]
-    levels = [slice(0, 80)] if normalize == "sum_w" else [slice(0, 64), slice(64, 80)]
+    levels = [slice(0, 80)] if normalise == "sum_w" else [slice(0, 64), slice(64, 80)]
     for part, term in zip(("ld", "ld_vlr", "kd"), terms, strict=True):
         want = sum(
             ld_terms(*(x[:, at] for x in (*logits, *sides)), positive=positive[:, at], vlr=vlr[:, at],
-                     normalize=normalize)[part]  # type: ignore[arg-type]
+                     normalise=normalise)[part]  # type: ignore[arg-type]
             for at in levels
         )  # fmt: skip
         assert torch.allclose(losses[term.name], want.detach())  # type: ignore[union-attr]

@@ -205,7 +205,9 @@ def test_own_regions_hold_the_ground_truth_and_no_more_positives_than_asked_for(
 def test_an_unknown_module_is_refused_with_what_is_known() -> None:
     with pytest.raises(TaskkdError, match=r"the teacher is a Linear, of which no tensors are known: expected torchvis"):
         family_of(nn.Linear(2, 2), "teacher")
-    with pytest.raises(TaskkdError, match="term 'r': the student, a RetinaNet, has no 'rois'; it has neck, dense"):
+    with pytest.raises(
+        TaskkdError, match=r"term 'r': the student, a RetinaNet, has no 'rois' .a second stage.; it has neck, dense"
+    ):
         Regions("r", retinanet(), faster_rcnn(), student_views=("rois",), teacher_views=("rois",))
 
 

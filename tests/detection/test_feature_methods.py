@@ -421,9 +421,24 @@ def test_maps_of_any_modules_by_their_taps() -> None:
         student, teacher = Net(4), Net(6)
         method = METHODS[name](student, teacher, neck=["body", "up"], **options)
         distiller = kd.Distiller(student, kd.Frozen(teacher), method.stages[0].terms)
-        distiller.prepare(example)
-        losses = step(distiller, example)
+        maps_alone = name in ("channel_wise", "fbkd", "masked_generative", "pearson_kd")
+        given = {"images": example["images"]} if maps_alone else example
+        distiller.prepare(given)
+        losses = step(distiller, given)
         assert all(v.isfinite() and v > 0 for v in losses.values()), name
+
+
+def test_scores_of_maps_by_name_are_those_of_their_level() -> None:
+    student, teacher = DETECTORS["retinanet"](16), DETECTORS["retinanet"](16, seed=1)
+    named = ["backbone.fpn.layer_blocks.1", "backbone.fpn.layer_blocks.2"]
+    method = METHODS["score_weighted"](student, teacher, neck=named, project=False)
+    distiller = kd.Distiller(student, DetectorTeacher(teacher, student), method.stages[0].terms)
+    distiller.prepare(batch())
+    (term,) = distiller.terms.values()
+    run = distiller._run(batch())
+    scores = cell_scores(term.teacher_views(run).dense)[1:3]
+    expected = score_weighted_loss(*([side[n] for n in named] for side in (run.student, run.teacher)), scores=scores)
+    torch.testing.assert_close(term(run), expected)
 
 
 def test_detectors_of_transformers() -> None:

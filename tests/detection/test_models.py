@@ -20,8 +20,9 @@ from torchvision.ops import FrozenBatchNorm2d
 from taskkd.checkpoints import load_student, save_student
 from taskkd.detection import architectures, backbones
 from taskkd.detection.config import DetectorConfig
-from taskkd.detection.models import DETECTOR, Description, build, class_names, describe, load, save
+from taskkd.detection.models import DETECTOR, Description, build, class_count, class_names, describe, load, save
 from taskkd.errors import CheckpointError, DataError, RecipeError
+from tests.detection import tiny_detr
 
 SMALL = {"min_size": 64, "max_size": 64, "width": 16}
 TWO = {**SMALL, "stages": [3, 4], "representation_size": 16, "rois_per_image": 16, "proposals": 32}
@@ -119,9 +120,39 @@ def test_a_saved_detector_is_the_model_of_a_config(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
     with pytest.raises(RecipeError, match=r"for 3 classes \(cat, dog, fox\), the data has 2 \(dog, cat\): expected"):
         build({"model": str(tmp_path)}, ["dog", "cat"])
-    with pytest.raises(RecipeError, match="in the same order"):
+    with pytest.raises(RecipeError, match=r"in the same order; name them in the detector's order as `data: {classes:"):
         build({"model": str(tmp_path)}, ["dog", "cat", "fox"])
     assert class_names(build({"model": str(tmp_path)}, 3)) == NAMES
+
+
+def test_a_detector_of_transformers_keeps_the_order_of_its_classes(tmp_path: Path) -> None:
+    detector = tiny_detr.detector("rt_detr", labels=2)
+    assert class_names(detector) == []  # nobody named them
+    detector.config.id2label = {0: "cat", 1: "dog"}
+    detector.save_pretrained(tmp_path)
+    assert class_names(build({"model": str(tmp_path)}, ["cat", "dog"])) == ["cat", "dog"]
+    with pytest.raises(RecipeError, match=r"for 2 classes \(cat, dog\), the data has 2 \(dog, cat\)"):
+        build({"model": str(tmp_path)}, ["dog", "cat"])
+    assert class_names(build({"model": str(tmp_path)}, ["fox", "owl"])) == ["fox", "owl"]  # to be fine-tuned
+
+
+def test_folders_that_hold_no_detector_are_named(tmp_path: Path) -> None:
+    save(build(CONFIGS["retinanet"], NAMES), tmp_path / "run" / "student")
+    with pytest.raises(DataError, match=r"run holds no detector: .*did you mean .*student\?"):
+        build({"model": str(tmp_path / "run")}, NAMES)
+    with pytest.raises(DataError, match=r"lost': no such folder"):
+        build({"model": str(tmp_path / "lost")}, NAMES)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_classes_are_counted(name: str) -> None:
+    assert class_count(build(CONFIGS[name], NAMES)) == 3
+
+
+def test_one_image_whose_coarsest_map_is_one_cell() -> None:
+    for config in (CONFIGS["fcos"], {**CONFIGS["retinanet"], "norm": "group"}):
+        assert len(build(config, NAMES).eval()([torch.rand(3, 64, 64)])) == 1
+    assert [backbones.groups_of(n) for n in (256, 64, 48, 32, 24, 16, 1)] == [32, 32, 16, 16, 8, 8, 1]
 
 
 def test_damaged_folders_are_named(tmp_path: Path) -> None:

@@ -171,6 +171,10 @@ def test_what_the_one_call_cannot_take(data: Path, tmp_path: Path) -> None:
         kd.distill(student, teacher, 3, task="detection", output_dir=tmp_path / "run")
     with pytest.raises(RecipeError, match="'nowhere' is no detector's folder"):
         kd.distill("nowhere", teacher, data, task="detection", output_dir=tmp_path / "run")
+    few = retinanet()
+    few.head.classification_head.num_classes = 2
+    with pytest.raises(RecipeError, match=r"the student tells 1 classes apart .*, the data has 2: square, disc"):
+        kd.distill(few, teacher, data, data, task="detection", output_dir=tmp_path / "run")
     with pytest.raises(TaskkdError, match="the student is a Linear, of which no tensors are known"):
         kd.distill(torch.nn.Linear(2, 2), teacher, data, data, task="detection", output_dir=tmp_path / "run")
 

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from taskkd.detection.given import _detector
-from taskkd.detection.transformers_models import TransformersDetector, inside_images, labels_of
+from taskkd.detection.shared import inside_images
+from taskkd.detection.transformers_models import TransformersDetector, labels_of
 from taskkd.errors import DataError, TaskkdError
 from tests.detection.tiny_detr import NAMES, batch, detector
 
@@ -73,7 +74,7 @@ def test_preprocessing_is_that_of_the_image_processor(name: str) -> None:
     shown, _ = model.transform(images)
     torch.testing.assert_close(shown.tensors, theirs["pixel_values"], atol=1e-5, rtol=1e-5)
     if name == "detr":
-        assert torch.equal(inside_images(shown).long(), theirs["pixel_mask"])
+        assert torch.equal(inside_images(shown.tensors, shown.image_sizes).long(), theirs["pixel_mask"])
     else:
         assert tuple(shown.tensors.shape[2:]) == (64, 64)
         assert 0 <= shown.tensors.min() <= shown.tensors.max() <= 1  # no normalisation

@@ -76,7 +76,12 @@ def detector(name: str, *, seed: int = 0, size: Any = None, **more: Any) -> Any:
 
     torch.manual_seed(seed)
     size = size or ((64, 64) if name in ("rt_detr", "rt_detr_v2", "d_fine") else 64)
-    return TransformersDetector(AutoModelForObjectDetection.from_config(config(name, **more)), size=size)
+    detector = TransformersDetector(AutoModelForObjectDetection.from_config(config(name, **more)), size=size)
+    for path, module in detector.named_modules():
+        if "backbone" in path and isinstance(module, torch.nn.Conv2d):
+            # D-FINE's are drawn so small that its maps vanish, and gradients are infinite behind batch norms
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    return detector
 
 
 def batch(boxes: bool = True) -> tuple[list[Tensor], list[dict[str, Tensor]]]:

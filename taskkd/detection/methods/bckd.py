@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from taskkd.detection.methods.crosskd import Branch, counted, positives, proper
 from taskkd.detection.methods.dense_losses import box_overlap, quality_focal
+from taskkd.detection.responses import check_anchors
 from taskkd.detection.terms import DetectionTerm
 from taskkd.detection.views import Dense
 from taskkd.errors import RecipeError, ShapeError
@@ -56,11 +57,7 @@ class BinaryDense(DetectionTerm):
         classes = [d.logits.shape[-1] - d.first for d in (own, other)]
         if classes[0] != classes[1]:
             raise ShapeError(f"term {self.name!r}: the student has {classes[0]} classes, the teacher {classes[1]}.")
-        if own.level_sizes != other.level_sizes:
-            raise ShapeError(
-                f"term {self.name!r}: anchors of the levels: {own.level_sizes} of the student, {other.level_sizes} of "
-                "the teacher; predictions are compared anchor by anchor."
-            )
+        check_anchors(self.name, own, other)
         return own, other
 
     def forward(self, run: Run) -> Tensor:
@@ -79,7 +76,7 @@ def bckd(
     student: nn.Module,
     teacher: nn.Module,
     *,
-    classification_weight: Annotated[float, Ge(0)] = 1.0,
+    class_weight: Annotated[float, Ge(0)] = 1.0,
     box_weight: Annotated[float, Ge(0)] = 4.0,
     beta: Annotated[float, Ge(0)] = 1.0,
     task_weight: Annotated[float, Ge(0)] = 1.0,
@@ -95,14 +92,14 @@ def bckd(
 
     Args:
         student, teacher: torchvision's RetinaNet or FCOS with the same classes, anchors and levels.
-        classification_weight, box_weight: of the two terms; 0: left out.
+        class_weight, box_weight: of the two terms; 0: left out.
         beta: of the focal factor.
         task_weight: of the detector's own loss.
 
     Raises:
         TaskkdError: a detector does not predict at anchors.
     """
-    weights: dict[Branch, float] = {"classification": classification_weight, "box": box_weight}
+    weights: dict[Branch, float] = {"classification": class_weight, "box": box_weight}
     terms = [
         BinaryDense(f"binary-{what}", student, teacher, what=what, beta=beta, weight=w)
         for what, w in weights.items()

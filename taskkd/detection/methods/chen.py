@@ -286,13 +286,12 @@ class AnchorBound(DetectionTerm):
         matched = own.match(views.images.boxes)
         likely = sampling_weights(matched, size=self.sample[0], share=self.sample[1])
         where = (matched >= 0).nonzero(as_tuple=True)
-        raw = [v.deltas if isinstance(v, Rpn) else v.regression for v in (own, other)]
-        truth = _matched_boxes(views.images.boxes, where[0], matched[where], raw[0])
+        s, t = (boxes_at(v, where, v.deltas if isinstance(v, Rpn) else v.regression) for v in (own, other))
+        truth = _matched_boxes(views.images.boxes, where[0], matched[where], s)
         unit = (truth[:, 2:] - truth[:, :2]).clamp(min=1e-3).repeat(1, 2)
-        s, t = (boxes_at(own, where, r) / unit for r in raw)
         taken = likely[where]
         share = taken.sum() / likely.sum().clamp(min=1e-6) if isinstance(own, Rpn) else 1.0
-        return share * bounded_distance(s, t, truth / unit, margin=self.margin, mask=taken)
+        return share * bounded_distance(s / unit, t / unit, truth / unit, margin=self.margin, mask=taken)
 
 
 def _matched_boxes(boxes: list[Tensor], images: Tensor, index: Tensor, like: Tensor) -> Tensor:

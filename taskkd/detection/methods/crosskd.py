@@ -194,7 +194,7 @@ def crosskd(
     teacher: nn.Module,
     *,
     convolutions: Annotated[int, Ge(0)] | None = None,
-    classification_weight: Annotated[float, Ge(0)] | None = None,
+    class_weight: Annotated[float, Ge(0)] | None = None,
     box_weight: Annotated[float, Ge(0)] | None = None,
     boxes: Literal["giou", "iou"] | None = None,
     beta: Annotated[float, Ge(0)] = 1.0,
@@ -213,7 +213,7 @@ def crosskd(
     Args:
         student, teacher: torchvision's RetinaNet or FCOS, with as many levels.
         convolutions: how many convolutions of the towers are the student's; the rest is the teacher's.
-        classification_weight, box_weight: of the two branches; 0: left out.
+        class_weight, box_weight: of the two branches; 0: left out.
         boxes: how boxes are compared.
         beta: of the focal factor.
         task_weight: of the detector's own loss.
@@ -228,7 +228,7 @@ def crosskd(
         defaults = (2, 0.4, 0.75, "iou")
     cut = defaults[0] if convolutions is None else convolutions
     weights: dict[Branch, float] = {
-        "classification": defaults[1] if classification_weight is None else classification_weight,
+        "classification": defaults[1] if class_weight is None else class_weight,
         "box": defaults[2] if box_weight is None else box_weight,
     }
     kind = defaults[3] if boxes is None else boxes

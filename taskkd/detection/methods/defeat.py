@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from taskkd.detection.methods.maps import Adapter, Maps, adapter_of, as_list, strides_of, two_stage, zero
 from taskkd.detection.regions import inside_boxes
+from taskkd.detection.responses import check_predictions
 from taskkd.detection.terms import DetectionTerm, NeckTerm
-from taskkd.errors import ShapeError
 from taskkd.losses.primitives import check_same_shape, full_precision, masked_mean, softened_kl
 from taskkd.stages import Method, Stage
 from taskkd.terms import Run, Term
@@ -127,11 +127,7 @@ class DecoupledClasses(DetectionTerm):
 
     def forward(self, run: Run) -> Tensor:
         own, other = self.student_views(run).rois, self.teacher_views(run).rois
-        if own.logits.shape != other.logits.shape:
-            raise ShapeError(
-                f"term {self.name!r}: the student has {own.logits.shape[1] - 1} classes, the teacher "
-                f"{other.logits.shape[1] - 1}; classes=False leaves this term out."
-            )
+        check_predictions(self.name, own.logits, other.logits, instead="classes=False leaves this term out")
         assert own.labels is not None, "a student's view has labels"
         return defeat_response(own.logits, other.logits, labels=own.labels, **self.options)
 

@@ -159,6 +159,8 @@ class Fbkd(NeckTerm):
         weight, neck, teacher_neck, count: see `NeckTerm`.
     """
 
+    needs_images = False
+
     def __init__(
         self,
         name: str,

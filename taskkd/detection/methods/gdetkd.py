@@ -357,7 +357,7 @@ class ClassAwareLocalisation(DetectionTerm):
     def forward(self, run: Run) -> Tensor:
         own, other = self.student_views(run).rois, self.teacher_views(run).rois
         check_predictions(self.name, own.logits, other.logits)
-        s, t = (x.deltas.reshape(len(x.deltas), x.logits.shape[1], -1)[:, 1:] for x in (own, other))
+        s, t = (x.deltas.reshape(*x.logits.shape, 4)[:, 1:] for x in (own, other))
         return class_aware_regression(s, t, probabilities=other.logits.softmax(-1)[:, 1:])
 
 
@@ -407,7 +407,7 @@ def gdetkd(
     feature_weight: Annotated[float, Ge(0)] | Literal["auto"] = "auto",
     contrast_weight: Annotated[float, Ge(0)] | Literal["auto"] = 0.1,
     localisation_weight: Annotated[float, Ge(0)] = 1.0,
-    classes_weight: Annotated[float, Ge(0)] = 1.0,
+    class_weight: Annotated[float, Ge(0)] = 1.0,
     tau: Annotated[float, Gt(0)] = 1.0,
     gamma: Annotated[float, Gt(0)] = 0.07,
     iou: Annotated[float, Interval(ge=0, le=1)] = 0.5,
@@ -431,7 +431,7 @@ def gdetkd(
         student: a two-stage detector, RetinaNet, FCOS, RT-DETR or D-FINE.
         teacher: a two-stage detector.
         feature_weight, contrast_weight: of the two general terms.
-        localisation_weight, classes_weight: of the two terms for two-stage students.
+        localisation_weight, class_weight: of the two terms for two-stage students.
         tau: temperature over levels to begin with; it is learned.
         gamma, iou: of the contrast, see `region_contrast`.
         queue: how many of the teacher's earlier regions are negatives too; 0: none.
@@ -461,7 +461,7 @@ def gdetkd(
     ]  # fmt: skip
     if two_stage:
         terms.append((localisation_weight, lambda w: ClassAwareLocalisation("localisation", *models, weight=w)))
-        terms.append((classes_weight, lambda w: RoiDivergence("classes", *models, weight=w)))
+        terms.append((class_weight, lambda w: RoiDivergence("classes", *models, weight=w)))
         if head_transfer:
             transfer_head(student, teacher)
     return Method("gdetkd", [Stage("distil", [make(w) for w, make in terms if w != 0])], ("labels",))

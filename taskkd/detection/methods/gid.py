@@ -455,8 +455,8 @@ def gid(
     pool: Annotated[int, Gt(0)] = 10,
     feature_weight: Annotated[float, Ge(0)] = 5e-4,
     relation_weight: Annotated[float, Ge(0)] = 40.0,
-    classes_weight: Annotated[float, Ge(0)] = 0.1,
-    boxes_weight: Annotated[float, Ge(0)] = 1.0,
+    class_weight: Annotated[float, Ge(0)] = 0.1,
+    box_weight: Annotated[float, Ge(0)] = 1.0,
     stage: Literal["auto", "first", "second"] = "auto",
 ) -> Method:
     """General instances, where the two networks disagree most: their features, the relations of those, the response.
@@ -474,7 +474,7 @@ def gid(
         instances: of an image.
         nms, score, side, min_side: of the choice, see `general_instances`.
         pool: cells of a side of an instance's features.
-        feature_weight, relation_weight, classes_weight, boxes_weight: of the four terms; 0 leaves one out.
+        feature_weight, relation_weight, class_weight, box_weight: of the four terms; 0 leaves one out.
         stage: of two-stage detectors, the "first" or "second" (see above).
 
     Raises:
@@ -488,7 +488,7 @@ def gid(
     terms: list[Term] = [
         InstanceFeature("feature", *models, selection=selection, adapter=adapter, size=pool, weight=feature_weight),
         InstanceRelation("relation", *models, selection=selection, adapter=adapter, size=pool, weight=relation_weight),
-        InstanceResponse("classes", *models, selection=selection, part="classes", weight=classes_weight),
-        InstanceResponse("boxes", *models, selection=selection, part="boxes", weight=boxes_weight),
+        InstanceResponse("classes", *models, selection=selection, part="classes", weight=class_weight),
+        InstanceResponse("boxes", *models, selection=selection, part="boxes", weight=box_weight),
     ]
     return Method("gid", [Stage("distil", [t for t in terms if t.schedule.value > 0])], ("labels",))

@@ -147,7 +147,9 @@ class SharedQueries(DetectionTerm):
     ) -> None:
         difference = query_difference(student, teacher)
         if difference is not None:
-            raise RecipeError(f"term {name!r}: {difference}; `detr_distill` matches the predictions of such pairs.")
+            decoders = all("decoder" in family_of(model).views for model in (student, teacher))
+            other = "`detr_distill` matches the predictions" if decoders else "`pearson_kd` compares the maps"
+            raise RecipeError(f"term {name!r}: {difference}; {other} of such pairs.")
         views = {"student_views": ("queries",), "teacher_views": ("queries", "decoder")}
         super().__init__(name, student, teacher, **views, weight=weight)
         check_classes(name, student, teacher)

@@ -22,7 +22,7 @@ from taskkd.terms import Run, Weight
 
 __all__ = ["Localization", "ld_terms", "localization"]
 
-Normalize = Literal["sum_w", "authors"]
+Normalise = Literal["sum_w", "authors"]
 Part = Literal["ld", "ld_vlr", "kd"]
 PARTS: tuple[Part, ...] = ("ld", "ld_vlr", "kd")
 NAMES: dict[Part, str] = {"ld": "localization", "ld_vlr": "localization-vlr", "kd": "classification"}
@@ -39,7 +39,7 @@ def ld_terms(
     temperature: float = 10.0,
     vlr_temperature: float = 10.0,
     class_temperature: float = 2.0,
-    normalize: Normalize = "sum_w",
+    normalise: Normalise = "sum_w",
     parts: Sequence[Part] = PARTS,
 ) -> dict[Part, Tensor]:
     """The terms of LD, unweighted: the sides of positives, those in the valuable region, the classes of positives.
@@ -50,7 +50,7 @@ def ld_terms(
     Object Detection".
 
     Scaling: the authors do not divide the first two by the sum of the weights, so that they grow with the positives of
-    a batch (they warn of more than 3 images on a GPU): `normalize="authors"`, of one level; they add up the levels.
+    a batch (they warn of more than 3 images on a GPU): `normalise="authors"`, of one level; they add up the levels.
 
     Args:
         student_logits, teacher_logits: (N, A, classes).
@@ -58,7 +58,7 @@ def ld_terms(
         positive: (N, A) booleans.
         vlr: (N, A) weights of the region, as `vlr_weights` gives them.
         temperature, vlr_temperature, class_temperature: of the three.
-        normalize: "sum_w" or "authors".
+        normalise: "sum_w" or "authors".
         parts: which to compute.
 
     Returns:
@@ -68,7 +68,7 @@ def ld_terms(
         ShapeError: the shapes of student and teacher differ.
         ValueError: a temperature is not positive.
     """
-    divisor = None if normalize == "sum_w" else student_sides.shape[-2]
+    divisor = None if normalise == "sum_w" else student_sides.shape[-2]
     found: dict[Part, Tensor] = {}
     if "ld" in parts:
         certain = probabilities(student_logits).amax(-1) * positive
@@ -105,7 +105,7 @@ class Localization(NeckTerm):
         strides: of the levels; None: the power of two nearest to image height / map height.
         anchor_scale: side of an anchor in strides.
         legacy_iof: see `vlr_weights`.
-        normalize: see `ld_terms`.
+        normalise: see `ld_terms`.
 
     Raises:
         TaskkdError: the numbers of taps differ.
@@ -127,7 +127,7 @@ class Localization(NeckTerm):
         strides: Sequence[float] | None = None,
         anchor_scale: float = 8.0,
         legacy_iof: bool = False,
-        normalize: Normalize = "sum_w",
+        normalise: Normalise = "sum_w",
         weight: Weight = 1.0,
     ) -> None:
         super().__init__(name, student, teacher, neck=sides, teacher_neck=teacher_sides, adapter=None, weight=weight)
@@ -139,7 +139,7 @@ class Localization(NeckTerm):
         self.student_taps = (*self.student_taps, *self.class_taps)
         self.teacher_taps = (*self.teacher_taps, *self.teacher_class_taps)
         self.part, self.temperature, self.strides, self.anchor_scale = part, temperature, strides, anchor_scale
-        self.legacy_iof, self.normalize = legacy_iof, normalize
+        self.legacy_iof, self.normalise = legacy_iof, normalise
 
     def compare(self, students: list[Tensor], teachers: list[Tensor], run: Run) -> Tensor:
         """The part's value over all levels."""
@@ -150,14 +150,14 @@ class Localization(NeckTerm):
             _rows([run.teacher[t] for t in self.teacher_class_taps]),
         )
         sides = _sides(students, self.name), _sides(teachers, self.name)
-        split = [levels] if self.normalize == "sum_w" else [[n] for n in levels]
+        split = [levels] if self.normalise == "sum_w" else [[n] for n in levels]
         value, start = students[0].new_zeros(()), 0
         for own in split:
             at = slice(start, start := start + sum(own))
             value = value + ld_terms(
                 *(x[:, at] for x in (*logits, *sides)), positive=positive[:, at], vlr=vlr[:, at], parts=[self.part],
                 temperature=self.temperature, vlr_temperature=self.temperature, class_temperature=self.temperature,
-                normalize=self.normalize,
+                normalise=self.normalise,
             )[self.part]  # fmt: skip
         return value
 
@@ -205,7 +205,7 @@ def localization(
     class_weight: Annotated[float, Ge(0)] = 10.0,
     class_temperature: Annotated[float, Gt(0)] = 2.0,
     legacy_iof: bool = False,
-    normalize: Normalize = "sum_w",
+    normalise: Normalise = "sum_w",
     task_weight: Annotated[float, Ge(0)] = 1.0,
 ) -> Method:
     """Task loss + the distributions of a box's sides at positives and around them + the classes at positives.
@@ -224,7 +224,7 @@ def localization(
         vlr_weight, vlr_temperature: of the sides in the valuable localization region.
         class_weight, class_temperature: of the classes at positives.
         legacy_iof: the region as the released code computes it, whose "DIoU" divides by the anchor's area.
-        normalize: "sum_w" divides by the sum of the weights, "authors" does not.
+        normalise: "sum_w" divides by the sum of the weights, "authors" does not.
         task_weight: of the detector's own loss.
 
     Raises:
@@ -242,7 +242,7 @@ def localization(
     terms = [
         Localization(
             NAMES[part], student, teacher, part=part, sides=sides, classes=classes, teacher_sides=teacher_sides,
-            teacher_classes=teacher_classes, temperature=at, legacy_iof=legacy_iof, normalize=normalize, weight=w,
+            teacher_classes=teacher_classes, temperature=at, legacy_iof=legacy_iof, normalise=normalise, weight=w,
         )
         for part, (w, at) in temperatures.items()
         if w > 0

@@ -80,6 +80,8 @@ class MapsTerm(NeckTerm):
         weight, **others: see `NeckTerm`.
     """
 
+    needs_images = False
+
     def __init__(
         self,
         name: str,

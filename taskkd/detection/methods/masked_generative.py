@@ -61,6 +61,8 @@ class MaskedGenerative(NeckTerm):
         weight, neck, teacher_neck, adapter, count: see `NeckTerm`.
     """
 
+    needs_images = False
+
     def __init__(
         self,
         name: str,

@@ -14,8 +14,9 @@ from taskkd.detection.families import family_of
 from taskkd.detection.methods.maps import Adapter, adapter_of, strides_of, two_stage, zero
 from taskkd.detection.pooling import levels_of, pool_own_level
 from taskkd.detection.regions import box_sums
+from taskkd.detection.responses import check_predictions
 from taskkd.detection.terms import DetectionTerm, NeckTerm
-from taskkd.errors import RecipeError, ShapeError
+from taskkd.errors import RecipeError
 from taskkd.losses.primitives import check_same_shape, full_precision
 from taskkd.stages import Method, Stage
 from taskkd.terms import Run, Term, Weight
@@ -135,8 +136,9 @@ class MimicTerm(NeckTerm):
         boxes = [b.detach().to(images.tensors.dtype) for b in boxes]
         if self.pool is not None:
             height, width = images.tensors.shape[2:]
-            full = [[m if m.dtype == torch.float64 else m.float() for m in side] for side in (students, teachers)]
-            pooled = [pool_own_level(side, boxes, (int(height), int(width)), self.pool) for side in full]
+            pooled = [
+                pool_own_level(side, boxes, (int(height), int(width)), self.pool) for side in (students, teachers)
+            ]
             return mimic_loss(*pooled, normalise=self.normalise)
         return mimic_crops(students, teachers, boxes, strides_of(images, students), self.normalise)
 
@@ -195,11 +197,7 @@ class HeadMimic(DetectionTerm):
 
     def forward(self, run: Run) -> Tensor:
         own, other = self.student_views(run).rois, self.teacher_views(run).rois
-        if own.logits.shape != other.logits.shape:
-            raise ShapeError(
-                f"term {self.name!r}: the student has {own.logits.shape[1] - 1} classes, the teacher "
-                f"{other.logits.shape[1] - 1}; head_weight=0 leaves this term out."
-            )
+        check_predictions(self.name, own.logits, other.logits, instead="head_weight=0 leaves this term out")
         pairs = (own.logits, other.logits), (own.deltas, other.deltas)
         return torch.stack([losses.mse(s, t) for s, t in pairs]).sum()
 

@@ -100,9 +100,13 @@ class ScoreWeighted(NeckTerm):
         """The loss of all levels."""
         with torch.no_grad():
             scores = cell_scores(self.teacher_views(run).get(self.view))
+            if self.teacher_neck_taps is None:
+                chosen = [scores[j] for _, j in self.levels]
+            else:  # maps by name need not be the levels that the scores are of
+                chosen = [min(scores, key=lambda s: abs(s.shape[1] - t.shape[2])) for t in teachers]
             own = [
-                F.interpolate(scores[j][:, None], size=[t.shape[2], t.shape[3]])[:, 0]
-                for (_, j), t in zip(self.levels, teachers, strict=True)
+                F.interpolate(s[:, None], size=[t.shape[2], t.shape[3]])[:, 0]
+                for s, t in zip(chosen, teachers, strict=True)
             ]
         return score_weighted_loss(students, teachers, scores=own)
 

@@ -86,7 +86,7 @@ def branch_of(model: nn.Module, kind: Literal["classification", "box"], convolut
     if not isinstance(model, tv.RetinaNet | tv.FCOS):
         raise RecipeError(
             f"crosskd: the head of the {who} ({called(model)}) has no tower of convolutions to cut; those of RetinaNet "
-            "and FCOS have. For other pairs: bckd, gid, or methods of the neck such as pkd."
+            "and FCOS have. For other pairs: bckd, gid, or methods of the neck such as pearson_kd."
         )
     path = "head.classification_head" if kind == "classification" else "head.regression_head"
     head = model.get_submodule(path)

@@ -83,7 +83,7 @@ def ld_head(arrays: Arrays, params: Params) -> dict[str, Tensor]:
         temperature=params["ld"][1],
         vlr_temperature=params["ld_vlr"][1],
         class_temperature=params["kd"][1],
-        normalize="authors",
+        normalise="authors",
     )
     weights = {name: params[name][0] for name in ("ld", "ld_vlr", "kd")}
     found = {name: weights[name] * values[name] for name in weights}
