@@ -47,7 +47,7 @@ bench: .venv-bench/.installed
 	.venv-bench/bin/python benchmarks/nlp.py
 
 constraints:
-	$(UV) pip compile pyproject.toml --extra timm --extra faster --extra detr --extra onnx --extra tensorboard --extra docs --extra dev --universal --python-version 3.11 --no-header --no-annotate \
+	$(UV) pip compile pyproject.toml --extra timm --extra smp --extra faster --extra detr --extra onnx --extra tensorboard --extra docs --extra dev --universal --python-version 3.11 --no-header --no-annotate \
 	  --no-emit-index-url --output-file constraints.txt
 
 clean:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
 import torch
 from torch.utils.data import Dataset
 
-__all__ = ["Augmented", "generator_for"]
+from taskkd.errors import RecipeError, nearest
+
+__all__ = ["Augmented", "drawn_from", "generator_for", "transform_of"]
 
 Sample = TypeVar("Sample")
 
@@ -59,3 +63,46 @@ class Augmented(Dataset[Any]):
         sample = self.dataset[index]
         key = int(sample["id"]) if isinstance(sample, dict) and "id" in sample else index
         return self.transform(sample, generator_for(self.seed, int(self._epoch), key))
+
+
+def transform_of(entry: str | Mapping[str, Any], known: Sequence[str], where: str) -> Any:
+    """The transform of torchvision.transforms.v2 that a recipe names.
+
+    Args:
+        entry: a name, or a mapping of `name` and that transform's options.
+        known: the names that may be used.
+        where: in the recipe, for errors.
+
+    Raises:
+        RecipeError: a name or an option is unknown, or a value is refused by the transform.
+    """
+    from torchvision.transforms import v2
+
+    options: dict[str, Any] = {} if isinstance(entry, str) else dict(entry)
+    name = entry if isinstance(entry, str) else options.pop("name", None)
+    if name not in known:
+        raise RecipeError(f"{where}: no transform {name!r}{nearest(str(name), known)}; known: {', '.join(known)}.")
+    kind = getattr(v2, name)
+    names = [p for p in inspect.signature(kind).parameters if p != "self"]
+    for option in options:
+        if option not in names:
+            raise RecipeError(
+                f"{where}: {name} has no option {option!r}{nearest(option, names)}; it has {', '.join(names)}."
+            )
+    try:
+        return kind(**options)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{where}: {name} refuses its options: {error}.") from None
+
+
+@contextmanager
+def drawn_from(generator: torch.Generator) -> Iterator[None]:
+    """Lend the CPU's global generator, which torchvision's transforms draw from, seeded from `generator`."""
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    own = torch.default_generator
+    state = own.get_state()
+    own.manual_seed(seed)
+    try:
+        yield
+    finally:
+        own.set_state(state)

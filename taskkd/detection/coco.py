@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from taskkd.detection.images import Source, header_size, in_file, in_memory
 from taskkd.detection.records import Annotations, Bad, Boxes, Problems, checked, label_of
 from taskkd.errors import DataError, nearest
+from taskkd.images import Source, header_size, in_file, in_memory
 
 __all__ = ["coco_results", "parse_coco", "read_coco"]
 

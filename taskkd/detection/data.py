@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from taskkd.detection.coco import read_coco
-from taskkd.detection.images import decode
 from taskkd.detection.records import Annotations, Array, Bad, Record, cropped, pixels
 from taskkd.detection.tiles import region, tiles
 from taskkd.detection.voc import read_voc
 from taskkd.errors import DataError
+from taskkd.images import decode
 
 __all__ = ["DetectionDataset", "collate", "read", "tree_crowns"]
 

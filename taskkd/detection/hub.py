@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from taskkd.detection.images import Source, header_size
 from taskkd.detection.records import Annotations, Bad, Boxes, Problems, Record, checked, label_of
 from taskkd.errors import DataError, nearest
+from taskkd.images import Source, header_size
 
 __all__ = ["read_hub"]
 

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
+from taskkd.backbones import check_fit, downloaded, read_weights
 from taskkd.detection.architectures import assemble, builder_of
-from taskkd.detection.backbones import check_fit, downloaded, read_weights
 from taskkd.detection.config import Architecture, DetectorConfig
 from taskkd.errors import CheckpointError, DataError, RecipeError, nearest
 

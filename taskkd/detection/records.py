@@ -14,8 +14,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from taskkd.detection.images import Source, decode
 from taskkd.errors import DataError, nearest
+from taskkd.images import Source, decode
 
 __all__ = ["Annotations", "Array", "Bad", "Boxes", "Problems", "Record", "checked", "label_of", "shared_images"]
 

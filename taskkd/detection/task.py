@@ -23,7 +23,6 @@ from taskkd.detection.config import Architecture, DetectorConfig
 from taskkd.detection.data import DetectionDataset, collate, read, tree_crowns
 from taskkd.detection.families import family_of
 from taskkd.detection.hub import read_hub
-from taskkd.detection.images import decode, in_file
 from taskkd.detection.methods import METHODS
 from taskkd.detection.metrics import CocoMetric, VocMetric
 from taskkd.detection.records import Annotations, shared_images
@@ -33,6 +32,7 @@ from taskkd.detection.tiles import split, tiles
 from taskkd.detection.transforms import build
 from taskkd.detection.voc import read_voc
 from taskkd.errors import DataError
+from taskkd.images import decode, in_file
 from taskkd.teachers import Teacher
 from taskkd.terms import Term
 

@@ -6,15 +6,14 @@ the same way in any worker, before and after an interruption.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from taskkd.errors import RecipeError, TaskkdError, nearest
+from taskkd.augmentation import drawn_from, transform_of
+from taskkd.errors import RecipeError, TaskkdError
 
 __all__ = ["TRANSFORMS", "Augmentation", "build"]
 
@@ -47,30 +46,12 @@ def build(config: Sequence[str | Mapping[str, Any]]) -> Augmentation:
 
 
 def _transform(entry: str | Mapping[str, Any], number: int) -> Any:
-    from torchvision.transforms import v2
-
-    options: dict[str, Any] = {} if isinstance(entry, str) else dict(entry)
-    name = entry if isinstance(entry, str) else options.pop("name", None)
     where = f"augmentation {number + 1}"
-    if name not in TRANSFORMS:
-        raise RecipeError(
-            f"{where}: no transform {name!r}{nearest(str(name), TRANSFORMS)}; known: {', '.join(TRANSFORMS)}."
-        )
-    kind = getattr(v2, name)
-    known = [p for p in inspect.signature(kind).parameters if p != "self"]
-    for option in options:
-        if option not in known:
-            raise RecipeError(
-                f"{where}: {name} has no option {option!r}{nearest(option, known)}; it has {', '.join(known)}."
-            )
-    scales = options.get("sampler_options")
-    if name == "RandomIoUCrop" and scales is not None and not any(s >= 1 for s in scales):
-        # It draws until a crop fits; 1.0, the image as it is, always does.
+    scales = None if isinstance(entry, str) else entry.get("sampler_options")
+    if scales is not None and not any(s >= 1 for s in scales):
+        # RandomIoUCrop draws until a crop fits; 1.0, the image as it is, always does.
         raise RecipeError(f"{where}: the sampler_options {scales} of RandomIoUCrop need 1.0, or it may never end.")
-    try:
-        return kind(**options)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{where}: {name} refuses its options: {error}.") from None
+    return transform_of(entry, TRANSFORMS, where)
 
 
 class Augmentation:
@@ -120,16 +101,3 @@ def _targets(target: Mapping[str, Any], boxes: Tensor, image: Tensor) -> dict[st
     if "size" in target:
         changed["size"] = torch.tensor([height, width])
     return changed
-
-
-@contextmanager
-def drawn_from(generator: torch.Generator) -> Iterator[None]:
-    """The transforms draw from the CPU's global generator: lend it, seeded from `generator`, and put it back."""
-    seed = int(torch.randint(2**62, (1,), generator=generator))
-    own = torch.default_generator
-    state = own.get_state()
-    own.manual_seed(seed)
-    try:
-        yield
-    finally:
-        own.set_state(state)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 from xml.parsers import expat
 
-from taskkd.detection.images import Source, header_size, in_file
 from taskkd.detection.records import Annotations, Bad, Boxes, Problems, Record, checked, label_of
 from taskkd.errors import DataError, nearest
+from taskkd.images import Source, header_size, in_file
 
 __all__ = ["VOC_CLASSES", "read_voc"]
 

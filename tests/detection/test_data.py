@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader
 from taskkd.detection.coco import coco_results, read_coco
 from taskkd.detection.data import TREE_REGIONS, DetectionDataset, collate, read, tree_crowns
 from taskkd.detection.hub import read_hub
-from taskkd.detection.images import decode, header_size, in_file, in_memory
 from taskkd.detection.records import Annotations, Record, shared_images
 from taskkd.detection.tiles import region, split, tiles
 from taskkd.detection.voc import VOC_CLASSES, read_voc
 from taskkd.errors import DataError
+from taskkd.images import decode, header_size, in_file, in_memory
 
 WIDTH, HEIGHT = 24, 20
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from taskkd.detection.images import in_memory
 from taskkd.detection.metrics import COCO_RESULTS, CocoMetric, VocMetric, average_precision
 from taskkd.detection.records import Record
 from taskkd.errors import DataError, TaskkdError
+from taskkd.images import in_memory
 
 CLASSES = ["cat", "dog", "cow", "hen", "yak"]
 Batch = tuple[list[dict[str, Tensor]], dict[str, Any]]

@@ -18,7 +18,8 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from taskkd.checkpoints import load_student, save_student
-from taskkd.detection import architectures, backbones
+from taskkd import backbones
+from taskkd.detection import architectures
 from taskkd.detection.config import DetectorConfig
 from taskkd.detection.models import DETECTOR, Description, build, class_count, class_names, describe, load, save
 from taskkd.errors import CheckpointError, DataError, RecipeError
