@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from taskkd.checkpoints import load_student, save_student
 from taskkd import backbones
+from taskkd.checkpoints import load_student, save_student
 from taskkd.detection import architectures
 from taskkd.detection.config import DetectorConfig
 from taskkd.detection.models import DETECTOR, Description, build, class_count, class_names, describe, load, save

@@ -25,6 +25,7 @@ from taskkd.schedules import Progress, warmup
 from taskkd.terms import Run
 from tests.parity.detection import ADAPTERS as DETECTION
 from tests.parity.end_to_end import tinybert_e2e
+from tests.parity.segmentation import ADAPTERS as SEGMENTATION
 
 Arrays = Mapping[str, Tensor]
 Params = Mapping[str, Any]
@@ -693,4 +694,5 @@ ADAPTERS: dict[str, Callable[[Arrays, Params], Mapping[str, Tensor]]] = {
     "nlp/tinybert_prediction": tinybert_prediction,
     "nlp/uld": uld,
     **DETECTION,
+    **SEGMENTATION,
 }

@@ -1,0 +1,1 @@
+"""Semantic segmentation: torchvision, transformers, segmentation-models-pytorch; any network through tap names."""

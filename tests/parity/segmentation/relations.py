@@ -1,0 +1,8 @@
+"""Parity adapters of the segmentation losses: relations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+ADAPTERS: dict[str, Callable[..., Any]] = {}
