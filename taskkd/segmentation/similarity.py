@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from taskkd.errors import ShapeError
-from taskkd.losses.primitives import check_mask, check_temperature, full_precision, safe_divide
+from taskkd.losses.primitives import check_mask, check_temperature, full_precision, l2_normalise, safe_divide
 
-__all__ = ["similarity_kl"]
+__all__ = ["average_pool", "cross_image_similarity", "queue_similarity", "similarity_kl"]
 
 #: entries of a block of similarities: 4 MB in fp32, of which three are alive at a time
 BLOCK = 1 << 20
@@ -76,8 +77,68 @@ def similarity_kl(
         rows.new_ones(len(across)) if columns is None else columns.bool().any(1).to(rows.dtype),
         block or max(1, BLOCK // max(across.shape[0] * across.shape[1], 1)),
     )
-    total: Tensor = _SimilarityKL.apply(rows, across, other_rows.detach(), other_across.detach(), setting)  # type: ignore[no-untyped-call]
+    total: Tensor = _SimilarityKL.apply(rows, across, other_rows.detach(), other_across.detach(), setting)
     return safe_divide(total, setting.row_weight.sum() * setting.group_weight.sum())
+
+
+@full_precision
+def cross_image_similarity(
+    student: Tensor, teacher: Tensor, *, temperature: float = 0.1, pool: int = 1, mask: Tensor | None = None
+) -> Tensor:
+    """Similarities of every vector to those of each image of the batch, as distributions: `similarity_kl` of all pairs
+    of images, an image and itself too.
+
+    Source: Yang C. et al. 2022 (CIRKD), mini-batch pixel to pixel; with channels as vectors, CIRKDv2 (2025). On several
+    ranks each relates its own images, as theirs.
+
+    Scaling: mean over vectors and pairs of images, as theirs. No `T^2`.
+
+    Args:
+        student, teacher: maps (N, C, h, w) whose pixels are the vectors, channels need not be as many; or vectors (N,
+            P, features). L2-normalised here.
+        temperature: positive.
+        pool: maps: averages of so many pixels each way first.
+        mask: booleans (N, h, w), or (N, P) of vectors: those left out are related to none.
+
+    Raises:
+        ShapeError: batches or sizes differ, or the mask does not fit.
+        ValueError: `temperature` is not positive.
+    """
+    if student.ndim == 4:
+        if mask is not None:
+            check_mask(mask, student[:, 0].shape)
+        (student, mask), (teacher, _) = (average_pool(x, pool, mask) for x in (student, teacher))
+        student, teacher = (x.flatten(2).mT for x in (student, teacher))
+        mask = None if mask is None else mask.flatten(1)
+    sides = [l2_normalise(x) for x in (student, teacher)]
+    both = [(x.flatten(0, 1), x) for x in sides]
+    rows = None if mask is None else mask.flatten()
+    return similarity_kl(both[0], both[1], temperature=temperature, columns=mask, mask=rows)
+
+
+@full_precision
+def queue_similarity(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    queue: Tensor,
+    temperature: float = 0.1,
+    kd_temperature: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`T_kd^2 KL` of the similarities of each row to those of a queue, over `temperature * T_kd`; mean over rows.
+
+    Args:
+        student, teacher: (R, features), L2-normalised.
+        queue: (P, features).
+        temperature, kd_temperature: positive.
+        mask: weights or booleans (R,).
+
+    Raises:
+        ShapeError: shapes do not fit.
+    """
+    both = (student, queue[None]), (teacher, queue[None])
+    return similarity_kl(*both, temperature=temperature * kd_temperature, mask=mask) * kd_temperature**2
 
 
 def _log_shares(rows: Tensor, columns: Tensor, setting: _Setting) -> Tensor:
@@ -98,8 +159,8 @@ class _SimilarityKL(torch.autograd.Function):
     ) -> Tensor:
         need_rows, need_columns = ctx.needs_input_grad[:2]
         total = rows.new_zeros(())
-        row_grad = torch.empty_like(rows) if need_rows else None
-        column_grad = torch.zeros_like(columns) if need_columns else None
+        row_grad = rows.new_empty(rows.shape) if need_rows else None
+        column_grad = columns.new_zeros(columns.shape) if need_columns else None
         flat = columns.reshape(-1, columns.shape[2])
         for start in range(0, len(rows) if columns.numel() else 0, setting.block):
             part = slice(start, start + setting.block)
@@ -133,3 +194,24 @@ class _SimilarityKL(torch.autograd.Function):
             None,
             None,
         )
+
+
+def average_pool(x: Tensor, size: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Means of `size` x `size` pixels that count, and which of these means are of any; the last ones may be of fewer.
+
+    Args:
+        x: (N, C, h, w).
+        size: 1: as they are.
+        mask: booleans (N, h, w); None: all count.
+
+    Returns:
+        (N, C, ceil(h / size), ceil(w / size)), and booleans without C; None without a mask.
+    """
+    if size == 1:
+        return x, mask
+    if mask is None:
+        return F.avg_pool2d(x, size, ceil_mode=True), None
+    counted = mask[:, None].to(x.dtype)
+    share = F.avg_pool2d(counted, size, ceil_mode=True)
+    small = F.avg_pool2d(x.masked_fill(counted == 0, 0), size, ceil_mode=True)
+    return safe_divide(small, share), share[:, 0] > 0
