@@ -579,6 +579,7 @@ class Distiller(nn.Module):
         names = {"id", *inspect.signature(self.student.forward).parameters}
         if self.teacher is not None:
             names |= self.teacher.columns()
+        names.update(column for term in self.terms.values() for column in term.columns)  # type: ignore[union-attr]
         return names | {tap.selectors[0] for tap in self._taps.taps.values() if tap.root == "batch" and tap.selectors}  # type: ignore[misc]
 
 

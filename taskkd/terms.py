@@ -77,6 +77,8 @@ class Term(nn.Module):
     teacher_taps: tuple[str, ...] = ()
     #: the teacher must be run after the student, on what its run produced (proposals, resized images)
     needs_student_run = False
+    #: names of batch entries that the term reads where they are there, beside its taps
+    columns: tuple[str, ...] = ()
 
     def __init__(self, name: str, weight: Weight = 1.0) -> None:
         super().__init__()
