@@ -14,8 +14,8 @@ from taskkd.segmentation.labels import IGNORE
 
 __all__ = ["SegmentationMetric", "confusion", "predicted"]
 
-#: logits that are resized at once: few enough for a processor's cache
-CHUNK = 1 << 20
+#: logits that are resized at once: few enough for a processor's cache; on other devices few launches count
+CHUNK, CHUNK_ELSEWHERE = 1 << 19, 1 << 26
 
 
 class SegmentationMetric:
@@ -152,9 +152,10 @@ def predicted(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """
     number, classes, height, _ = logits.shape
     if tuple(logits.shape[-2:]) == tuple(size):
-        return logits.argmax(1)
+        return _winner(logits)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    rows = max(1, CHUNK // max(1, number * classes * size[1]))
+    held = CHUNK if logits.device.type == "cpu" else CHUNK_ELSEWHERE
+    rows = max(1, held // max(1, number * classes * size[1]))
     places = ((torch.arange(size[0], device=logits.device, dtype=logits.dtype) + 0.5) * (height / size[0]) - 0.5).clamp(
         0
     )
@@ -165,5 +166,17 @@ def predicted(logits: Tensor, size: tuple[int, int]) -> Tensor:
         lower = (upper + 1).clamp(max=height - 1)
         between = torch.lerp(logits[:, :, upper], logits[:, :, lower], (chunk - upper)[:, None])
         wide = F.interpolate(between, (len(chunk), size[1]), mode="bilinear", align_corners=False)
-        found[:, first : first + rows] = wide.argmax(1)
+        found[:, first : first + rows] = _winner(wide)
     return found
+
+
+def _winner(maps: Tensor) -> Tensor:
+    """`maps.argmax(1)`; on a CPU class by class, as argmax over a dimension that is not the last is 3 times slower."""
+    if maps.device.type != "cpu":
+        return maps.argmax(1)
+    best = maps[:, 0].clone()
+    winner = torch.zeros(best.shape, dtype=torch.uint8 if maps.shape[1] <= 256 else torch.int16)
+    for label in range(1, maps.shape[1]):
+        winner.masked_fill_(maps[:, label] > best, label)
+        torch.maximum(maps[:, label], best, out=best)
+    return winner.long()
