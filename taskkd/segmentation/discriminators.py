@@ -28,6 +28,12 @@ Small: TypeAlias = Literal["resize", "pad"]
 Preprocessing: TypeAlias = Literal["batch_norm", "tanh"]
 
 
+def probabilities(x: Tensor) -> Tensor:
+    """The softmax over classes of logits (batch, classes, h, w), in fp32 (fp64) without autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        return (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x).softmax(1)
+
+
 def conditioned(x: Tensor, *conditions: Tensor, align_corners: bool = False) -> Tensor:
     """Conditions before the map in its channels, bilinearly resized to its height and width.
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from taskkd.losses.adversarial import discriminator_loss, generator_loss, gradient_penalty
-from taskkd.segmentation.discriminators import SelfAttentionDiscriminator, conditioned
+from taskkd.segmentation.discriminators import PatchDiscriminator, SelfAttentionDiscriminator, conditioned
+from taskkd.segmentation.methods import METHODS
+from taskkd.terms import Run
 
 Inputs = Mapping[str, Tensor]
 
@@ -86,7 +91,76 @@ def skd_conditional_d(inputs: Inputs, params: Mapping[str, Any]) -> dict[str, Te
     return found | _weights(one, penalty, "gp")
 
 
+class Network(nn.Module):
+    """What the methods look at."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes = tuple(map(str, range(classes)))
+        self.views = SimpleNamespace(logits="head", feature="feature", aux="aux", stages=())
+
+
+def _patches(inputs: Inputs) -> PatchDiscriminator:
+    """The case's judge; their label of the source is 0, ours 1, so the sign of the scores turns."""
+    made = PatchDiscriminator(inputs["w_conv1.weight"].shape[1], width=len(inputs["w_conv1.bias"])).double()
+    layers = zip(made.convolutions, ["conv1", "conv2", "conv3", "conv4", "classifier"], strict=True)
+    made.convolutions.load_state_dict(
+        {
+            f"{i}.{n}": inputs[f"w_{theirs}.{n}"].detach() * (-1 if theirs == "classifier" else 1)
+            for i, (_, theirs) in enumerate(layers)
+            for n in ("weight", "bias")
+        }
+    )
+    return made
+
+
+def dakd(inputs: Inputs, params: Mapping[str, Any]) -> dict[str, Tensor]:
+    maps = {n[3:]: x.detach().double() for n, x in inputs.items() if n.startswith(("in_s_", "in_t_"))}
+    for level in ("aux", "final"):
+        maps[f"s_{level}"].requires_grad_()
+    labels, (batch, classes) = inputs["in_label"].long(), maps["s_final"].shape[:2]
+    method = METHODS["domain_adaptive"](
+        Network(classes),
+        Network(classes),
+        pseudo_label_weight=params["lambda_targetce"],
+        kl_weight=params["lambda_kl"],
+        mse_weight=params["lambda_mse"],
+        aux_weight=params["lambda_seg"],
+        adversarial_weight=0.0,
+        adversarial_aux_weight=0.0,
+    )
+    data = {"unlabelled": torch.zeros(batch, dtype=torch.bool)}
+    sides = ({"head": maps[f"{side}_final"], "aux": maps[f"{side}_aux"]} for side in "st")
+    run = Run(data, None, *sides)
+    terms = {t.name: t for t in method.stages[0].terms}
+    values = {name: term(run) for name, term in terms.items()}
+    seg = [F.cross_entropy(maps[f"s_{level}"], labels, ignore_index=255) for level in ("final", "aux")]
+    total = seg[0] + params["lambda_seg"] * seg[1] + sum(terms[n].schedule.value * v for n, v in values.items())
+    aux, final = torch.autograd.grad(total, [maps["s_aux"], maps["s_final"]])
+    judge, one, none = _patches(inputs), torch.ones(batch), torch.zeros(batch)
+    scores = judge(maps["s_final"].softmax(1))
+    adversarial = generator_loss(scores, game="cross_entropy")
+    (misled,) = torch.autograd.grad(adversarial, maps["s_final"], retain_graph=True)
+    game = partial(discriminator_loss, scores, scores, game="cross_entropy")
+    return {
+        "seg_final": seg[0],
+        "seg_aux": seg[1],
+        "mse": values["log-probabilities-aux"],
+        "pseudo_ce": values["pseudo-labels"],
+        "kl_intended_final": values["kl"] / classes,
+        "kl_intended_aux": values["kl-aux"] / classes,
+        "adv_g": adversarial,
+        "d_source": game(mask=none, teacher_mask=one),
+        "d_target": game(mask=one, teacher_mask=none),
+        "total_source": total,
+        "grad_s_aux_stride4": aux[:, :, ::4, ::4],
+        "grad_s_final_stride4": final[:, :, ::4, ::4],
+        "grad_s_final_adv_stride4": misled[:, :, ::4, ::4],
+    }
+
+
 ADAPTERS: dict[str, Callable[..., Any]] = {
+    "segmentation/dakd": dakd,
     "segmentation/skd_adversarial": skd_adversarial,
     "segmentation/skd_conditional_d": skd_conditional_d,
 }
