@@ -11,6 +11,8 @@ from taskkd.segmentation.methods.cirkd import cirkd
 from taskkd.segmentation.methods.dsd import dsd
 from taskkd.segmentation.methods.ifvd import ifvd
 from taskkd.segmentation.methods.masked_generative import masked_generative
+from taskkd.segmentation.methods.domain_adaptive import domain_adaptive
+from taskkd.segmentation.methods.structured import structured
 from taskkd.stages import Method
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "dsd",
     "ifvd",
     "masked_generative",
+    "domain_adaptive",
+    "structured",
 ]
 
 #: name -> `method(student, teacher, *, options) -> Method`
@@ -31,4 +35,6 @@ METHODS: dict[str, Callable[..., Method] | Any] = {
     "dsd": dsd,
     "ifvd": ifvd,
     "masked_generative": masked_generative,
+    "domain_adaptive": domain_adaptive,
+    "structured": structured,
 }
