@@ -419,6 +419,7 @@ def test_networks_of_queries_teach_by_their_map(make: Any, tmp_path: Path) -> No
         ({"architecture": "deeplabv3", "weights": "coco", "width": 8}, "leave out width"),
         ({"architecture": "unet", "aux": True}, "no auxiliary head"),
         ({"architecture": "fcn", "depth": 4}, "leave out `depth`"),
+        ({"architecture": "fpn", "depth": 4}, "a `depth` of 5; leave it out"),
         ({"architecture": "unet", "output_stride": 8}, "leave out `output_stride`"),
         ({"architecture": "linknet", "width": 8}, "leave out `width`"),
         ({"architecture": "fpn", "width": 16}, "multiple of 32, got 16"),
