@@ -129,7 +129,7 @@ class Augmentation:
 
     Args:
         transforms: of torchvision.transforms.v2, or callables `(image, mask) -> (image, mask)`: an image (3, H, W)
-            and a mask (2, H, W) of labels and of 1, both uint8, as tv_tensors. Padding fills the mask with anything but 1.
+            and a mask (2, H, W) of labels and of 1, both uint8, as tv_tensors. In padding the second is not 1.
     """
 
     def __init__(self, transforms: Sequence[Any]) -> None:
