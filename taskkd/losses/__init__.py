@@ -36,6 +36,7 @@ from taskkd.losses.layers import (
     singular_vectors,
 )
 from taskkd.losses.logits import decoupled, dist, generalised_jsd, kl_divergence, logit_mse, soft_cross_entropy
+from taskkd.losses.pairwise import pairwise_similarity
 from taskkd.losses.relations import (
     category_structure,
     consecutive_correlation,
@@ -86,6 +87,7 @@ __all__ = [
     "neuron_selectivity",
     "noise_contrastive",
     "overhaul",
+    "pairwise_similarity",
     "partial_mse",
     "patience",
     "prediction_aware",
