@@ -65,13 +65,19 @@ class Augmented(Dataset[Any]):
         return self.transform(sample, generator_for(self.seed, int(self._epoch), key))
 
 
-def transform_of(entry: str | Mapping[str, Any], known: Sequence[str], where: str) -> Any:
+def transform_of(
+    entry: str | Mapping[str, Any],
+    known: Sequence[str],
+    where: str,
+    own: Mapping[str, Callable[..., Any]] | None = None,
+) -> Any:
     """The transform of torchvision.transforms.v2 that a recipe names.
 
     Args:
         entry: a name, or a mapping of `name` and that transform's options.
         known: the names that may be used.
         where: in the recipe, for errors.
+        own: transforms that torchvision does not have, by name.
 
     Raises:
         RecipeError: a name or an option is unknown, or a value is refused by the transform.
@@ -80,9 +86,10 @@ def transform_of(entry: str | Mapping[str, Any], known: Sequence[str], where: st
 
     options: dict[str, Any] = {} if isinstance(entry, str) else dict(entry)
     name = entry if isinstance(entry, str) else options.pop("name", None)
+    known = [*known, *(own or {})]
     if name not in known:
         raise RecipeError(f"{where}: no transform {name!r}{nearest(str(name), known)}; known: {', '.join(known)}.")
-    kind = getattr(v2, name)
+    kind = (own or {}).get(str(name)) or getattr(v2, str(name))
     names = [p for p in inspect.signature(kind).parameters if p != "self"]
     for option in options:
         if option not in names:

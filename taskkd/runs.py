@@ -56,7 +56,7 @@ def _claim(folder: Path, text: str) -> None:
     """
     path = folder / "recipe.yaml"
     if path.is_file():
-        old, new = path.read_text(encoding="utf-8").splitlines(), text.splitlines()
+        old, new = _as_of_now(path).splitlines(), text.splitlines()
         if old != new and not _begun(folder):
             (folder / "run.json").unlink(missing_ok=True)
         elif old != new:
@@ -67,6 +67,14 @@ def _claim(folder: Path, text: str) -> None:
                 "delete it (--restart)."
             )
     path.write_text(text, encoding="utf-8")
+
+
+def _as_of_now(path: Path) -> str:
+    """A run's recipe as this version writes it: keys that came since have their defaults."""
+    try:
+        return recipes.dump_recipe(recipes.load_recipe(path))
+    except RecipeError:  # of models and data that a caller held, or of a version that knew other keys
+        return path.read_text(encoding="utf-8")
 
 
 def _begun(folder: Path) -> bool:

@@ -31,7 +31,7 @@ class Training(Model):
     """How a student is trained.
 
     `optimizer` is AdamW, or SGD with `momentum`. The schedule "step" multiplies the learning rate by 0.1 at each of
-    `milestones`, shares of the training.
+    `milestones`, shares of the training; "polynomial" is `(1 - progress) ** power`.
     """
 
     epochs: float = Field(3.0, gt=0)
@@ -44,8 +44,9 @@ class Training(Model):
     warmup: float = Field(0.1, ge=0, lt=1)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     momentum: float = Field(0.9, ge=0, lt=1)
-    schedule: Literal["linear", "cosine", "constant", "step"] = "linear"
+    schedule: Literal["linear", "cosine", "constant", "step", "polynomial"] = "linear"
     milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field([2 / 3, 11 / 12], min_length=1)
+    power: float = Field(0.9, gt=0)
     max_grad_norm: float = Field(1.0, ge=0)
     dropout: float | None = Field(None, ge=0, lt=1)  # None: as the student's config says
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -85,7 +85,10 @@ def training_arguments(
     """The engine's arguments for a part of a recipe; `sampling` is its `train_sampling_strategy`."""
     plain = training.schedule in ("constant", "step")
     schedule = "constant_with_warmup" if plain else training.schedule
-    milestones = {"milestones": training.milestones} if training.schedule == "step" else {}
+    own: dict[str, dict[str, Any]] = {
+        "step": {"milestones": training.milestones},
+        "polynomial": {"power": training.power, "lr_end": 0.0},
+    }
     sgd = training.optimizer == "sgd"
     selected = (
         {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": True} if metric else {}
@@ -100,7 +103,7 @@ def training_arguments(
         weight_decay=training.weight_decay,
         warmup_steps=training.warmup,
         lr_scheduler_type=schedule,
-        lr_scheduler_kwargs=milestones,
+        lr_scheduler_kwargs=own.get(training.schedule, {}),
         **({"optim": "sgd", "optim_args": f"momentum={training.momentum}"} if sgd else {}),
         max_grad_norm=training.max_grad_norm,
         bf16=training.precision == "bf16",

@@ -236,6 +236,17 @@ def test_a_teacher_is_fine_tuned_first(recipe: Path, tmp_path: Path) -> None:
     assert not torch.equal(tuned.classifier.weight, tiny.teacher().classifier.weight)
 
 
+def test_a_run_of_an_older_version_goes_on(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    first = run(recipe, folder, "baseline=null", "training.epochs=1")
+    written = (folder / "recipe.yaml").read_text()
+    assert "  power: 0.9\n" in written
+    (folder / "recipe.yaml").write_text(written.replace("  power: 0.9\n", ""))  # a key that came since
+    again = run(recipe, folder, "baseline=null", "training.epochs=1")
+    assert again.report["distilled"] == first.report["distilled"]
+    assert (folder / "recipe.yaml").read_text() == written
+
+
 def test_check_looks_without_training(recipe: Path) -> None:
     plan = plans.check(recipes.load_recipe(recipe, ["method={name: patient_kd}"]))
     terms = {t.name: t for t in plan.stages["distil"].terms}

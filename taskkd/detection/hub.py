@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from taskkd.detection.records import Annotations, Bad, Boxes, Problems, Record, checked, label_of
-from taskkd.errors import DataError, nearest
+from taskkd.errors import DataError
+from taskkd.hub import check_columns, images_of, load_split
 from taskkd.images import Source, header_size
 
 __all__ = ["read_hub"]
@@ -47,11 +47,11 @@ def read_hub(
     """  # fmt: skip
     if box_format not in ("xywh", "xyxy"):
         raise DataError(f"box_format={box_format!r}: expected 'xywh' or 'xyxy'.")
-    table = _loaded(data, split, subset) if isinstance(data, str | Path) else data
+    table = load_split(data, split, subset) if isinstance(data, str | Path) else data
     where = f"{data}, {split}" if isinstance(data, str | Path) else "data set"
     key, names = _described(table, where, image, objects)
     problems = Problems(where, bad)
-    images = _encoded_images(table, image)
+    images = images_of(table, image, where)
     others = list(table.remove_columns([image]).with_format(None))
     rows = [_columns(row[objects], f"{where}, row {number}") for number, row in enumerate(others)]
     found = sorted({value for row in rows for value in row.get(key, ())}, key=lambda v: (str(type(v)), v))
@@ -59,10 +59,7 @@ def read_hub(
     values = _labels(names, found, known, where)
     reader = _Reader(where, key, values, box_format, problems)
     ids = _ids([row.get("image_id") for row in others])
-    records = [
-        reader.record(Source(f"{where}, row {n}", functools.partial(_bytes, images, n)), ids[n], others[n], row)
-        for n, row in enumerate(rows)
-    ]
+    records = [reader.record(images[n], ids[n], others[n], row) for n, row in enumerate(rows)]
     kept = checked((r for r in records if r is not None), problems)
     numbers = {label: value for value, label in values.items() if isinstance(value, int)}
     return Annotations(kept, known, [numbers.get(k, -1) for k in range(1, len(known) + 1)], problems.notes())
@@ -78,30 +75,10 @@ def _labels(names: Sequence[str], found: Sequence[Any], classes: Sequence[str], 
     return {number: number + 1 for number in range(len(classes))}
 
 
-def _loaded(name: str | Path, split: str | None, subset: str | None) -> Any:
-    import datasets
-
-    try:
-        return datasets.load_dataset(str(name), subset, split=split or "train")
-    except Exception as error:  # the library raises many kinds, from connection errors to ValueError
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"data set {str(name)!r}, split {split or 'train'!r} cannot be loaded: {first}") from error
-
-
 def _described(table: Any, where: str, image: str, objects: str) -> tuple[str, list[str]]:
     """The key of the categories among the objects' and the class names; checks that the columns are there."""
-    import datasets
-
-    if not isinstance(table, datasets.Dataset):
-        raise DataError(f"{where}: expected one split as a datasets.Dataset, got {type(table).__name__}.")
+    check_columns(table, where, (image, objects), (image,))
     features = table.features
-    for column in (image, objects):
-        if column not in features:
-            raise DataError(
-                f"{where}: no column {column!r}{nearest(column, features)}; it has {', '.join(map(repr, features))}."
-            )
-    if not isinstance(features[image], datasets.Image):
-        raise DataError(f"{where}: column {image!r} holds {features[image]}, expected images.")
     inner = getattr(features[objects], "feature", features[objects])
     held = dict(inner) if isinstance(inner, Mapping) else {}
     key = next((k for k in CATEGORY if k in held), None)
@@ -110,20 +87,6 @@ def _described(table: Any, where: str, image: str, objects: str) -> tuple[str, l
         raise DataError(f"{where}: the objects in {objects!r} need `bbox` and `category`; they have {has}.")
     names = getattr(held[key], "names", None) or getattr(getattr(held[key], "feature", None), "names", None)
     return key, list(names or ())
-
-
-def _encoded_images(table: Any, image: str) -> Any:
-    import datasets
-
-    return table.select_columns([image]).cast_column(image, datasets.Image(decode=False)).with_format(None)
-
-
-def _bytes(images: Any, number: int) -> bytes:
-    (value,) = images[number].values()
-    if value is None:
-        raise FileNotFoundError
-    content: bytes = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
-    return content
 
 
 def _columns(value: Any, where: str) -> dict[str, list[Any]]:

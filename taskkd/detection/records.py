@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import numpy.typing as npt
 
 from taskkd.errors import DataError, nearest
 from taskkd.images import Source, decode
+from taskkd.problems import Problems as _Problems
 
 __all__ = ["Annotations", "Array", "Bad", "Boxes", "Problems", "Record", "checked", "label_of", "shared_images"]
 
@@ -94,7 +94,7 @@ class Annotations:
         )
 
 
-class Problems:
+class Problems(_Problems):
     """What is wrong with a data set: the first of it is an error, or it is counted.
 
     Args:
@@ -106,37 +106,16 @@ class Problems:
     """
 
     def __init__(self, where: str, bad: Bad) -> None:
-        known = ("error", "skip", "skip_boxes")
-        if bad not in known:
-            raise DataError(f"bad={bad!r}: expected {', '.join(map(repr, known))}{nearest(str(bad), known)}.")
-        self.where, self.bad = where, bad
-        self.counts: Counter[str] = Counter()
-        self.first: dict[str, str] = {}
+        super().__init__(where, bad, ("error", "skip", "skip_boxes"))
         self.clipped = 0
 
-    def left_out(self, kind: str, sentence: str) -> None:
-        """Leave a box or an image out, or stop.
-
-        Args:
-            kind: of what is left out, in the plural, for the count.
-            sentence: what is wrong with it and where, without a full stop.
-
-        Raises:
-            DataError: the sentence, where bad data is an error.
-        """
-        if self.bad == "error" or (self.bad == "skip_boxes" and kind != "boxes"):
-            raise DataError(f"{sentence}. (bad='skip' leaves such {kind} out and counts them.)")
-        self.counts[kind] += 1
-        self.first.setdefault(kind, sentence)
+    def is_error(self, kind: str) -> bool:
+        """Whether a bad one of a kind stops the reading."""
+        return super().is_error(kind) or (self.bad == "skip_boxes" and kind != "boxes")
 
     def notes(self) -> list[str]:
-        """A sentence for each kind of thing that was left out or changed; they are logged, too."""
-        lines = [
-            f"{self.where}: {count} bad {kind} left out; the first: {self.first[kind]}."
-            for kind, count in self.counts.items()
-        ]
-        for line in lines:
-            logger.warning(line)
+        """A sentence for each kind of thing that was left out or changed; the former are logged, too."""
+        lines = super().notes()
         if self.clipped:
             lines.append(f"{self.where}: {self.clipped} boxes stuck out of their images and were clipped.")
         return lines

@@ -33,6 +33,7 @@ from taskkd.detection.transforms import build
 from taskkd.detection.voc import read_voc
 from taskkd.errors import DataError
 from taskkd.images import decode, in_file
+from taskkd.splits import share_of
 from taskkd.teachers import Teacher
 from taskkd.terms import Term
 
@@ -330,7 +331,7 @@ def _read(config: Data) -> dict[str, Annotations]:
     sizes = {"validation": config.validation_size, "test": config.test_size}
     missing = [name for name in sizes if given[name] is None]
     if missing:
-        shares = [_share(sizes[name], len(train), name) for name in missing]
+        shares = [share_of(sizes[name], len(train), name) for name in missing]
         if sum(shares) >= 1:
             raise DataError(f"data.{' and data.'.join(missing)}: nothing is left of {len(train)} images to train on.")
         train, *held = split(train, [1 - sum(shares), *shares], seed=config.split_seed)
@@ -339,13 +340,6 @@ def _read(config: Data) -> dict[str, Annotations]:
         share = config.train_size / len(train)
         train = split(train, [share, 1 - share], seed=config.split_seed)[0]
     return {"train": train} | {name: part for name, part in given.items() if name != "train" and part is not None}
-
-
-def _share(size: float, total: int, name: str) -> float:
-    share = size / total if size >= 1 else float(size)
-    if share >= 1:
-        raise DataError(f"data.{name}_size is {size}, there are {total} images.")
-    return share
 
 
 def _tiled(part: Annotations, config: Data, name: str) -> Annotations:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from taskkd.detection.records import Annotations, Record
 from taskkd.errors import DataError
+from taskkd.splits import divided, spans
 
 __all__ = ["region", "split", "tiles"]
 
@@ -86,22 +82,11 @@ def tiles(
         )
     cut: list[Record] = []
     for record in records:
-        for y0, y1 in _spans(record.size[0], size, overlap):
-            for x0, x1 in _spans(record.size[1], size, overlap):
+        for y0, y1 in spans(record.size[0], size, overlap):
+            for x0, x1 in spans(record.size[1], size, overlap):
                 number = start + len(cut)
                 cut.append(region(record, (x0, y0, x1, y1), image_id=number, min_visible=min_visible))
     return cut
-
-
-def _spans(length: int, size: int, overlap: int) -> list[tuple[int, int]]:
-    """As few spans of at most `size` as cover the length, evenly."""
-    count = max(1, math.ceil((length - overlap) / (size - overlap)))
-    if overlap == 0:
-        edges = np.linspace(0, length, count + 1).round().astype(int).tolist()
-        return list(itertools.pairwise(edges))
-    span = math.ceil((length + (count - 1) * overlap) / count)
-    starts = np.linspace(0, length - span, count).round().astype(int).tolist()
-    return [(s, s + span) for s in starts]
 
 
 def split(annotations: Annotations, fractions: Sequence[float], *, seed: int = 0) -> list[Annotations]:
@@ -115,18 +100,5 @@ def split(annotations: Annotations, fractions: Sequence[float], *, seed: int = 0
     Raises:
         DataError: the fractions do not sum to 1, or there are fewer images than parts.
     """
-    if any(f <= 0 for f in fractions) or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
-        raise DataError(f"the fractions {list(fractions)} of a split must be positive and sum to 1.")
-    groups: dict[str, list[Record]] = {}
-    for record in annotations.records:
-        groups.setdefault(record.side, []).append(record)
-    if len(groups) < len(fractions):
-        raise DataError(f"{len(groups)} images cannot be split into {len(fractions)} parts.")
-    order = list(groups.values())
-    random.Random(seed).shuffle(order)  # noqa: S311
-    parts = [list(group) for group in order[: len(fractions)]]
-    for group in order[len(fractions) :]:  # to the part that lacks the most
-        lacks = [f * len(annotations) - len(p) for f, p in zip(fractions, parts, strict=True)]
-        parts[lacks.index(max(lacks))].extend(group)
-    order_of = {r.image_id: n for n, r in enumerate(annotations.records)}
-    return [replace(annotations, records=sorted(part, key=lambda r: order_of[r.image_id]), notes=[]) for part in parts]
+    parts = divided(annotations.records, fractions, seed=seed)
+    return [replace(annotations, records=part, notes=[]) for part in parts]

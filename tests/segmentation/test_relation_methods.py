@@ -20,7 +20,7 @@ from taskkd.segmentation.methods.cirkd_memory import ChannelMemory, PixelMemory
 from taskkd.segmentation.methods.ifvd import IntraClass
 from taskkd.terms import Run
 from tests.engine import StopAfter, arguments, changed, distance, weights
-from tests.segmentation.networks import CLASSES, TinyNetwork, batch, cross_entropy
+from tests.segmentation.tiny import CLASSES, TinyNetwork, batch, cross_entropy
 
 MINE = ["af_dcd", "attention_transfer", "cirkd", "dsd", "ifvd", "masked_generative"]
 SMALL: dict[str, dict[str, Any]] = {
@@ -126,12 +126,18 @@ def test_networks_without_the_taps_that_are_needed_are_refused() -> None:
     student.views.feature = None
     with pytest.raises(RecipeError, match="the student does not name its features"):
         METHODS["cirkd"](student, teacher)
-    teacher.views.stages = ("late",)
-    with pytest.raises(RecipeError, match="two or more maps"):
+    (term, *_) = METHODS["dsd"](student, teacher).stages[0].terms
+    assert (term.student_taps, term.teacher_taps) == (("late", "classifier"),) * 2
+    teacher.views.stages = ()
+    with pytest.raises(RecipeError, match="nothing but logits in common"):
         METHODS["dsd"](student, teacher)
+    with pytest.raises(RecipeError, match=r"the teacher's `views\.stages`"):
+        METHODS["af_dcd"](student, teacher)
     student.classes = ("a", "b")
-    with pytest.raises(RecipeError, match="the student has 2, the teacher 4"):
-        METHODS["dsd"](student, teacher, pixel=0.0)
+    for name, options in (("dsd", {"pixel": 0.0}), ("masked_generative", {"on": "feature", "weight": 0.0})):
+        student.views.feature = "classifier:in"
+        with pytest.raises(RecipeError, match=r"the student has 2, the teacher\s+4"):
+            METHODS[name](student, teacher, **options)
 
 
 # ---- labels
