@@ -32,9 +32,9 @@ METHODS: dict[str, Callable[..., Method] | Any] = {
     "af_dcd": af_dcd,
     "attention_transfer": attention_transfer,
     "cirkd": cirkd,
+    "domain_adaptive": domain_adaptive,
     "dsd": dsd,
     "ifvd": ifvd,
     "masked_generative": masked_generative,
-    "domain_adaptive": domain_adaptive,
     "structured": structured,
 }
