@@ -31,6 +31,7 @@ class _Seen:
     teacher: Tensors
     conditions: Tensors
     labels: Tensor | None
+    masks: tuple[Tensor | None, Tensor | None]
 
 
 class Adversarial(Match):
@@ -58,9 +59,13 @@ class Adversarial(Match):
         game: the losses of both players, see `taskkd.losses.adversarial.discriminator_loss`.
         penalty: weight of `gradient_penalty` in the discriminator's loss (10 for "wasserstein").
         condition: a tap of the student's run, or several, that the discriminator sees too (`batch.image`), detached.
+        penalise_conditions: the penalty's gradient is that with respect to the conditions as well, which must then be
+            float tensors. Default False.
         labels: a tap (`batch.labels`): the discriminator also learns to classify, and the student to be classified
             rightly by it (the auxiliary classifier of Xu et al. 2018).
         class_weight: of that classification beside the game, in both players' losses. Default 1.
+        discriminator_weight: factor of the discriminator's whole loss, which matters to SGD and hardly to Adam.
+            Default 1.
         optimizer: makes the discriminator's optimiser from a list of parameters. Default: Adam, betas (0.5, 0.999).
         learning_rate: a number or a schedule, for every group of that optimiser. Default: 2e-4 for the default Adam, as
             it was made for yours.
@@ -83,15 +88,18 @@ class Adversarial(Match):
         adapter: AdapterSpec | None = None,
         select: Any = None,
         condition: str | Sequence[str] = (),
+        penalise_conditions: bool = False,
         labels: str | None = None,
         class_weight: float = 1.0,
+        discriminator_weight: float = 1.0,
         optimizer: MakeOptimizer | None = None,
         learning_rate: float | Schedule | None = None,
         steps: int = 1,
         weight: Weight = 1.0,
     ) -> None:
         super().__init__(name, generator_loss, student, teacher, adapter=adapter, select=select, weight=weight)
-        for option, value, least in (("penalty", penalty, 0), ("class_weight", class_weight, 0), ("steps", steps, 1)):
+        numbers = {"penalty": penalty, "class_weight": class_weight, "discriminator_weight": discriminator_weight}
+        for option, value, least in (*((o, v, 0) for o, v in numbers.items()), ("steps", steps, 1)):
             if not value >= least:
                 raise TaskkdError(f"term {name!r}: `{option}` must be at least {least}, got {value}.")
         try:
@@ -102,6 +110,7 @@ class Adversarial(Match):
         self.labels = labels
         self.student_taps = (*self.student_taps, *self.conditions, *((labels,) if labels else ()))
         self.game, self.penalty, self.class_weight, self.steps = game, penalty, class_weight, steps
+        self.penalise_conditions, self.discriminator_weight = penalise_conditions, discriminator_weight
         if learning_rate is None and optimizer is None:
             learning_rate = 2e-4
         self._optimizer = (optimizer or _adam, learning_rate)
@@ -157,11 +166,11 @@ class Adversarial(Match):
             auxiliary.to(students[0].device)
             if not auxiliary.module.training:
                 auxiliary.module.train()
-        labels = run.student[self.labels] if self.labels else None
+        labels, masks = run.student[self.labels] if self.labels else None, self._masks(run)
         if torch.is_grad_enabled():
-            self._seen = _Seen(tuple(s.detach() for s in students), teachers, conditions, labels)
+            self._seen = _Seen(tuple(s.detach() for s in students), teachers, conditions, labels, masks)
         scores, classes = self._judge(students, conditions)
-        value = generator_loss(scores, game=self.game)
+        value = generator_loss(scores, game=self.game, mask=masks[0])
         if classes is None or labels is None:
             return value
         return value + self.class_weight * class_loss(classes, labels)
@@ -184,6 +193,10 @@ class Adversarial(Match):
                 raise TapError(f"term {self.name!r}: condition {tap!r} is a {type(value).__name__}, not a tensor.")
             conditions.append(value.detach())
         return tuple(students), tuple(teachers), tuple(conditions)
+
+    def _masks(self, run: Run) -> tuple[Tensor | None, Tensor | None]:
+        """Which scores count as the student's and which as the teacher's, (batch,); None: all. For subclasses."""
+        return None, None
 
     def _judge(self, side: Sequence[Tensor], conditions: Tensors) -> tuple[Tensor, Tensor | None]:
         """Scores, and with `labels` class logits; in the discriminator's precision, without autocast."""
@@ -224,15 +237,20 @@ class Adversarial(Match):
     def _discriminator_loss(self, seen: _Seen) -> Tensor:
         real, real_classes = self._judge(seen.teacher, seen.conditions)
         fake, fake_classes = self._judge(seen.student, seen.conditions)
-        value = discriminator_loss(fake, real, game=self.game)
+        own, other = seen.masks
+        value = discriminator_loss(fake, real, game=self.game, mask=own, teacher_mask=other)
         if real_classes is not None and fake_classes is not None and seen.labels is not None:
             both = class_loss(real_classes, seen.labels) + class_loss(fake_classes, seen.labels)
             value = value + self.class_weight * both
         if self.penalty:
-            dtype = self._built().dtype
-            sides = [[x.to(dtype) for x in side] for side in (seen.student, seen.teacher)]
-            value = value + self.penalty * gradient_penalty(lambda *x: self._judge(x, seen.conditions)[0], *sides)
-        return value
+            value = value + self.penalty * self._gradient_penalty(seen)
+        return self.discriminator_weight * value
+
+    def _gradient_penalty(self, seen: _Seen) -> Tensor:
+        dtype = self._built().dtype
+        moved, fixed = (seen.conditions, ()) if self.penalise_conditions else ((), seen.conditions)
+        sides = [[x.to(dtype) for x in (*side, *moved)] for side in (seen.student, seen.teacher)]
+        return gradient_penalty(lambda *x: self._judge(x, fixed)[0], *sides)
 
     @property
     def waiting(self) -> bool:

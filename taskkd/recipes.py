@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["distill", "dump_recipe", "load_recipe", "packaged_recipes", "parse_overrides", "task_named"]
 
-TASKS = {"detection": "taskkd.detection.task", "nlp": "taskkd.nlp.task"}
+TASKS = {
+    "detection": "taskkd.detection.task",
+    "nlp": "taskkd.nlp.task",
+    "segmentation": "taskkd.segmentation.task",
+}
 PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null")
 
 # ---- reading

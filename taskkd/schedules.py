@@ -20,6 +20,7 @@ __all__ = [
     "constant",
     "cosine",
     "from_config",
+    "polynomial",
     "sigmoid_ramp",
     "step",
     "stop_after",
@@ -115,6 +116,29 @@ def cosine(value: float, *, end: float = 0.0, steps: int | None = None, fraction
     steps, fraction = _whole(steps, fraction)
     length = _length("cosine", steps, fraction)
     return _between(value, end, lambda p: (1 - math.cos(math.pi * _share(p, length))) / 2, fraction is not None)
+
+
+def polynomial(
+    value: float, *, power: float = 0.9, end: float = 0.0, steps: int | None = None, fraction: float | None = None
+) -> Schedule:
+    """From `value` down to `end`: `end + (value - end) (1 - x)^power` with `x = min(step / length, 1)`.
+
+    Source: the "poly" learning rate of segmentation networks, Chen L. et al. 2018 (DeepLab), power 0.9.
+
+    Args:
+        value: at the beginning.
+        power: positive.
+        end: after the length.
+        steps, fraction: as for `warmup`; the whole training if both are left out.
+
+    Raises:
+        ValueError: `power` is not positive, both lengths are given, or one is out of range.
+    """
+    if not power > 0:
+        raise ValueError(f"`power` must be positive, got {power}.")
+    steps, fraction = _whole(steps, fraction)
+    length = _length("polynomial", steps, fraction)
+    return _between(value, end, lambda p: 1 - (1 - _share(p, length)) ** power, fraction is not None)
 
 
 def anneal(start: float, end: float, *, steps: int | None = None, fraction: float | None = None) -> Schedule:
@@ -237,6 +261,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "anneal": anneal,
     "constant": constant,
     "cosine": cosine,
+    "polynomial": polynomial,
     "sigmoid_ramp": sigmoid_ramp,
     "step": step,
     "stop_after": stop_after,

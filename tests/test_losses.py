@@ -90,6 +90,9 @@ CASES = [
     Case(losses.soft_cross_entropy, (6, 5), {"temperature": 4.0}, (6,), zero_when_equal=False),
     Case(losses.soft_cross_entropy, (4, 5, 3, 2), {"dim": 1}, (4, 3, 2), zero_when_equal=False),
     Case(losses.logit_mse, (6, 5), {}, (6,)),
+    Case(
+        losses.pseudo_label_cross_entropy, (4, 5, 3, 2), {"dim": 1, "threshold": 0.3}, (4, 3, 2), zero_when_equal=False
+    ),
     Case(losses.mse, (4, 7, 5), {}, (4, 7)),
     Case(losses.mse, (4, 7, 5), {"normalise": True}, (4, 7)),
     Case(losses.mse, (4, 5, 3, 2), {}, (4,)),

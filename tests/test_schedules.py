@@ -22,6 +22,7 @@ from taskkd.schedules import (
     constant,
     cosine,
     from_config,
+    polynomial,
     sigmoid_ramp,
     step,
     stop_after,
@@ -101,6 +102,13 @@ def test_the_ramp_of_one_and_okddip() -> None:
     assert sigmoid_ramp(2.0, steps=0)(Progress(0)) == 2.0
 
 
+def test_polynomial() -> None:
+    assert values(polynomial(0.1, steps=4), range(6)) == pytest.approx(
+        [0.1 * (1 - i / 4) ** 0.9 for i in range(5)] + [0]
+    )
+    assert values(polynomial(4.0, power=2, end=2.0), range(0, 5, 2), 4) == pytest.approx([4.0, 2.5, 2.0])
+
+
 def test_half_a_cosine() -> None:
     assert values(cosine(4.0, steps=4), range(6)) == pytest.approx([4.0, 2 + 2**1.5 / 2, 2.0, 2 - 2**1.5 / 2, 0.0, 0.0])
     assert values(cosine(1.0, end=3.0), range(0, 5, 2), 4) == pytest.approx([1.0, 2.0, 3.0])
@@ -145,6 +153,7 @@ def test_the_full_value_before_the_total_is_known() -> None:
         (lambda: sigmoid_ramp(1.0), "`sigmoid_ramp` takes exactly one of `steps` and `fraction`."),
         (lambda: stop_after(1.0), "`stop_after` takes exactly one of `steps` and `fraction`."),
         (lambda: anneal(1, 2, steps=1, fraction=0.5), "`anneal` takes exactly one of `steps` and `fraction`."),
+        (lambda: polynomial(1.0, power=0), "`power` must be positive, got 0."),
         (lambda: cosine(1.0, fraction=2), "`fraction` must be in [0, 1], got 2."),
         (lambda: stop_after(1.0, steps=1, ramp=-1), "`ramp` must not be negative, got -1."),
         (lambda: step(1.0), "`step` takes exactly one of `steps` and `fractions`."),
@@ -188,7 +197,7 @@ def test_plain_data_becomes_a_schedule(config: dict[str, Any], same: Schedule) -
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"warmp": 2.0}, "got {'warmp': 2.0} (did you mean 'warmup'?); known: anneal, constant, cosine, sigmoid_ramp"),
+        ({"warmp": 2.0}, "got {'warmp': 2.0} (did you mean 'warmup'?); known: anneal, constant, cosine, polynomial"),
         ({}, "a schedule is one name with its value, as in {warmup: 2.0, fraction: 0.1}, got {}; known"),
         ({"warmup": 1, "cosine": 2}, "a schedule is one name with its value"),
         ({"warmup": 2.0, "fracton": 1}, "schedule 'warmup' has no option 'fracton' (did you mean 'fraction'?)"),

@@ -35,7 +35,15 @@ from taskkd.losses.layers import (
     pyramid,
     singular_vectors,
 )
-from taskkd.losses.logits import decoupled, dist, generalised_jsd, kl_divergence, logit_mse, soft_cross_entropy
+from taskkd.losses.logits import (
+    decoupled,
+    dist,
+    generalised_jsd,
+    kl_divergence,
+    logit_mse,
+    pseudo_label_cross_entropy,
+    soft_cross_entropy,
+)
 from taskkd.losses.relations import (
     category_structure,
     consecutive_correlation,
@@ -90,6 +98,7 @@ __all__ = [
     "patience",
     "prediction_aware",
     "probabilistic_transfer",
+    "pseudo_label_cross_entropy",
     "pyramid",
     "relation_contrastive",
     "relational_angle",

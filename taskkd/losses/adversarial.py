@@ -40,7 +40,14 @@ def _reduced(scores: Tensor, loss: Callable[[Tensor], Tensor], *, mask: Tensor |
     return masked_mean(loss(scores), mask)
 
 
-def discriminator_loss(student: Tensor, teacher: Tensor, *, game: Game = "hinge", mask: Tensor | None = None) -> Tensor:
+def discriminator_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    game: Game = "hinge",
+    mask: Tensor | None = None,
+    teacher_mask: Tensor | None = None,
+) -> Tensor:
     """What the discriminator minimises: the mean over the teacher's scores plus the mean over the student's.
 
     ===============  ====================  ====================  =====================================================
@@ -57,14 +64,17 @@ def discriminator_loss(student: Tensor, teacher: Tensor, *, game: Game = "hinge"
     Args:
         student, teacher: the discriminator's scores of both sides' tensors; shapes may differ.
         game: see the table.
-        mask: weights or booleans over the scores or their leading dimensions, used for both sides.
+        mask: weights or booleans over the scores or their leading dimensions; a side of which nothing counts adds 0.
+        teacher_mask: another one for the teacher's scores. None: the same.
 
     Raises:
         ValueError: there is no such `game`.
-        ShapeError: the mask does not fit the scores.
+        ShapeError: a mask does not fit the scores.
     """
     real, fake, _ = _losses(game)
-    return _reduced(teacher, real, mask=mask) + _reduced(student, fake, mask=mask)
+    return _reduced(teacher, real, mask=mask if teacher_mask is None else teacher_mask) + _reduced(
+        student, fake, mask=mask
+    )
 
 
 def generator_loss(student: Tensor, *, game: Game = "hinge", mask: Tensor | None = None) -> Tensor:

@@ -23,7 +23,15 @@ from taskkd.losses.primitives import (
     spread,
 )
 
-__all__ = ["decoupled", "dist", "generalised_jsd", "kl_divergence", "logit_mse", "soft_cross_entropy"]
+__all__ = [
+    "decoupled",
+    "dist",
+    "generalised_jsd",
+    "kl_divergence",
+    "logit_mse",
+    "pseudo_label_cross_entropy",
+    "soft_cross_entropy",
+]
 
 Direction = Literal["forward", "reverse", "jensen_shannon"]
 DIRECTIONS = get_args(Direction)
@@ -178,6 +186,51 @@ def soft_cross_entropy(
     dim = _class_dim(student, dim, "soft_cross_entropy")
     log_s, log_t = log_softmax(student, temperature, dim), log_softmax(teacher, temperature, dim)
     return masked_mean(-(log_t.exp() * log_s).sum(dim) * spread(temperature, student, dim) ** 2, mask)
+
+
+@full_precision
+def pseudo_label_cross_entropy(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    threshold: float | Tensor = 0.0,
+    dim: int | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`-log softmax(student)_c` of the teacher's class `c = argmax teacher`, mean over every non-class dimension.
+
+    Source: Lee 2013, "Pseudo-Label"; with the teacher's labels on pixels in Kothandaraman et al. 2021. Equal to
+    `F.cross_entropy(student, teacher.argmax(dim))`.
+
+    Args:
+        student, teacher, dim, mask: as for `kl_divergence`.
+        threshold: of the teacher's probability of its class, in [0, 1); what is below counts nothing, and where nothing
+            is left the loss is 0. Default 0: everything counts, as in both papers.
+
+    Raises:
+        ShapeError: shapes differ, or `dim` is missing for more than two dimensions.
+        ValueError: `threshold` is out of range.
+
+    Example:
+        >>> import torch
+        >>> s, t = torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 4.0], [0.1, 0.0]])
+        >>> round(pseudo_label_cross_entropy(s, t, threshold=0.9).item(), 4)
+        0.6931
+    """
+    check_same_shape(student, teacher, "pseudo_label_cross_entropy")
+    dim = _class_dim(student, dim, "pseudo_label_cross_entropy")
+    fixed = not isinstance(threshold, Tensor)  # a tensor's value is not looked at, which would stop the device
+    if fixed and not 0 <= threshold < 1:
+        raise ValueError(f"`threshold` must be in [0, 1), got {threshold}.")
+    chosen = teacher.argmax(dim, keepdim=True)
+    values = -F.log_softmax(student, dim).gather(dim, chosen).squeeze(dim)
+    if not fixed or threshold > 0:
+        sure = teacher.softmax(dim).gather(dim, chosen).squeeze(dim) >= threshold
+        if mask is not None:
+            check_mask(mask, sure.shape)
+            mask = mask.reshape(mask.shape + (1,) * (sure.ndim - mask.ndim)) * sure
+        mask = sure if mask is None else mask
+    return masked_mean(values, mask)
 
 
 @full_precision

@@ -22,7 +22,7 @@ from taskkd.segmentation.schema import Data, Source
 from taskkd.segmentation.transforms import build
 from taskkd.splits import divided, share_of
 
-__all__ = ["SegmentationData", "load"]
+__all__ = ["SegmentationData", "from_annotations", "load", "read_part"]
 
 logger = logging.getLogger(__name__)
 Part = Literal["train", "validation", "test"]
@@ -110,7 +110,17 @@ def load(config: Data) -> SegmentationData:
     Raises:
         DataError: a file, class or split is wrong.
     """
-    parts = _divided(config)
+    return from_annotations(config, _given(config))
+
+
+def from_annotations(config: Data, given: Mapping[str, Annotations | None]) -> SegmentationData:
+    """The data of a run, of parts that are there already; see `load`.
+
+    Args:
+        config: what is done with them.
+        given: "train", "validation" and "test"; None is held out from train.
+    """
+    parts = _divided(config, given)
     if config.unlabelled is not None:
         parts["unlabelled"] = _unlabelled(config, parts)
     for name in ("validation", "test"):
@@ -124,16 +134,20 @@ def load(config: Data) -> SegmentationData:
     return SegmentationData(parts, config)
 
 
-def _divided(config: Data) -> dict[str, Annotations]:
-    """Train, validation and test."""
+def _given(config: Data) -> dict[str, Annotations | None]:
+    """Train, validation and test as they are read."""
     if config.sample is not None:
         assert config.tiles is not None
-        given: dict[str, Annotations | None] = {**nuclei(config.tiles.size, overlap=config.tiles.overlap)}
-    else:
-        given = {part: _read(config, part, config.bad) for part in PARTS}
+        return {**nuclei(config.tiles.size, overlap=config.tiles.overlap)}
+    given = {str(part): read_part(config, part, config.bad) for part in PARTS}
     train = given["train"]
     if config.evaluation is not None and train is not None:
         given |= _evaluated(config, train.classes)
+    return given
+
+
+def _divided(config: Data, given: Mapping[str, Annotations | None]) -> dict[str, Annotations]:
+    """Train, validation and test, in tiles where they are asked for."""
     found = _held_out(config, given)
     if config.tiles is not None and config.sample is None:
         overlaps = {"train": config.tiles.overlap}
@@ -173,7 +187,7 @@ def _split(annotations: Annotations, shares: Sequence[float], seed: int) -> list
 def _evaluated(config: Data, classes: list[str]) -> dict[str, Annotations | None]:
     """Validation and test of another source, from whose training part they are held out where they are missing."""
     assert config.evaluation is not None
-    held = _held_out(config, {part: _read(config.evaluation, part, config.bad) for part in PARTS})
+    held = _held_out(config, {part: read_part(config.evaluation, part, config.bad) for part in PARTS})
     other = held["train"].classes
     if other != classes:
         differ = next(
@@ -190,7 +204,7 @@ def _unlabelled(config: Data, parts: dict[str, Annotations]) -> Annotations:
     """The second stream, with image ids of its own."""
     own = config.unlabelled
     if isinstance(own, Source):
-        found = _read(own, "train", config.bad, labelled=False)
+        found = read_part(own, "train", config.bad, labelled=False)
         assert found is not None
     else:
         found = read_images(cast("str | list[str]", own), bad=config.bad)
@@ -209,7 +223,7 @@ def _unlabelled(config: Data, parts: dict[str, Annotations]) -> Annotations:
 # ---- reading
 
 
-def _read(source: Source, part: Part, bad: Any, *, labelled: bool = True) -> Annotations | None:
+def read_part(source: Source, part: Part, bad: Any, *, labelled: bool = True) -> Annotations | None:
     """A part of a source, or None where it has none."""
     kind = next(k for k in ("folder", "voc", "hub", *LAYOUTS) if getattr(source, k) is not None)
     own = getattr(source, kind)

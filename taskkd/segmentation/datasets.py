@@ -112,7 +112,7 @@ def _unchanged(sample: Any, _: torch.Generator) -> Any:
     return sample
 
 
-def collate(samples: Sequence[Any]) -> dict[str, Any]:
+class _Collate:
     """A batch of samples, or of lists of samples, as keyword arguments of a model.
 
     Returns:
@@ -121,20 +121,28 @@ def collate(samples: Sequence[Any]) -> dict[str, Any]:
 
     Raises:
         DataError: images of a training batch differ in size.
-    """  # fmt: skip
-    flat: list[dict[str, Any]] = [s for entry in samples for s in (entry if isinstance(entry, list) else [entry])]
-    sizes = {tuple(s["labels"].shape): s["id"] for s in flat}
-    batch: dict[str, Any] = {key: [s[key] for s in flat] for key in ("images", "labels", "valid") if key in flat[0]}
-    if len(sizes) > 1 and "valid" in batch:
-        shown = ", ".join(f"{w}x{h} (image id {i})" for (h, w), i in sorted(sizes.items())[:4])
-        raise DataError(
-            f"the images of a training batch are of {shown}: end data.augment with a transform to one size, as "
-            "{name: RandomCrop, size: [512, 512], pad_if_needed: true}, RandomResizedCrop or Resize."
-        )
-    if len(sizes) == 1:
-        batch = {key: torch.stack(values) for key, values in batch.items()}
-        batch["images"] = batch["images"] if batch["images"].is_floating_point() else batch["images"].float() / 255
-        batch["labels"] = batch["labels"].long()
-    batch["unlabelled"] = torch.tensor([s["unlabelled"] for s in flat], dtype=torch.bool)
-    batch["id"] = torch.tensor([s["id"] for s in flat], dtype=torch.int64)
-    return batch
+    """
+
+    #: what is needed of a sample, whatever a model takes: the trainer leaves these in
+    columns = ("images", "labels", "valid", "unlabelled", "id")
+
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
+        flat: list[dict[str, Any]] = [s for entry in samples for s in (entry if isinstance(entry, list) else [entry])]
+        sizes = {tuple(s["labels"].shape): s["id"] for s in flat}
+        batch: dict[str, Any] = {key: [s[key] for s in flat] for key in ("images", "labels", "valid") if key in flat[0]}
+        if len(sizes) > 1 and "valid" in batch:
+            shown = ", ".join(f"{w}x{h} (image id {i})" for (h, w), i in sorted(sizes.items())[:4])
+            raise DataError(
+                f"the images of a training batch are of {shown}: end data.augment with a transform to one size, as "
+                "{name: RandomCrop, size: [512, 512], pad_if_needed: true}, RandomResizedCrop or Resize."
+            )
+        if len(sizes) == 1:
+            batch = {key: torch.stack(values) for key, values in batch.items()}
+            batch["images"] = batch["images"] if batch["images"].is_floating_point() else batch["images"].float() / 255
+            batch["labels"] = batch["labels"].long()
+        batch["unlabelled"] = torch.tensor([s["unlabelled"] for s in flat], dtype=torch.bool)
+        batch["id"] = torch.tensor([s["id"] for s in flat], dtype=torch.int64)
+        return batch
+
+
+collate = _Collate()

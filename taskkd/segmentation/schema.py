@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from taskkd.schema import Model
+from taskkd.schema import Baseline, CacheConfig, Finetune, Model, Recipe, TeacherConfig, Training
+from taskkd.segmentation.config import SegmenterConfig
 
-__all__ = ["Data", "Folder", "Source", "Tiles"]
+__all__ = ["Data", "Folder", "Loss", "SegmentationRecipe", "Source", "Student", "Teacher", "Tiles"]
 
 Size = int | float
 Part = Literal["train", "validation", "test"]
@@ -147,4 +148,71 @@ class Data(Source):
     def _tiles_of_the_sample(self) -> Data:
         if self.sample is not None and self.tiles is None:
             self.tiles = Tiles(size=128, overlap=64)
+        return self
+
+
+class Student(SegmenterConfig):
+    """The student: a network to build (`architecture`), or one that is there (`model`)."""
+
+
+class SegmentationFinetune(Finetune):
+    """How a teacher is fine-tuned on the labelled data first."""
+
+    epochs: float = Field(20.0, gt=0)
+    batch_size: int = Field(8, ge=1)
+
+
+class Teacher(SegmenterConfig, TeacherConfig):
+    """The teacher: a network, and how it is fine-tuned first."""
+
+    finetune: SegmentationFinetune | None = None
+    cache: CacheConfig | None = None
+
+    @model_validator(mode="after")
+    def _never_cached(self) -> Teacher:
+        if self.cache is not None:
+            raise ValueError("a teacher's maps follow the random augmentation of the images; leave out cache")
+        return self
+
+
+class Loss(Model):
+    """The task loss: cross-entropy over the labelled pixels, at the size of the labels.
+
+    `aux_weight` is that of an auxiliary head's, where the student has one; `class_weights` one number for each class.
+    """
+
+    aux_weight: float = Field(0.4, ge=0)
+    class_weights: list[float] | None = None
+
+
+class SegmentationTraining(Training):
+    """How segmentation networks are trained, unless the recipe says otherwise."""
+
+    epochs: float = Field(20.0, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
+    batch_size: int = Field(8, ge=1)
+    eval_batch_size: int = Field(8, ge=1)
+    schedule: Literal["linear", "cosine", "constant", "step", "polynomial"] = "polynomial"
+    weight_decay: float = Field(1e-4, ge=0)
+    warmup: float = Field(0.0, ge=0, lt=1)
+    max_grad_norm: float = Field(10.0, ge=0)
+
+
+class SegmentationRecipe(Recipe):
+    """A recipe of task `segmentation`."""
+
+    task: Literal["segmentation"] = "segmentation"
+    data: Data
+    teacher: Teacher
+    student: Student
+    loss: Loss = Loss()
+    training: SegmentationTraining = SegmentationTraining()
+
+    @model_validator(mode="after")
+    def _as_long_alone(self) -> SegmentationRecipe:
+        """The student alone is trained as the distilled one is, where the recipe does not say otherwise."""
+        if self.baseline is not None:
+            own = {"epochs": self.training.epochs, "learning_rates": [self.training.learning_rate]}
+            given = {name: getattr(self.baseline, name) for name in self.baseline.model_fields_set}
+            self.baseline = Baseline(**{**own, **given})
         return self

@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taskkd.errors import ShapeError, TaskkdError
+from taskkd.segmentation.labels import IGNORE
 from taskkd.terms import Match, Run
 
-__all__ = ["IGNORE", "Align", "Ignore", "MapTerm", "labels_at", "resized", "valid_at"]
+__all__ = ["Align", "Ignore", "MapTerm", "labels_at", "resized", "valid_at"]
 
-#: the label of pixels without a class
-IGNORE = 255
 Align: TypeAlias = Literal["teacher", "student", "smaller"]
 Ignore: TypeAlias = Literal["padding", "labels", "none"]
 Size: TypeAlias = "tuple[int, int]"

@@ -11,45 +11,11 @@ from torch import Tensor, nn
 
 from taskkd.detection.methods.maps import Adapter, adapter_of, two_stage
 from taskkd.detection.terms import NeckTerm
-from taskkd.losses.primitives import check_same_shape, full_precision
+from taskkd.losses.generation import conv_generator, kept_cells, masked_generative_loss
 from taskkd.stages import Method, Stage
 from taskkd.terms import Run
 
 __all__ = ["MaskedGenerative", "kept_cells", "masked_generative", "masked_generative_loss"]
-
-
-def kept_cells(like: Tensor, masked: float, *, draw: Tensor | None = None) -> Tensor:
-    """(N, 1, h, w), 0 in a random share `masked` of the cells of a map, else 1.
-
-    Args:
-        like: (N, C, h, w).
-        masked: the share.
-        draw: (N, 1, h, w) in [0, 1); None: drawn from the global generator, as dropout does.
-    """
-    if draw is None:
-        draw = torch.rand(len(like), 1, *like.shape[2:], device=like.device)
-    return (draw <= 1 - masked).to(like.dtype)
-
-
-@full_precision
-def masked_generative_loss(student: Tensor, teacher: Tensor, *, generator: nn.Module, kept: Tensor) -> Tensor:
-    """`sum (G(s M) - t)^2`, mean over the batch: the teacher's map from what a mask leaves of the student's.
-
-    Source: Yang Z., Li, Shao, Shi, Yuan, Yuan 2022, "Masked Generative Distillation".
-
-    Scaling: a sum over channels and cells, as in the authors' code.
-
-    Args:
-        student, teacher: (N, C, h, w).
-        generator: `G`.
-        kept: `M`, (N, 1, h, w), as of `kept_cells`.
-
-    Raises:
-        ShapeError: shapes differ.
-    """
-    check_same_shape(student, teacher, "masked_generative_loss")
-    total: Tensor = (generator(student * kept.to(student.dtype)) - teacher).square().sum()
-    return total / len(student)
 
 
 class MaskedGenerative(NeckTerm):
@@ -94,8 +60,7 @@ class MaskedGenerative(NeckTerm):
         if len(self.generators):
             return
         for teacher in self.pairs(run)[1]:
-            c = teacher.shape[1]
-            made = nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(c, c, 3, padding=1))
+            made = conv_generator(teacher.shape[1])
             self.generators.append(made.to(teacher.device, torch.promote_types(teacher.dtype, torch.float32)))
 
     @property

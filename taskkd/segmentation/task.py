@@ -1,0 +1,300 @@
+"""How a recipe of task `segmentation` becomes data, models and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taskkd.caches import file_sha256
+from taskkd.checkpoints import load_student
+from taskkd.errors import DataError, RecipeError
+from taskkd.images import decode, in_file
+from taskkd.segmentation import models
+from taskkd.segmentation.config import SMP, TORCHVISION
+from taskkd.segmentation.data import SegmentationData, load, read_part
+from taskkd.segmentation.datasets import SegmentationDataset, collate
+from taskkd.segmentation.loss import PixelCrossEntropy
+from taskkd.segmentation.methods import METHODS
+from taskkd.segmentation.metrics import SegmentationMetric, predicted
+from taskkd.segmentation.nuclei import nuclei
+from taskkd.segmentation.records import Annotations, Bad
+from taskkd.segmentation.schema import SegmentationRecipe, Source
+from taskkd.segmentation.segmenter import Segmenter
+from taskkd.teachers import Frozen, Teacher
+from taskkd.terms import Term
+
+__all__ = ["TASK", "SegmentationTask", "read_path"]
+
+#: what tells the layout of a folder
+LAYOUTS = {
+    "cityscapes": "gtFine",
+    "ade20k": "annotations/training",
+    "voc": "ImageSets/Segmentation",
+    "camvid": "trainannot",
+}
+
+
+class SegmentationTask:
+    """The glue between recipes and this package."""
+
+    name = "segmentation"
+    recipe = SegmentationRecipe
+    methods = METHODS
+    #: recipes of segmentation have no `by_task`
+    task_key = "name"
+    task_names: tuple[str, ...] = ()
+    default_method = "channel_wise"
+    sampling = "random"
+
+    # ---- data
+
+    def load(self, recipe: SegmentationRecipe, folder: Path | None = None) -> SegmentationData:
+        """Read and divide the data.
+
+        Raises:
+            DataError: a file, class or split is wrong.
+        """
+        return load(recipe.data)
+
+    def shorthand(self, teacher: Any, student: Any, data: Any) -> dict[str, Any]:
+        """The sections of a recipe that a name or a path stands for.
+
+        Args:
+            teacher, student: a saved folder, a network of `transformers`, or an architecture and its backbone
+                (`deeplabv3/resnet50`), which begins with the weights that there are; such a teacher is fine-tuned.
+            data: a folder with `images`, `masks` and a file `classes.txt` (a name in each line, in the order of the
+                masks' values); one in the layout of Cityscapes, ADE20K, VOC or CamVid; or `nuclei`, the embedded
+                sample.
+        """
+        return {
+            "data": _source(str(data)),
+            "teacher": _named(str(teacher), {"finetune": {}}),
+            "student": _named(str(student), {}),
+            "method": {"name": self.default_method},
+        }
+
+    def read(self, recipe: SegmentationRecipe, path: str, student: Any, processing: Any) -> Any:
+        """Other images with masks, with the classes of a trained student."""
+        own = recipe.data.folder
+        known: tuple[Any, Any] = (list(student.classes), []) if own is None else (own.classes, own.ignore)
+        found = read_path(path, *known, bad=recipe.data.bad)
+        if found.classes != list(student.classes):
+            raise DataError(
+                f"{path} has the classes {', '.join(found.classes[:20])}, the student others: "
+                f"{', '.join(student.classes[:20])}."
+            )
+        return SegmentationDataset(found)
+
+    def has_labels(self, data: SegmentationData) -> bool:
+        """Whether a student can be trained without a teacher."""
+        return True
+
+    def teacher_data(self, data: SegmentationData) -> SegmentationData:
+        """The data for what runs the teacher alone."""
+        return data
+
+    def latency_batches(self, data: SegmentationData, count: int) -> list[dict[str, Any]]:
+        """Real test images, one by one, as the models' keyword arguments."""
+        return [{"images": data.test[i]["images"][None]} for i in range(min(count, 16, len(data.test)))]
+
+    # ---- models
+
+    def fingerprint(self, recipe: SegmentationRecipe) -> str:
+        """What tells that the teacher's files are the ones a run was started with; "" for what is downloaded."""
+        own = recipe.teacher
+        paths = [Path(p) for p in (own.model, own.weights) if p is not None and Path(p).exists()]
+        files = [f for p in paths for f in (sorted(p.glob("*.safetensors")) if p.is_dir() else [p])]
+        return " ".join(file_sha256(f) for f in files)
+
+    def teacher(self, recipe: SegmentationRecipe, data: SegmentationData, source: str | None = None) -> nn.Module:
+        """The teacher (from `source`, a folder of this run, once it is fine-tuned)."""
+        if source is not None:
+            return models.load(source)
+        return models.build(recipe.teacher.segmenter, data.classes)
+
+    def student(self, recipe: SegmentationRecipe, data: SegmentationData, teacher: nn.Module, seed: int) -> nn.Module:
+        """The student at its start; the same for a seed, whatever it is then trained with."""
+        return models.build(recipe.student.segmenter, data.classes, seed=seed)
+
+    def reload(self, student: nn.Module, folder: Path) -> nn.Module:
+        """Load a trained student of this run into one of the same architecture."""
+        load_student(student, folder)
+        return student
+
+    def given(self, *args: Any, **options: Any) -> SegmentationTask:
+        """This task with models and data that the caller holds; see `GivenSegmentation`."""
+        from taskkd.segmentation.given import GivenSegmentation
+
+        return GivenSegmentation(*args, **options)
+
+    def trained(self, folder: Path) -> tuple[nn.Module, Any]:
+        """A trained student, from the folder it was saved in."""
+        return models.load(folder).eval(), None
+
+    def supplier(self, recipe: SegmentationRecipe, student: nn.Module, teacher: nn.Module) -> Teacher:
+        """The frozen teacher, on the same images; it stops after the last map that is asked for."""
+        return Frozen(teacher, dtype=recipe.teacher.dtype)
+
+    def pair(self, data: SegmentationData, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
+        """What is to be known of a pair of networks before they are distilled.
+
+        Raises:
+            RecipeError: they tell other numbers of classes apart.
+        """
+        lines = []
+        for who, model in (("teacher", teacher), ("student", student)):
+            assert isinstance(model, Segmenter)
+            if len(model.classes) != len(data.classes):
+                raise RecipeError(
+                    f"the {who} tells {len(model.classes)} classes apart, the data has {len(data.classes)}: "
+                    f"{', '.join(data.classes[:20])}."
+                )
+            views = model.views
+            lines.append(
+                (f"{who}'s maps", f"logits {views.logits}, feature {views.feature}, stages {len(views.stages)}")
+            )
+        return lines
+
+    # ---- training and evaluation
+
+    def fit_terms(self, data: SegmentationData, terms: Sequence[Term]) -> list[Term]:
+        """A stage's terms as they are."""
+        return list(terms)
+
+    def check_terms(
+        self, data: SegmentationData, terms: Sequence[Term], student: nn.Module, batch: Mapping[str, Any]
+    ) -> None:
+        """Terms say themselves what they cannot do."""
+
+    def loss(self, recipe: SegmentationRecipe) -> Any:
+        """The task loss."""
+        return PixelCrossEntropy(aux_weight=recipe.loss.aux_weight, class_weights=recipe.loss.class_weights)
+
+    def metric(self, data: SegmentationData) -> Any:
+        """A fresh metric."""
+        return SegmentationMetric(data.classes, absent=data.config.absent)
+
+    def metric_of(self, recipe: SegmentationRecipe, student: nn.Module, table: Any) -> Any:
+        """A fresh metric for a trained student on a table."""
+        return SegmentationMetric(table.classes, absent=recipe.data.absent)
+
+    def collator(self, recipe: SegmentationRecipe, processing: Any) -> Any:
+        """Makes a batch."""
+        return collate
+
+    def main_metric(self, data: SegmentationData) -> str:
+        """The metric that models are selected by."""
+        return data.config.metric
+
+    def chance(self, data: SegmentationData) -> float:
+        """What one class everywhere gives: mean accuracy 1/K, mean IoU less."""
+        return 1 / len(data.classes) if data.config.metric == "mean_accuracy" else 0.0
+
+    def predict(
+        self, recipe: SegmentationRecipe, student: Any, processing: Any, inputs: Sequence[str]
+    ) -> Iterator[tuple[str, float | None, str]]:
+        """(class, share of the pixels, mask file) of each class that is found in each image file.
+
+        The mask (PNG, class numbers) is written beside the image as `<name>.mask.png`.
+        """
+        for path in inputs:
+            if not Path(path).is_file():
+                raise DataError(f"{path}: no such file; segmentation networks predict on image files.")
+            image = decode(in_file(Path(path)), 0).float() / 255
+            with torch.no_grad():
+                logits: Tensor = student(image[None])["logits"]
+            mask = predicted(logits, (image.shape[1], image.shape[2]))[0]
+            written = _write(mask, Path(path))
+            share = torch.bincount(mask.flatten(), minlength=len(student.classes)).double() / mask.numel()
+            for number in share.argsort(descending=True).tolist():
+                if share[number] > 0:
+                    yield student.classes[number], float(share[number]), f"{path} -> {written}"
+
+    def draw(self, data: SegmentationData, networks: Mapping[str, nn.Module], path: Path) -> None:
+        """Draw test images with the masks of the ground truth and of every model, side by side."""
+        from taskkd.segmentation.pictures import draw
+
+        draw(data.test, networks, data.classes, path)
+
+
+def _write(mask: Tensor, path: Path) -> Path:
+    from PIL import Image
+
+    target = path.with_name(f"{path.stem}.mask.png")
+    Image.fromarray(mask.to(torch.uint8).numpy()).save(target)
+    return target
+
+
+# ---- names and paths
+
+
+def _source(data: str, classes: Any = None, ignore: Sequence[Any] = ()) -> dict[str, Any]:
+    """The data section for a folder, by its layout; with `classes`, it need not say itself what its masks mean."""
+    folder = Path(data)
+    if data == "nuclei":
+        return {"sample": {"name": "nuclei"}}
+    for kind, sign in LAYOUTS.items():
+        if (folder / sign).is_dir():
+            return {kind: {"folder": data}}
+    if not folder.is_dir():
+        raise RecipeError(f"data: {data!r} is no folder, nor `nuclei`, the embedded sample.")
+    names = folder / "classes.txt"
+    if names.is_file():
+        classes = [line.strip() for line in names.read_text(encoding="utf-8").splitlines() if line.strip()]
+    elif classes is None:
+        raise RecipeError(
+            f"data: {data} has no classes.txt (the names of the classes, a line each, in the order of the masks' "
+            "values 0, 1, ...), and is not in the layout of Cityscapes, ADE20K, VOC or CamVid; a recipe can say what "
+            "its masks mean."
+        )
+    return {"folder": {**_parts(folder), "classes": classes, "ignore": list(ignore)}}
+
+
+def read_path(path: str, classes: Any = None, ignore: Sequence[Any] = (), *, bad: Bad = "error") -> Annotations:
+    """Images with masks by what a folder holds: its training part; of a known layout the part that is tested on.
+
+    Args:
+        path: of images and masks, or in the layout of Cityscapes, ADE20K, VOC or CamVid.
+        classes, ignore: what the masks' values mean, where the folder has no `classes.txt`.
+        bad: "error" or "skip".
+
+    Raises:
+        DataError: a file is wrong.
+        RecipeError: it cannot be told what the masks mean.
+    """
+    given = _source(path, classes, ignore)
+    if "sample" in given:
+        return nuclei(128)["test"]
+    source = Source.model_validate(given)
+    found = read_part(source, "train" if source.folder is not None else "test", bad)
+    assert found is not None
+    return found
+
+
+def _parts(folder: Path) -> dict[str, str]:
+    """`images` and `masks` in the folder itself, or in its folders train, validation (val) and test."""
+    if (folder / "images").is_dir() and not (folder / "train").is_dir():
+        return {"train": str(folder)}
+    found = {part: folder / part for part in ("train", "validation", "test")}
+    if not found["validation"].is_dir() and (folder / "val").is_dir():
+        found["validation"] = folder / "val"
+    return {part: str(path) for part, path in found.items() if part == "train" or path.is_dir()}
+
+
+def _named(name: str, built: dict[str, Any]) -> dict[str, Any]:
+    architecture, _, backbone = name.partition("/")
+    if Path(name).exists() or architecture not in (*TORCHVISION, *SMP):
+        return {"model": name}
+    return {
+        "architecture": architecture,
+        **({"backbone": backbone} if backbone else {}),
+        "weights": "imagenet",
+        **built,
+    }
+
+
+TASK = SegmentationTask()
