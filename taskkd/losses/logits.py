@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taskkd.errors import ShapeError
+from taskkd.losses.chunked import chunked_kl, suits
 from taskkd.losses.primitives import (
     check_mask,
     check_same_shape,
@@ -48,7 +49,6 @@ def _class_dim(student: Tensor, dim: int | None, loss: str) -> int:
     )
 
 
-@full_precision
 def kl_divergence(
     student: Tensor,
     teacher: Tensor,
@@ -70,6 +70,8 @@ def kl_divergence(
     the batch alone and is `H * W` times larger; TAKD, DGKD and Patient KD divide by `batch * classes` and are
     `classes` times smaller; several packages leave out `T^2`. ONE and OKDDip add 1e-7 to the target's probabilities:
     `target_floor=1e-7`.
+
+    Large tensors (a million numbers or more) are looked at in parts, and take no memory but that of the gradient.
 
     Args:
         student: logits, (batch, classes), (batch, classes, H, W) or (batch, tokens, classes).
@@ -103,6 +105,23 @@ def kl_divergence(
         raise ValueError(f"`direction` is one of {', '.join(DIRECTIONS)}, got {direction!r}.")
     if target_floor is not None and (not target_floor > 0 or direction != "forward"):
         raise ValueError(f"`target_floor` is positive, and of the forward direction only; got {target_floor}.")
+    if target_floor is None and direction != "jensen_shannon" and suits(student, teacher, temperature):
+        pair = (student, teacher) if direction == "forward" else (teacher, student)
+        return masked_mean(chunked_kl(*pair, temperature, dim), mask)
+    return _kl_divergence(student, teacher, temperature, direction, target_floor, dim, mask)
+
+
+@full_precision
+def _kl_divergence(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float | Tensor,
+    direction: Direction,
+    target_floor: float | None,
+    dim: int,
+    mask: Tensor | None,
+) -> Tensor:
+    """`kl_divergence` of small tensors, in one go."""
     if direction == "jensen_shannon":
         return masked_mean(softened_js(student, teacher, temperature, dim), mask)
     if direction == "reverse":

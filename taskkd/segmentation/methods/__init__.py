@@ -8,10 +8,10 @@ from typing import Any
 from taskkd.segmentation.methods.af_dcd import af_dcd
 from taskkd.segmentation.methods.attention_transfer import attention_transfer
 from taskkd.segmentation.methods.cirkd import cirkd
+from taskkd.segmentation.methods.domain_adaptive import domain_adaptive
 from taskkd.segmentation.methods.dsd import dsd
 from taskkd.segmentation.methods.ifvd import ifvd
 from taskkd.segmentation.methods.masked_generative import masked_generative
-from taskkd.segmentation.methods.domain_adaptive import domain_adaptive
 from taskkd.segmentation.methods.structured import structured
 from taskkd.stages import Method
 
@@ -20,10 +20,10 @@ __all__ = [
     "af_dcd",
     "attention_transfer",
     "cirkd",
+    "domain_adaptive",
     "dsd",
     "ifvd",
     "masked_generative",
-    "domain_adaptive",
     "structured",
 ]
 
