@@ -1,4 +1,4 @@
-"""Backbones of detectors: classifiers of torchvision and timm, cut into levels, with the weights that are asked for."""
+"""Backbones of detectors and segmenters: classifiers of torchvision and timm, cut into levels, with their weights."""
 
 from __future__ import annotations
 
@@ -245,7 +245,14 @@ class TimmMaps(nn.Module):
         return OrderedDict((str(i), value) for i, value in enumerate(self.net(x)))
 
 
-def timm_body(name: str, stages: Sequence[int], state: Mapping[str, Tensor] | str | None, source: str) -> Body:
+def timm_body(
+    name: str,
+    stages: Sequence[int],
+    state: Mapping[str, Tensor] | str | None,
+    source: str,
+    *,
+    output_stride: int = 32,
+) -> Body:
     """A network of timm, cut after `stages`.
 
     Args:
@@ -253,10 +260,45 @@ def timm_body(name: str, stages: Sequence[int], state: Mapping[str, Tensor] | st
         stages: 1 to 4, of stride 4 to 32.
         state: weights by timm's names, "imagenet", None, or those of a package in `KNOWN`.
         source: of the weights.
+        output_stride: of the last stage; below 32 the last one or two are dilated instead of strided.
 
     Raises:
-        RecipeError: timm is not installed, has no such network, the network has no such stage, or the weights are of
-            another.
+        RecipeError: timm is not installed, has no such network, the network has no such stage or cannot be dilated, or
+            the weights are of another.
+    """
+    timm = timm_with(name)
+    options = timm_options(name, state, source)
+    if output_stride != 32:
+        options["output_stride"] = output_stride
+    try:
+        info: Any = timm.create_model(name, features_only=True).feature_info
+        indices = [info.reduction().index(2 ** (s + 1)) for s in stages]
+    except (RuntimeError, AttributeError, TypeError, ValueError):
+        raise RecipeError(f"backbone 'timm:{name}' has no maps of strides {[2 ** (s + 1) for s in stages]}.") from None
+    with quiet("timm"):  # it warns that the classifier's weights are not used
+        try:
+            net = downloaded(
+                lambda: timm.create_model(name, features_only=True, out_indices=tuple(indices), **options),
+                f"ImageNet weights of timm:{name}",
+            )
+        except (NotImplementedError, TypeError, AssertionError):
+            if output_stride == 32:
+                raise
+            raise RecipeError(
+                f"backbone 'timm:{name}' cannot be dilated to an output stride of {output_stride}."
+            ) from None
+    flat = "_" if type(net).__name__ == "FeatureListNet" else "."  # which flattens nested layers
+    modules = dict(zip(info.reduction(), info.module_name(), strict=True))
+    parts = ["net." + modules[r].replace(".", flat) if r in modules else "" for r in (2, 4, 8, 16, 32)]
+    mean, std = timm_normal(net, state, source)
+    return Body(TimmMaps(net), [info.channels()[i] for i in indices], parts, mean, std)
+
+
+def timm_with(name: str) -> Any:
+    """The module `timm`, which has a network of this name.
+
+    Raises:
+        RecipeError: it is not installed, or has none.
     """
     try:
         import timm
@@ -264,34 +306,32 @@ def timm_body(name: str, stages: Sequence[int], state: Mapping[str, Tensor] | st
         raise RecipeError(f"backbone 'timm:{name}' needs timm: pip install 'taskkd[timm]'") from None
     if name.partition(".")[0] not in timm.list_models():
         raise RecipeError(f"no backbone {name!r} in timm{nearest(name, timm.list_models())}.")
-    options: dict[str, Any] = {}
-    if state == "imagenet":
-        options = {"pretrained": True}
-    elif state is not None:
-        options = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": _timm_state(name, state, source)}}
-    try:
-        info: Any = timm.create_model(name, features_only=True).feature_info
-        indices = [info.reduction().index(2 ** (s + 1)) for s in stages]
-    except (RuntimeError, AttributeError, TypeError, ValueError):
-        raise RecipeError(f"backbone 'timm:{name}' has no maps of strides {[2 ** (s + 1) for s in stages]}.") from None
-    with _quiet("timm"):  # it warns that the classifier's weights are not used
-        net = downloaded(
-            lambda: timm.create_model(name, features_only=True, out_indices=tuple(indices), **options),
-            f"ImageNet weights of timm:{name}",
-        )
-    flat = "_" if type(net).__name__ == "FeatureListNet" else "."  # which flattens nested layers
-    modules = dict(zip(info.reduction(), info.module_name(), strict=True))
-    parts = ["net." + modules[r].replace(".", flat) if r in modules else "" for r in (2, 4, 8, 16, 32)]
-    known = KNOWN.get(source)
-    cfg = net.pretrained_cfg if state is not None else {}
-    mean, std = cfg.get("mean", IMAGENET[0]), cfg.get("std", IMAGENET[1])
-    if known is not None:
-        mean, std = [known.mean] * 3, [known.std] * 3
-    return Body(TimmMaps(net), [info.channels()[i] for i in indices], parts, list(mean), list(std))
+    return timm
+
+
+def timm_options(name: str, state: Mapping[str, Tensor] | str | None, source: str) -> dict[str, Any]:
+    """Arguments of `timm.create_model` that give a network these weights, whatever part of it is made.
+
+    Raises:
+        RecipeError: they are of another.
+    """
+    if state is None:
+        return {}
+    if isinstance(state, str):  # "imagenet"
+        return {"pretrained": True}
+    return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": _timm_state(name, state, source)}}
+
+
+def timm_normal(net: Any, state: Mapping[str, Tensor] | str | None, source: str) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the images that the weights of a network of timm were trained on."""
+    if (known := KNOWN.get(source)) is not None:
+        return [known.mean] * 3, [known.std] * 3
+    cfg = getattr(net, "pretrained_cfg", {}) if state is not None else {}
+    return list(cfg.get("mean", IMAGENET[0])), list(cfg.get("std", IMAGENET[1]))
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
+def quiet(name: str) -> Iterator[None]:
     """A library's logger says errors only."""
     logger = logging.getLogger(name)
     level = logger.level

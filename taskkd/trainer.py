@@ -210,7 +210,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if self._signature_columns is None:
             # Also where no model reads labels: a task loss or a term may.
             names = self.distiller.columns() | {"label", "labels", "label_ids", *self.label_names}
-            names |= set(getattr(self.metric, "columns", ()))
+            names |= set(getattr(self.metric, "columns", ())) | set(getattr(self.data_collator, "columns", ()))
             self._signature_columns = sorted(names)
 
     def get_train_dataloader(self) -> DataLoader[Any]:

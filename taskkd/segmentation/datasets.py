@@ -25,8 +25,8 @@ class SegmentationDataset(Dataset[Any]):
 
     Args:
         annotations: as a reader gives them.
-        training: also give `valid` (H, W) bool, which is False where augmentation pads; batches of such samples must be
-            of one size.
+        training: also give `valid` (H, W) bool, which is False where augmentation pads; images and labels are uint8
+            until they are in a batch (augmentation is faster so), and all of a batch must be of one size.
         held: keep every file's pixels in memory (four bytes for each pixel): for few images, or tiles of them.
 
     Raises:
@@ -56,13 +56,11 @@ class SegmentationDataset(Dataset[Any]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
         image, labels = decoded(record) if self._held is None else self._held[record.source.name]
-        sample: dict[str, Any] = {
-            "images": window_of(record, image).float() / 255,
-            "labels": window_of(record, labels).long(),
-            "unlabelled": record.mask is None,
-            "id": record.image_id,
-        }
-        return {**sample, "valid": torch.ones_like(sample["labels"], dtype=torch.bool)} if self.training else sample
+        image, labels = window_of(record, image), window_of(record, labels)
+        about = {"unlabelled": record.mask is None, "id": record.image_id}
+        if self.training:
+            return {"images": image, "labels": labels, "valid": torch.ones_like(labels, dtype=torch.bool), **about}
+        return {"images": image.float() / 255, "labels": labels.long(), **about}
 
 
 class WithUnlabelled(Augmented):
@@ -114,7 +112,7 @@ def _unchanged(sample: Any, _: torch.Generator) -> Any:
     return sample
 
 
-def collate(samples: Sequence[Any]) -> dict[str, Any]:
+class _Collate:
     """A batch of samples, or of lists of samples, as keyword arguments of a model.
 
     Returns:
@@ -123,18 +121,28 @@ def collate(samples: Sequence[Any]) -> dict[str, Any]:
 
     Raises:
         DataError: images of a training batch differ in size.
-    """  # fmt: skip
-    flat: list[dict[str, Any]] = [s for entry in samples for s in (entry if isinstance(entry, list) else [entry])]
-    sizes = {tuple(s["labels"].shape): s["id"] for s in flat}
-    batch: dict[str, Any] = {key: [s[key] for s in flat] for key in ("images", "labels", "valid") if key in flat[0]}
-    if len(sizes) > 1 and "valid" in batch:
-        shown = ", ".join(f"{w}x{h} (image id {i})" for (h, w), i in sorted(sizes.items())[:4])
-        raise DataError(
-            f"the images of a training batch are of {shown}: end data.augment with a transform to one size, as "
-            "{name: RandomCrop, size: [512, 512], pad_if_needed: true}, RandomResizedCrop or Resize."
-        )
-    if len(sizes) == 1:
-        batch = {key: torch.stack(values) for key, values in batch.items()}
-    batch["unlabelled"] = torch.tensor([s["unlabelled"] for s in flat], dtype=torch.bool)
-    batch["id"] = torch.tensor([s["id"] for s in flat], dtype=torch.int64)
-    return batch
+    """
+
+    #: what is needed of a sample, whatever a model takes: the trainer leaves these in
+    columns = ("images", "labels", "valid", "unlabelled", "id")
+
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
+        flat: list[dict[str, Any]] = [s for entry in samples for s in (entry if isinstance(entry, list) else [entry])]
+        sizes = {tuple(s["labels"].shape): s["id"] for s in flat}
+        batch: dict[str, Any] = {key: [s[key] for s in flat] for key in ("images", "labels", "valid") if key in flat[0]}
+        if len(sizes) > 1 and "valid" in batch:
+            shown = ", ".join(f"{w}x{h} (image id {i})" for (h, w), i in sorted(sizes.items())[:4])
+            raise DataError(
+                f"the images of a training batch are of {shown}: end data.augment with a transform to one size, as "
+                "{name: RandomCrop, size: [512, 512], pad_if_needed: true}, RandomResizedCrop or Resize."
+            )
+        if len(sizes) == 1:
+            batch = {key: torch.stack(values) for key, values in batch.items()}
+            batch["images"] = batch["images"] if batch["images"].is_floating_point() else batch["images"].float() / 255
+            batch["labels"] = batch["labels"].long()
+        batch["unlabelled"] = torch.tensor([s["unlabelled"] for s in flat], dtype=torch.bool)
+        batch["id"] = torch.tensor([s["id"] for s in flat], dtype=torch.int64)
+        return batch
+
+
+collate = _Collate()

@@ -149,7 +149,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _dry_run(model: Segmenter) -> tuple[Tensor, Tensor, list[Seen]]:
     """Logits, images, and the map of every module that ran once, in the order in which they were finished."""
     problem: Exception | None = None
-    for size in SIZES:
+    for size in SIZES if model.size is None else [model.size]:
         height, width = (-(-side // model.divisor) * model.divisor for side in size)
         images = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(model.mean)
         try:
@@ -164,7 +164,8 @@ def _dry_run(model: Segmenter) -> tuple[Tensor, Tensor, list[Seen]]:
             )
         return output, images, seen
     first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-    raise TapError(f"the {model.kind} does not run on an image of {SIZES[0]} or larger: {first}") from problem
+    size = model.size or SIZES[0]
+    raise TapError(f"the {model.kind} does not run on an image of {size[0]} x {size[1]}: {first}") from problem
 
 
 def _watched(model: Segmenter, images: Tensor) -> tuple[Tensor, list[Seen]]:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from taskkd.errors import TaskkdError
+from taskkd.segmentation.config import SegmenterConfig
+from taskkd.segmentation.description import Description
 from taskkd.segmentation.probe import Views, probe
 
 __all__ = ["Segmenter", "Views", "semantic_map"]
@@ -44,8 +46,9 @@ class Segmenter(nn.Module):
     """A segmentation network of torchvision, transformers or segmentation-models-pytorch, or any that gives logits.
 
     Images are normalised, padded (right and below, with the mean colour) to multiples of `divisor` where it is above
-    1, and handed to the network; its logits are cut back. `views` says where its maps are. The network's own module is
-    `.model`; its `state_dict` is under "model.", with nothing beside it.
+    1, and handed to the network; its logits are cut back. (What taps see is not: train on multiples of it.) `views`
+    says where its maps are. The network's own module is `.model`; its `state_dict` is under "model.", with nothing
+    beside it.
 
     Networks of queries (Mask2Former, MaskFormer, OneFormer, EoMT of `transformers`; `.universal`) give the logarithm of
     their normalised semantic map: good for teachers, but a student would never learn its queries by it.
@@ -58,6 +61,7 @@ class Segmenter(nn.Module):
         logits, feature: taps in the network ("head.conv", "head.conv:in"), where the probe does not find them.
         stages: likewise of the backbone's maps, finest first.
         divisor: what height and width are padded to multiples of.
+        size: (height, width) that every image is resized to instead, for networks of one size.
         call: "auto", or `call(model, images) -> output`, where the network wants more than images (OneFormer's task).
 
     Raises:
@@ -85,6 +89,7 @@ class Segmenter(nn.Module):
         feature: str | None = None,
         stages: Sequence[str] | None = None,
         divisor: int = 1,
+        size: Sequence[int] | None = None,
         call: Call | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
@@ -93,12 +98,16 @@ class Segmenter(nn.Module):
             raise TaskkdError("a segmentation network needs at least one class.")
         if divisor < 1:
             raise TaskkdError(f"`divisor` must be positive, got {divisor}.")
+        if size is not None and divisor > 1:
+            raise TaskkdError("`size` resizes every image, so that none is padded; leave out `divisor`.")
         self.model, self.classes, self.divisor, self._call = model, names, int(divisor), call
-        #: what is saved beside the weights, where the network was built here
-        self.description: Any = None
+        self.size = None if size is None else (int(size[0]), int(size[1]))
+        #: what it was built of, where `taskkd.segmentation.models` did
+        self.built: SegmenterConfig | None = None
+        self._normal = (tuple(map(float, mean)), tuple(map(float, std)))
         # Not in the state: they are said by the description, and a network's own file has none.
-        for name, value in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(list(value)).view(1, 3, 1, 1), persistent=False)
+        for name, value in zip(("mean", "std"), self._normal, strict=True):
+            self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
         self._given = (logits, feature, None if stages is None else tuple(stages))
         self._views: Views | None = None
         self._aux: Tensor | None = None
@@ -115,6 +124,12 @@ class Segmenter(nn.Module):
     def kind(self) -> str:
         """The name of the network's class."""
         return type(self.model).__name__
+
+    @property
+    def description(self) -> Description:
+        """What is saved beside the weights."""
+        kind = f"{type(self.model).__module__}.{type(self.model).__qualname__}"
+        return Description(self.built, self.classes, kind, *self._normal, self.divisor, self.size)
 
     @property
     def universal(self) -> bool:
@@ -154,7 +169,9 @@ class Segmenter(nn.Module):
     def _run(self, images: Tensor) -> dict[str, Tensor]:
         height, width = int(images.shape[2]), int(images.shape[3])
         shown = (images.to(self.mean.dtype) - self.mean) / self.std
-        right, below = -width % self.divisor, -height % self.divisor
+        if self.size is not None and self.size != (height, width):
+            shown = F.interpolate(shown, self.size, mode="bilinear", align_corners=False, antialias=True)
+        right, below = (0, 0) if self.size else (-width % self.divisor, -height % self.divisor)
         if right or below:
             shown = F.pad(shown, (0, right, 0, below))
         self._aux = None

@@ -14,8 +14,8 @@ from taskkd.losses.primitives import check_mask, check_temperature, full_precisi
 
 __all__ = ["average_pool", "cross_image_similarity", "queue_similarity", "similarity_kl"]
 
-#: entries of a block of similarities: 4 MB in fp32, of which three are alive at a time
-BLOCK = 1 << 20
+#: entries of a block of similarities: 1 MB in fp32, of which about six are alive at a time
+BLOCK = 1 << 18
 
 
 class _Setting(NamedTuple):
@@ -110,7 +110,7 @@ def cross_image_similarity(
         (student, mask), (teacher, _) = (average_pool(x, pool, mask) for x in (student, teacher))
         student, teacher = (x.flatten(2).mT for x in (student, teacher))
         mask = None if mask is None else mask.flatten(1)
-    sides = [l2_normalise(x) for x in (student, teacher)]
+    sides = [l2_normalise(x).contiguous() for x in (student, teacher)]  # or each block would copy them
     both = [(x.flatten(0, 1), x) for x in sides]
     rows = None if mask is None else mask.flatten()
     return similarity_kl(both[0], both[1], temperature=temperature, columns=mask, mask=rows)
