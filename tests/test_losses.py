@@ -128,6 +128,7 @@ CASES = [
     Case(losses.decoupled, (4, 4, 3, 2), {"dim": 1, "temperature": 1.0}, (4, 3, 2), labels=True),
     Case(losses.dist, (6, 5), {"temperature": 2.0}, (6,), zero_when_equal=False),  # 4e-6: the authors' eps
     Case(losses.dist, (4, 5, 3, 2), {"dim": 1}, (4,)),
+    Case(losses.dist, (4, 5, 3, 2), {"dim": 1, "over": "batch"}, (4, 3, 2)),
     Case(losses.similarity_preserving, (6, 5), {}, (6,), relational=True),
     Case(losses.similarity_preserving, (6, 3, 2), {"normalise": "samples"}, (6,), relational=True),
     Case(losses.relational_distance, (6, 5), {}, (6,), relational=True),

@@ -343,6 +343,7 @@ def dist(
     inter: float = 1.0,
     intra: float = 1.0,
     temperature: float | Tensor = 1.0,
+    over: Literal["all", "batch"] = "all",
     dim: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -354,23 +355,27 @@ def dist(
     Source: Huang, You, Wang, Qian, Xu 2022, "Knowledge Distillation from A Stronger Teacher" (beta is `inter`, gamma
     is `intra`).
 
-    Scaling: equal; some of their code leaves out `T^2`.
+    Scaling: equal; some of their code leaves out `T^2`. mmrazor, given maps, correlates over the batch alone at every
+    pixel: `over="batch"`.
 
     Args:
         student, teacher: logits of one shape, as for `kl_divergence`.
         inter, intra: weights of the two parts.
         temperature: `T`, positive, one for all samples.
+        over: what the second correlations go over: "all" samples and pixels, or for each pixel the "batch".
         dim: the class dimension; may be left out for two dimensions only.
         mask: weights or booleans over the non-class dimensions or the leading ones of them.
 
     Raises:
         ShapeError: shapes differ, or `dim` is missing for more than two dimensions.
-        ValueError: `temperature` is not positive, or not one number.
+        ValueError: `temperature` is not positive, or not one number, or `over` is neither.
     """
     check_same_shape(student, teacher, "dist")
     check_temperature(temperature)
     if isinstance(temperature, Tensor) and temperature.ndim > 0:
         raise ValueError("`dist` relates samples to each other and takes one temperature for all of them.")
+    if over not in ("all", "batch"):
+        raise ValueError(f"`over` is one of all, batch, got {over!r}.")
     dim = _class_dim(student, dim, "dist")
     p, q = (log_softmax(x, temperature, dim).exp().movedim(dim, -1) for x in (student, teacher))
     shape = p.shape[:-1]
@@ -378,9 +383,10 @@ def dist(
     if mask is not None:
         check_mask(mask, shape)
         weight = mask.to(p.dtype).reshape(mask.shape + (1,) * (len(shape) - mask.ndim)).expand(shape)
-    weight = weight.reshape(-1, 1)
-    p, q = (x.flatten(0, -2).masked_fill(weight <= 0, 0) for x in (p, q))
-    rows = masked_mean(1 - pearson(p, q, 1), weight[:, 0])
+    rest = max(shape[1:].numel(), 1) if over == "batch" else 1
+    weight = weight.reshape(shape.numel() // rest, rest, 1)  # what is correlated, what each has its own for
+    p, q = (x.reshape(*weight.shape[:2], x.shape[-1]).masked_fill(weight <= 0, 0) for x in (p, q))
+    rows = masked_mean(1 - pearson(p, q, 2), weight[..., 0])
     share = safe_divide(weight, masked_mean(weight, weight > 0))  # so that their scale means nothing beside eps
-    columns = (1 - pearson(p, q, 0, share)).mean() * (weight > 0).any()
+    columns = masked_mean(1 - pearson(p, q, 0, share), (weight > 0).any(0)[:, 0])
     return (inter * rows + intra * columns) * temperature**2

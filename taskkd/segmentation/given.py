@@ -72,6 +72,7 @@ class GivenSegmentation(SegmentationTask):
         config = Data.model_validate({**named, "unlabelled": unlabelled, "metric": metric, "bad": bad, **options})
         self._data = from_annotations(config, given)
         self._student = _network(student, first.classes, "student")
+        models.check_student(self._student)
         self._teacher = _network(teacher, first.classes, "teacher")
 
     def describe(self) -> dict[str, Any]:
@@ -102,17 +103,12 @@ class GivenSegmentation(SegmentationTask):
 
 
 def _network(source: nn.Module | str | Path, classes: list[str], who: str) -> Segmenter:
-    if isinstance(source, str | Path):
-        found = models.load(source)
-    else:
-        found = source if isinstance(source, Segmenter) else Segmenter(source, classes)
+    found = models.load(source) if isinstance(source, str | Path) else models.wrap(source, classes)
     if len(found.classes) != len(classes):
         raise RecipeError(
             f"the {who} tells {len(found.classes)} classes apart, the data has {len(classes)}: "
             f"{', '.join(classes[:20])}."
         )
-    if found.description is None:
-        found.description = models.describe(found)
     return found
 
 

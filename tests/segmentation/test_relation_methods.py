@@ -311,3 +311,40 @@ def test_resuming_is_bit_exact(tmp_path: Path) -> None:
     logged = [[log for log in t.state.log_history if "loss" in log] for t in (whole, again)]
     assert logged[0][-5:] == logged[1][-5:]
     assert len(logged[0]) == 8
+
+
+# ---- several ranks
+
+
+def push_on(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(7)
+    queues = ClassQueues(2, 5, 3)
+    for classes, counts, rows in chunks(rank):
+        queues.push(classes, counts, rows)
+    torch.save(queues.state_dict(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def chunks(rank: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of each step: the second rank has nothing in the first, and more than the first in the second."""
+    generator = torch.Generator().manual_seed(rank)
+    counts = [[[2], []], [[1, 1], [3, 1, 2]]]
+    found = []
+    for step in counts:
+        own = step[rank]
+        classes = torch.arange(len(own)) % 2
+        rows = torch.randn(sum(own), 3, generator=generator)
+        found.append((classes, torch.tensor(own, dtype=torch.int64), rows))
+    return found
+
+
+@pytest.mark.slow
+def test_queues_of_two_ranks_are_those_of_one_process(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(push_on, (str(tmp_path),), nprocs=2)
+    torch.manual_seed(7)
+    whole = ClassQueues(2, 5, 3)
+    for one, other in zip(chunks(0), chunks(1), strict=True):
+        whole.push(*(torch.cat(pair) for pair in zip(one, other, strict=True)))
+    for rank in (0, 1):
+        assert changed(whole.state_dict(), torch.load(tmp_path / f"{rank}.pt")) == set()
