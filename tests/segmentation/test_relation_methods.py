@@ -218,6 +218,15 @@ def test_the_memory_stays_within_its_limit_and_holds_what_is_drawn() -> None:
     assert tight(given).dtype == torch.float32
 
 
+def test_the_memory_looks_at_no_more_pixels_than_said() -> None:
+    labels = torch.zeros(1, 64, 96, dtype=torch.long)
+    given = run(torch.randn(1, 4, 32, 48), torch.randn(1, 6, 32, 48), labels=labels)
+    term = memory(most=100)
+    assert [tuple(x.shape[2:]) for x in term.maps(given)] == [(8, 12)] * 2
+    term.build(given)
+    assert term(given).isfinite()
+
+
 def test_half_precision_of_the_memory_hardly_matters() -> None:
     values = []
     for storage in ("float16", "float32"):
