@@ -357,3 +357,12 @@ def test_queues_of_two_ranks_are_those_of_one_process(tmp_path: Path) -> None:
         whole.push(*(torch.cat(pair) for pair in zip(one, other, strict=True)))
     for rank in (0, 1):
         assert changed(whole.state_dict(), torch.load(tmp_path / f"{rank}.pt")) == set()
+
+
+def test_the_page_names_every_option() -> None:
+    page = (Path(kd.__file__).parents[1] / "docs" / "methods" / "segmentation-relations.md").read_text()
+    for name in MINE:
+        section = page.partition(f"\n## `{name}`")[2].partition("\n## ")[0]
+        for option, parameter in inspect.signature(METHODS[name]).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                assert f"`{option}`" in section, f"{name}: {option}"
