@@ -60,7 +60,18 @@ _WHERE = {
     "mutual": "taskkd.cohorts",
     "uncertainty_mixup": "taskkd.mixup",
 }
-_MODULES = ("adapters", "detection", "errors", "gates", "layer_maps", "losses", "nlp", "schedules", "segmentation", "taps")
+_MODULES = (
+    "adapters",
+    "detection",
+    "errors",
+    "gates",
+    "layer_maps",
+    "losses",
+    "nlp",
+    "schedules",
+    "segmentation",
+    "taps",
+)
 
 __all__ = [
     "EMA",

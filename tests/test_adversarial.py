@@ -381,6 +381,32 @@ def test_conditions_adapters_and_several_taps() -> None:
     assert len(adapters) == 2  # the adapter is the main optimiser's
 
 
+def test_the_penalty_may_be_on_the_conditions_too_and_the_discriminators_loss_has_a_weight() -> None:
+    found = []
+    for options in ({}, {"penalise_conditions": True}, {"discriminator_weight": 0.25}):
+        judge = Conditional(torch.zeros(1, 3), torch.zeros(1, 3, 6, 6))
+        nn.init.constant_(judge.score.weight, 2.0)
+        pair, _ = prepared(
+            term(discriminator=judge, condition="batch.image", penalty=1.0, game="wasserstein", **options)
+        )
+        pair(**small.conv_batch())
+        judge.seen.clear()
+        found.append(pair.auxiliary_step()["adv_discriminator"])
+        assert judge.seen[-1][1].requires_grad is ("penalise_conditions" in options)
+    # of 3 numbers by 2 each, and of the image's mean over 36 pixels
+    norms = [(3 * 4) ** 0.5, (3 * 4 + 3 * 36 * (2 / 36) ** 2) ** 0.5]
+    wanted = (norms[1] - 1) ** 2 - (norms[0] - 1) ** 2
+    assert (found[1] - found[0]).item() == pytest.approx(wanted, rel=1e-4)
+    assert found[2].item() == pytest.approx(0.25 * found[0].item())
+
+
+def test_each_side_may_have_a_mask_of_its_own() -> None:
+    s, t, ones = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0]), torch.tensor([True, False])
+    value = discriminator_loss(s, t, game="wasserstein", mask=ones, teacher_mask=~ones)
+    assert value == 1.0 - 5.0
+    assert discriminator_loss(s, t, game="wasserstein", mask=torch.zeros(2), teacher_mask=ones) == -3.0
+
+
 class TwoHeads(nn.Module):
     def __init__(self, x: Tensor) -> None:
         super().__init__()
@@ -412,6 +438,7 @@ def test_an_auxiliary_classifier_is_trained_by_both() -> None:
         ({"student": "block"}, ShapeError, "term 'adv', tap 'block': `Adversarial` needs student and teacher tensors"),
         ({"condition": "batch.names"}, TapError, "condition 'batch.names' is a list, not a tensor"),
         ({"discriminator": lambda x: nn.Flatten()}, TaskkdError, "no parameter of its Flatten requires a gradient"),
+        ({"discriminator_weight": -1.0}, TaskkdError, "`discriminator_weight` must be at least 0, got -1.0"),
         ({"penalty": -1.0}, TaskkdError, "`penalty` must be at least 0, got -1.0"),
         ({"steps": 0}, TaskkdError, "`steps` must be at least 1, got 0"),
     ],

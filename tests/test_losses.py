@@ -100,6 +100,7 @@ CASES = [
     Case(losses.cosine, (4, 5, 3, 2), {"dim": 1}, (4, 3, 2)),
     Case(losses.channel_wise, (4, 5, 3, 2), {}, (4,)),
     Case(losses.channel_wise, (4, 5, 3, 2), {"temperature": 1.0}, (4, 5)),
+    Case(losses.channel_wise, (4, 5, 3, 2), {}, (4, 3, 2)),
     Case(losses.patience, (4, 3, 8), {}, (4,)),
     Case(losses.patience, (4, 3, 8), {"normalise": False}, (4, 3)),
     Case(losses.patience, (4, 3, 8), {}, (4,), several=True),
@@ -127,6 +128,7 @@ CASES = [
     Case(losses.decoupled, (4, 4, 3, 2), {"dim": 1, "temperature": 1.0}, (4, 3, 2), labels=True),
     Case(losses.dist, (6, 5), {"temperature": 2.0}, (6,), zero_when_equal=False),  # 4e-6: the authors' eps
     Case(losses.dist, (4, 5, 3, 2), {"dim": 1}, (4,)),
+    Case(losses.dist, (4, 5, 3, 2), {"dim": 1, "over": "batch"}, (4, 3, 2)),
     Case(losses.similarity_preserving, (6, 5), {}, (6,), relational=True),
     Case(losses.similarity_preserving, (6, 3, 2), {"normalise": "samples"}, (6,), relational=True),
     Case(losses.relational_distance, (6, 5), {}, (6,), relational=True),
@@ -195,6 +197,8 @@ CASES = [
         zero_when_equal=False,
         candidates=True,
     ),
+    Case(losses.pairwise_similarity, (4, 5, 3, 2), {}, (4, 3, 2)),
+    Case(losses.pairwise_similarity, (4, 5, 3, 3), {"window": 2, "detach_norm": False}, (4,)),
 ]
 every_loss = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 

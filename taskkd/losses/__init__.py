@@ -44,6 +44,7 @@ from taskkd.losses.logits import (
     pseudo_label_cross_entropy,
     soft_cross_entropy,
 )
+from taskkd.losses.pairwise import pairwise_similarity
 from taskkd.losses.relations import (
     category_structure,
     consecutive_correlation,
@@ -94,6 +95,7 @@ __all__ = [
     "neuron_selectivity",
     "noise_contrastive",
     "overhaul",
+    "pairwise_similarity",
     "partial_mse",
     "patience",
     "prediction_aware",

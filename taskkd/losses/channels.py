@@ -9,13 +9,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taskkd.errors import ShapeError
+from taskkd.losses.chunked import chunked_kl, suits
 from taskkd.losses.features import overhaul
-from taskkd.losses.primitives import check_same_shape, full_precision, l2_normalise, masked_mean, softened_kl
+from taskkd.losses.primitives import (
+    check_mask,
+    check_same_shape,
+    full_precision,
+    l2_normalise,
+    masked_mean,
+    softened_kl,
+)
 
 __all__ = ["channel_weighted", "channel_wise", "match_channels", "matching_guided", "reduce_channels"]
 
 
-@full_precision
 def channel_wise(
     student: Tensor, teacher: Tensor, *, temperature: float | Tensor = 4.0, mask: Tensor | None = None
 ) -> Tensor:
@@ -24,12 +31,14 @@ def channel_wise(
     Source: Shu, Liu, Gao, Yan, Shen 2021, "Channel-wise Knowledge Distillation for Dense Prediction" (temperature 4).
 
     Scaling: mean over batch and channels. The authors' formula is the same (their alpha is 3 for logits, 50 for
-    features).
+    features). Large tensors (a million numbers or more) are looked at in parts, and take no memory but that of the
+    gradient.
 
     Args:
         student, teacher: (batch, channels, H, W) of one shape.
         temperature: `T`, positive.
-        mask: weights or booleans over (batch,) or (batch, channels).
+        mask: weights or booleans over (batch,) or (batch, channels); or booleans over the pixels, (batch, H, W): those
+            left out are in no distribution, and a sample of which none is left does not count.
 
     Raises:
         ShapeError: shapes differ or there is no spatial dimension.
@@ -40,7 +49,25 @@ def channel_wise(
         raise ShapeError(f"`channel_wise` needs (batch, channels, height, width), got {tuple(student.shape)}.")
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"`temperature` must be positive, got {temperature}.")
-    return masked_mean(softened_kl(student.flatten(2), teacher.flatten(2), temperature, 2), mask)
+    valid = None
+    if mask is not None and student.ndim == 4 and mask.ndim == 3:
+        check_mask(mask, student.select(1, 0).shape)
+        valid = (mask > 0).flatten(1)[:, None]
+        mask = valid.any(2)[:, 0]
+    s, t = student.flatten(2), teacher.flatten(2)
+    if suits(s, t, temperature):
+        return masked_mean(chunked_kl(s, t, temperature, 2, valid), mask)
+    return _channel_wise(s, t, temperature, valid, mask)
+
+
+@full_precision
+def _channel_wise(
+    student: Tensor, teacher: Tensor, temperature: float | Tensor, valid: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """`channel_wise` of small tensors (batch, channels, pixels), in one go."""
+    if valid is not None:  # finite, so that the difference of what both leave out is 0
+        student, teacher = (x.masked_fill(~valid, torch.finfo(x.dtype).min / 2) for x in (student, teacher))
+    return masked_mean(softened_kl(student, teacher, temperature, 2), mask)
 
 
 @full_precision

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taskkd.errors import ShapeError
+from taskkd.losses.chunked import chunked_kl, suits
 from taskkd.losses.primitives import (
     check_mask,
     check_same_shape,
@@ -48,7 +49,6 @@ def _class_dim(student: Tensor, dim: int | None, loss: str) -> int:
     )
 
 
-@full_precision
 def kl_divergence(
     student: Tensor,
     teacher: Tensor,
@@ -70,6 +70,8 @@ def kl_divergence(
     the batch alone and is `H * W` times larger; TAKD, DGKD and Patient KD divide by `batch * classes` and are
     `classes` times smaller; several packages leave out `T^2`. ONE and OKDDip add 1e-7 to the target's probabilities:
     `target_floor=1e-7`.
+
+    Large tensors (a million numbers or more) are looked at in parts, and take no memory but that of the gradient.
 
     Args:
         student: logits, (batch, classes), (batch, classes, H, W) or (batch, tokens, classes).
@@ -103,6 +105,23 @@ def kl_divergence(
         raise ValueError(f"`direction` is one of {', '.join(DIRECTIONS)}, got {direction!r}.")
     if target_floor is not None and (not target_floor > 0 or direction != "forward"):
         raise ValueError(f"`target_floor` is positive, and of the forward direction only; got {target_floor}.")
+    if target_floor is None and direction != "jensen_shannon" and suits(student, teacher, temperature):
+        pair = (student, teacher) if direction == "forward" else (teacher, student)
+        return masked_mean(chunked_kl(*pair, temperature, dim), mask)
+    return _kl_divergence(student, teacher, temperature, direction, target_floor, dim, mask)
+
+
+@full_precision
+def _kl_divergence(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float | Tensor,
+    direction: Direction,
+    target_floor: float | None,
+    dim: int,
+    mask: Tensor | None,
+) -> Tensor:
+    """`kl_divergence` of small tensors, in one go."""
     if direction == "jensen_shannon":
         return masked_mean(softened_js(student, teacher, temperature, dim), mask)
     if direction == "reverse":
@@ -324,6 +343,7 @@ def dist(
     inter: float = 1.0,
     intra: float = 1.0,
     temperature: float | Tensor = 1.0,
+    over: Literal["all", "batch"] = "all",
     dim: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -335,23 +355,27 @@ def dist(
     Source: Huang, You, Wang, Qian, Xu 2022, "Knowledge Distillation from A Stronger Teacher" (beta is `inter`, gamma
     is `intra`).
 
-    Scaling: equal; some of their code leaves out `T^2`.
+    Scaling: equal; some of their code leaves out `T^2`. mmrazor, given maps, correlates over the batch alone at every
+    pixel: `over="batch"`.
 
     Args:
         student, teacher: logits of one shape, as for `kl_divergence`.
         inter, intra: weights of the two parts.
         temperature: `T`, positive, one for all samples.
+        over: what the second correlations go over: "all" samples and pixels, or for each pixel the "batch".
         dim: the class dimension; may be left out for two dimensions only.
         mask: weights or booleans over the non-class dimensions or the leading ones of them.
 
     Raises:
         ShapeError: shapes differ, or `dim` is missing for more than two dimensions.
-        ValueError: `temperature` is not positive, or not one number.
+        ValueError: `temperature` is not positive, or not one number, or `over` is neither.
     """
     check_same_shape(student, teacher, "dist")
     check_temperature(temperature)
     if isinstance(temperature, Tensor) and temperature.ndim > 0:
         raise ValueError("`dist` relates samples to each other and takes one temperature for all of them.")
+    if over not in ("all", "batch"):
+        raise ValueError(f"`over` is one of all, batch, got {over!r}.")
     dim = _class_dim(student, dim, "dist")
     p, q = (log_softmax(x, temperature, dim).exp().movedim(dim, -1) for x in (student, teacher))
     shape = p.shape[:-1]
@@ -359,9 +383,10 @@ def dist(
     if mask is not None:
         check_mask(mask, shape)
         weight = mask.to(p.dtype).reshape(mask.shape + (1,) * (len(shape) - mask.ndim)).expand(shape)
-    weight = weight.reshape(-1, 1)
-    p, q = (x.flatten(0, -2).masked_fill(weight <= 0, 0) for x in (p, q))
-    rows = masked_mean(1 - pearson(p, q, 1), weight[:, 0])
+    rest = max(shape[1:].numel(), 1) if over == "batch" else 1
+    weight = weight.reshape(shape.numel() // rest, rest, 1)  # what is correlated, what each has its own for
+    p, q = (x.reshape(*weight.shape[:2], x.shape[-1]).masked_fill(weight <= 0, 0) for x in (p, q))
+    rows = masked_mean(1 - pearson(p, q, 2), weight[..., 0])
     share = safe_divide(weight, masked_mean(weight, weight > 0))  # so that their scale means nothing beside eps
-    columns = (1 - pearson(p, q, 0, share)).mean() * (weight > 0).any()
+    columns = masked_mean(1 - pearson(p, q, 0, share), (weight > 0).any(0)[:, 0])
     return (inter * rows + intra * columns) * temperature**2

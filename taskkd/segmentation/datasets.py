@@ -25,8 +25,8 @@ class SegmentationDataset(Dataset[Any]):
 
     Args:
         annotations: as a reader gives them.
-        training: also give `valid` (H, W) bool, which is False where augmentation pads; batches of such samples must be
-            of one size.
+        training: also give `valid` (H, W) bool, which is False where augmentation pads; images and labels are uint8
+            until they are in a batch (augmentation is faster so), and all of a batch must be of one size.
         held: keep every file's pixels in memory (four bytes for each pixel): for few images, or tiles of them.
 
     Raises:
@@ -56,13 +56,11 @@ class SegmentationDataset(Dataset[Any]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
         image, labels = decoded(record) if self._held is None else self._held[record.source.name]
-        sample: dict[str, Any] = {
-            "images": window_of(record, image).float() / 255,
-            "labels": window_of(record, labels).long(),
-            "unlabelled": record.mask is None,
-            "id": record.image_id,
-        }
-        return {**sample, "valid": torch.ones_like(sample["labels"], dtype=torch.bool)} if self.training else sample
+        image, labels = window_of(record, image), window_of(record, labels)
+        about = {"unlabelled": record.mask is None, "id": record.image_id}
+        if self.training:
+            return {"images": image, "labels": labels, "valid": torch.ones_like(labels, dtype=torch.bool), **about}
+        return {"images": image.float() / 255, "labels": labels.long(), **about}
 
 
 class WithUnlabelled(Augmented):
@@ -140,6 +138,8 @@ class _Collate:
             )
         if len(sizes) == 1:
             batch = {key: torch.stack(values) for key, values in batch.items()}
+            batch["images"] = batch["images"] if batch["images"].is_floating_point() else batch["images"].float() / 255
+            batch["labels"] = batch["labels"].long()
         batch["unlabelled"] = torch.tensor([s["unlabelled"] for s in flat], dtype=torch.bool)
         batch["id"] = torch.tensor([s["id"] for s in flat], dtype=torch.int64)
         return batch

@@ -46,7 +46,7 @@ def draw(table: Any, networks: Mapping[str, nn.Module], classes: Sequence[str], 
     seen: set[int] = set()
     for row, sample in zip(axes, samples, strict=True):
         masks = _masks(sample, networks)
-        seen |= {int(v) for mask in masks.values() for v in mask.unique()}
+        seen |= {int(v) for mask in masks.values() for v in torch.unique(mask)}
         for axis, title in zip(row, columns, strict=True):
             axis.set(xticks=[], yticks=[])
             if title == "image":

@@ -143,8 +143,9 @@ class SegmentationTask:
         """What is to be known of a pair of networks before they are distilled.
 
         Raises:
-            RecipeError: they tell other numbers of classes apart.
+            RecipeError: they tell other numbers of classes apart, or the student predicts by queries.
         """
+        models.check_student(student)
         lines = []
         for who, model in (("teacher", teacher), ("student", student)):
             assert isinstance(model, Segmenter)

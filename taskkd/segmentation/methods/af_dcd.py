@@ -22,10 +22,10 @@ from taskkd.terms import Run, Term
 __all__ = ["OmniContrastive", "af_dcd", "kept_border", "omni_contrastive"]
 
 
-def _patches(x: Tensor, patch: int, groups: int) -> Tensor:
+def _patches(x: Tensor, patch: tuple[int, int], groups: int) -> Tensor:
     """(patches, cells of a patch * groups, C / groups); rows and columns beyond the last whole patch are left out."""
     n, c, h, w = x.shape
-    rows, columns = min(patch, h), min(patch, w)
+    rows, columns = min(patch[0], h), min(patch[1], w)
     whole = x[:, :, : h // rows * rows, : w // columns * columns]
     cut = whole.reshape(n, groups, c // groups, h // rows, rows, w // columns, columns)
     return cut.permute(0, 3, 5, 4, 6, 1, 2).reshape(-1, rows * columns * groups, c // groups)
@@ -39,7 +39,7 @@ def omni_contrastive(
     temperature: float = 0.07,
     groups: int = 16,
     pool: int = 4,
-    patch: int = 4,
+    patch: int | tuple[int, int] = 4,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Each group of channels of each cell is told from other groups of channels in its patch.
@@ -58,7 +58,8 @@ def omni_contrastive(
         temperature: positive.
         groups: divides C.
         pool: pixels, each way, that become one cell.
-        patch: cells, each way, of a patch; cells beyond the last whole patch are left out (the authors' code fails).
+        patch: cells, each way or (high, wide), of a patch; those beyond the last whole patch are left out, where the
+            authors' code fails.
         mask: booleans (N, h, w); cells with a pixel that is left out neither count nor are negatives.
 
     Raises:
@@ -73,8 +74,8 @@ def omni_contrastive(
             f"`omni_contrastive` splits {c} channels into {groups} groups; expected a divisor of {c}, "
             f"as {max(g for g in range(1, groups + 1) if c % g == 0)}."
         )
-    size = (min(pool, h), min(pool, w))
-    s, t = (_patches(F.max_pool2d(x, size), patch, groups) for x in (student, teacher))
+    size, cells = (min(pool, h), min(pool, w)), (patch, patch) if isinstance(patch, int) else patch
+    s, t = (_patches(F.max_pool2d(x, size), cells, groups) for x in (student, teacher))
     scores = -torch.cdist(s, t, p=1.0) / temperature
     group = torch.arange(s.shape[1], device=s.device) % groups
     left_out = (group[:, None] == group) & ~torch.eye(len(group), dtype=torch.bool, device=s.device)
@@ -82,7 +83,7 @@ def omni_contrastive(
     if mask is not None:
         check_mask(mask, student[:, 0].shape)
         whole = -F.max_pool2d(-mask[:, None].to(s.dtype), size)
-        counts = _patches(whole.expand(n, groups, *whole.shape[2:]), patch, groups)[..., 0] > 0
+        counts = _patches(whole.expand(n, groups, *whole.shape[2:]), cells, groups)[..., 0] > 0
         left_out = left_out | ~counts[:, None]
     own = scores.diagonal(dim1=1, dim2=2)
     others = scores.masked_fill(left_out, torch.finfo(scores.dtype).min)
@@ -121,12 +122,17 @@ class OmniContrastive(MaskedGeneration):
         contrast_temperature: float = 0.07,
         groups: int = 16,
         pool: int = 4,
-        patch: int = 4,
+        patch: int | tuple[int, int] = 4,
         **options: Any,
     ) -> None:
         super().__init__(name, student, teacher, **options)
         self.mask = mask
-        self.contrast = {"temperature": contrast_temperature, "groups": groups, "pool": pool, "patch": patch}
+        self.contrast: dict[str, Any] = {
+            "temperature": contrast_temperature,
+            "groups": groups,
+            "pool": pool,
+            "patch": patch,
+        }
 
     def keep(self, like: Tensor) -> Tensor:
         """See `MaskedGeneration`."""
@@ -138,7 +144,7 @@ class OmniContrastive(MaskedGeneration):
         kept = self.keep(s) if valid is None else self.keep(s) * valid[:, None]
         generated = self.layers["generator"](s * kept.to(s.dtype))
         mimic = masked_generative_loss(generated, t, generator=nn.Identity(), kept=torch.ones_like(kept), mask=valid)
-        return {"mimic": mimic, "contrast": omni_contrastive(generated, t, mask=valid, **self.contrast)}  # type: ignore[arg-type]
+        return {"mimic": mimic, "contrast": omni_contrastive(generated, t, mask=valid, **self.contrast)}
 
 
 def af_dcd(

@@ -9,7 +9,7 @@ from taskkd.errors import RecipeError
 from taskkd.segmentation.terms import Ignore, MapTerm
 from taskkd.terms import Term
 
-__all__ = ["feature_of", "last_stage", "soft_terms"]
+__all__ = ["check_classes", "feature_of", "last_stage", "soft_terms"]
 
 
 def feature_of(model: nn.Module, who: str) -> str:
@@ -42,6 +42,20 @@ def last_stage(model: nn.Module, who: str) -> str:
     return stages[-1]
 
 
+def check_classes(student: nn.Module, teacher: nn.Module, otherwise: str) -> None:
+    """Refuse networks that differ in the number of classes; `otherwise` ends the sentence.
+
+    Raises:
+        RecipeError: they do.
+    """
+    counts = [len(m.classes) for m in (student, teacher)]  # type: ignore[arg-type]
+    if counts[0] != counts[1]:
+        raise RecipeError(
+            f"logits can be compared between the same classes alone; the student has {counts[0]}, the teacher "
+            f"{counts[1]}. {otherwise}"
+        )
+
+
 def soft_terms(
     student: nn.Module, teacher: nn.Module, weight: float, temperature: float = 1.0, ignore: Ignore = "padding"
 ) -> list[Term]:
@@ -52,12 +66,7 @@ def soft_terms(
     """
     if weight == 0:
         return []
-    counts = [len(m.classes) for m in (student, teacher)]  # type: ignore[arg-type]
-    if counts[0] != counts[1]:
-        raise RecipeError(
-            f"soft targets need the same classes of both; the student has {counts[0]}, the teacher {counts[1]}. "
-            "kd=0 leaves them out."
-        )
+    check_classes(student, teacher, "kd=0 leaves soft targets out.")
     taps = (str(m.views.logits) for m in (student, teacher))  # type: ignore[union-attr]
     return [
         MapTerm("logits", losses.kl_divergence, *taps, weight=weight, ignore=ignore, temperature=temperature, dim=1)

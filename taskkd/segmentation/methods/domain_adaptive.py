@@ -98,7 +98,7 @@ class DomainTerm(MapTerm):
             pixels = (counts & domain).to(dtype)
             number = pixels.sum()
             weights = weights + factor * pixels / number.clamp(min=1)
-            total = total + factor * (number > 0)
+            total = total + factor * (number > 0).to(dtype)
         # The loss is a mean by these weights; `total` is their sum.
         return total * super().forward(replace(run, batch={**run.batch, "valid": weights}))
 
@@ -134,7 +134,8 @@ class DomainAdversarial(Adversarial):
         **options: Any,
     ) -> None:
         super().__init__(name, student, game="cross_entropy", weight=weight, **options)
-        self.teacher_taps, self.size = (), size
+        self.teacher_taps, self.teacher_pairs = (), ()
+        self.size = size
 
     def _sides(self, run: Run) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
         (x,) = self._values(run.student, self.student_pairs)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from taskkd.errors import RecipeError, ShapeError
 from taskkd.losses.primitives import check_mask, check_same_shape, full_precision, l2_normalise, masked_mean
-from taskkd.segmentation.methods.beside import soft_terms
+from taskkd.segmentation.methods.beside import check_classes, soft_terms
 from taskkd.segmentation.similarity import average_pool
 from taskkd.segmentation.terms import Ignore, MapTerm, valid_at
 from taskkd.stages import Method, Stage
@@ -122,6 +122,26 @@ class Residuals(Match):
         return {**super()._options(run, like), "mask": valid_at(run.batch, size, self.ignore)}
 
 
+def _layers(views: Any) -> tuple[str | None, ...]:
+    return views.stages[-1] if views.stages else None, views.feature, views.logits
+
+
+def layers_of(student: nn.Module, teacher: nn.Module) -> tuple[list[str], list[str]]:
+    """The taps of the backbone's last map, the map before the classifier and the logits, as far as both name them.
+
+    Raises:
+        RecipeError: only the logits are left.
+    """
+    own, other = (_layers(m.views) for m in (student, teacher))
+    found = [(s, t) for s, t in dict.fromkeys(zip(own, other, strict=True)) if s is not None and t is not None]
+    if len(found) < 2:
+        raise RecipeError(
+            "dsd compares layers, but student and teacher have nothing but logits in common: name the taps of the "
+            "features (`feature=` of `Segmenter`). pixel=0 leaves this out."
+        )
+    return [s for s, _ in found], [t for _, t in found]
+
+
 def dsd(
     student: nn.Module,
     teacher: nn.Module,
@@ -129,38 +149,31 @@ def dsd(
     pixel: Annotated[float, Ge(0)] = 1000.0,
     category: Annotated[float, Ge(0)] = 10.0,
     category_temperature: Annotated[float, Gt(0)] = 4.0,
-    layers: Annotated[int, Ge(2)] | None = None,
     kd: Annotated[float, Ge(0)] = 1.0,
     temperature: Annotated[float, Gt(0)] = 1.0,
     ignore: Ignore = "padding",
 ) -> Method:
     """How attention changes from layer to layer, how alike the maps of two classes are, and soft targets.
 
-    Source: Feng et al. 2021, with formula and weights of the code of CIRKD (Yang C. et al. 2022), the defaults. Which
-    layers they compare could not be read: here the maps of the backbone's strides, the deepest of student and teacher
-    with each other.
+    Source: Feng et al. 2021, with formula, layers and weights of the code of CIRKD (Yang C. et al. 2022), the defaults:
+    the layers are the backbone's last map, the map before the classifier, and the logits.
 
     Args:
-        student, teacher: models with `views.stages` and `views.logits`, and the same classes.
+        student, teacher: models with `views.logits` and `views.stages` or `views.feature`, and the same classes; a
+            layer that one of them does not name is left out.
         pixel: of `residual_attention`.
         category, category_temperature: of `category_similarity`.
-        layers: how many maps of the backbone, the deepest; None: all that both have.
         kd, temperature: of the soft targets on logits.
         ignore: pixels that do not count; the authors count all ("none").
 
     Raises:
-        RecipeError: fewer than two maps of the backbone, or other classes.
+        RecipeError: the logits are the only layer of both, or the classes differ.
     """
-    stages: list[tuple[str, ...]] = [m.views.stages for m in (student, teacher)]  # type: ignore[union-attr, misc]
-    count = min(map(len, stages)) if layers is None else layers
-    if pixel > 0 and (count < 2 or count > min(map(len, stages))):
-        raise RecipeError(
-            f"dsd compares two or more maps of each backbone, asked for {count}; the student's `views.stages` are "
-            f"{len(stages[0])}, the teacher's {len(stages[1])}. pixel=0 leaves them out."
-        )
+    if category > 0:
+        check_classes(student, teacher, "category=0 and kd=0 leave this out.")
     terms: list[Term] = []
     if pixel > 0:
-        terms.append(Residuals("attention", *(s[-count:] for s in stages), weight=pixel, ignore=ignore))
+        terms.append(Residuals("attention", *layers_of(student, teacher), weight=pixel, ignore=ignore))
     if category > 0:
         taps = (str(m.views.logits) for m in (student, teacher))  # type: ignore[union-attr]
         options: dict[str, Any] = {"weight": category, "temperature": category_temperature}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from taskkd import losses
 from taskkd.losses.generation import conv_generator, kept_cells, masked_generative_loss
-from taskkd.segmentation.methods.beside import feature_of, last_stage
+from taskkd.segmentation.methods.beside import check_classes, feature_of, last_stage
 from taskkd.segmentation.parts import PartsTerm, as_weights, placed
 from taskkd.segmentation.terms import Ignore, MapTerm, valid_at
 from taskkd.stages import Method, Stage
@@ -106,6 +106,7 @@ def masked_generative(
     if weight > 0:
         terms.append(MaskedGeneration("generation", *taps, masked=masked, ignore=ignore, weight=weight))
     if channels > 0:
+        check_classes(student, teacher, "channels=0 leaves this out.")
         logits = (str(m.views.logits) for m in (student, teacher))  # type: ignore[union-attr]
         terms.append(
             MapTerm("channels", losses.channel_wise, *logits, weight=channels, temperature=temperature, ignore="none")

@@ -19,7 +19,7 @@ from taskkd.terms import Run
 Inputs = Mapping[str, Tensor]
 
 
-def _self_attention(inputs: Inputs, channels: int, **options: Any) -> SelfAttentionDiscriminator:
+def self_attention(inputs: Inputs, channels: int, **options: Any) -> SelfAttentionDiscriminator:
     """A discriminator with the case's weights; `overwrite`, as their gradients are those of overwritten vectors."""
     width = len(inputs["w_l1.0.module.bias"])
     made = SelfAttentionDiscriminator(channels, width=width, overwrite=True, **options).double()
@@ -59,7 +59,7 @@ def skd_adversarial(inputs: Inputs, params: Mapping[str, Any]) -> dict[str, Tens
 
     def judge() -> SelfAttentionDiscriminator:  # every result is from the same state
         mode = str(params["preprocess_GAN_mode"]).lower()
-        return _self_attention(inputs, student.shape[1], preprocessing="tanh" if "tanh" in mode else "batch_norm")
+        return self_attention(inputs, student.shape[1], preprocessing="tanh" if "tanh" in mode else "batch_norm")
 
     found = {"D_s": judge()(student), "D_t": judge()(teacher), "g_loss": generator_loss(judge()(student), game="hinge")}
     (slope,) = torch.autograd.grad(found["g_loss"], student)
@@ -81,7 +81,7 @@ def skd_conditional_d(inputs: Inputs, params: Mapping[str, Any]) -> dict[str, Te
     channels = logits.shape[1] + images.shape[1]
 
     def judge() -> SelfAttentionDiscriminator:
-        return _self_attention(inputs, channels, align_corners=True)
+        return self_attention(inputs, channels, align_corners=True)
 
     scores = judge()(probabilities, images)
     together = conditioned(probabilities, images, align_corners=True)
@@ -158,6 +158,8 @@ def dakd(inputs: Inputs, params: Mapping[str, Any]) -> dict[str, Tensor]:
         "grad_s_final_adv_stride4": misled[:, :, ::4, ::4],
     }
 
+
+__all__ = ["ADAPTERS", "Network", "self_attention"]
 
 ADAPTERS: dict[str, Callable[..., Any]] = {
     "segmentation/dakd": dakd,

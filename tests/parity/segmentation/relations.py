@@ -194,8 +194,8 @@ def afdcd(arrays: Arrays, params: Params) -> dict[str, Tensor]:
         mask="random" if params["rand_mask"] else "middle",
         contrast_temperature=params["tau"],
         groups=params["M"],
-        pool=params["pool"],
-        patch=params["patch"][0],
+        pool=params["pool"] or 1,
+        patch=tuple(params["patch"]),
     )
     if params["rand_mask"]:
         term.keep = drawn(arrays, params["mask_ratio"])  # type: ignore[method-assign]
