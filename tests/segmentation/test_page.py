@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import nn
 
-from taskkd import recipes, segmentation
+from taskkd import plans, recipes, segmentation
 from taskkd.__main__ import main
 from taskkd.segmentation import data, models, schema
 from taskkd.segmentation.config import SMP, TORCHVISION
@@ -73,6 +73,14 @@ def test_the_recipe_is_ten_lines_and_its_commands_run(
     run = folder / "runs" / "shapes"
     written = ("student/segmenter.json", "student/model.safetensors", "teacher", "report.json", "curves.png")
     assert all((run / name).exists() for name in (*written, "recipe.yaml", "examples.png"))
+
+
+def test_the_recipe_of_the_recipes_page_is_right(folder: Path) -> None:
+    (block,) = re.findall(r"## Segmentation\n.*?```yaml\n(.*?)```", (DOCS / "recipes.md").read_text(), re.S)
+    (folder / "more.yaml").write_text(short(block))
+    small = ["teacher.backbone=timm:mobilenetv3_small_050", "teacher.width=32", "training.batch_size=2"]
+    plan = plans.check(recipes.load_recipe("more.yaml", small))
+    assert [term.name for term in plan.stages["distil"].terms] == ["task", "pixels", "pairs", "features"]
 
 
 def test_the_recipe_from_names_is_right(folder: Path) -> None:
