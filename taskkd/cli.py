@@ -122,7 +122,11 @@ def list_recipes(name: Annotated[str | None, typer.Argument(help="Print this rec
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="Print everything about this method.")] = None) -> None:
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="Print everything about this method, or the methods of this task.")
+    ] = None,
+) -> None:
     """List the methods: task, paper, options with defaults."""
     import inspect
     import re
@@ -130,13 +134,22 @@ def methods(name: Annotated[str | None, typer.Argument(help="Print everything ab
     from taskkd import recipes
     from taskkd.errors import RecipeError, nearest
 
-    found = {m: (t, f) for t in recipes.TASKS for m, f in recipes.task_named(t).methods.items()}
-    if name is not None:
-        if name not in found:
-            raise RecipeError(f"no method {name!r}{nearest(name, found)}; known: {', '.join(found)}.")
-        _say(f"{name}{inspect.signature(found[name][1])}\n\n{inspect.getdoc(found[name][1])}")
+    # two tasks may have methods of one name
+    found = [(t, m, f) for t in recipes.TASKS for m, f in recipes.task_named(t).methods.items()]
+    if name is not None and name not in recipes.TASKS:
+        names = list(dict.fromkeys(m for _, m, _ in found))
+        if name not in names:
+            raise RecipeError(f"no method {name!r}{nearest(name, names)}; known: {', '.join(names)}.")
+        described = [
+            f"{task}: {m}{inspect.signature(function)}\n\n{inspect.getdoc(function)}"
+            for task, m, function in found
+            if m == name
+        ]
+        _say("\n\n\n".join(described))
         return
-    for method, (task, function) in found.items():
+    for task, method, function in found:
+        if name is not None and task != name:
+            continue
         doc = inspect.getdoc(function) or ""
         paragraph = " ".join(doc.partition("Source: ")[2].partition("\n\n")[0].split())
         # authors and year, and the title where it is given
@@ -165,11 +178,15 @@ def predict(
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[TEXT]...", help="Texts, of detectors image files; none: one a line from standard input."
+            metavar="[TEXT]...",
+            help="Texts or, for detection and segmentation, image files; none: one a line from standard input.",
         ),
     ] = None,
 ) -> None:
-    """Predict with a run's student: label, probability and input (regression: value and input), tab-separated."""
+    """Predict with a run's student: label, probability and input, tab-separated.
+
+    Regression: value and input. Segmentation: class, its share of the pixels, image and the mask that is written.
+    """
     from taskkd import runs
 
     texts = list(inputs) if inputs else [line.rstrip("\n") for line in sys.stdin]

@@ -1,1 +1,47 @@
 """Semantic segmentation: torchvision, transformers, segmentation-models-pytorch; any network through tap names."""
+
+from taskkd.segmentation.datasets import SegmentationDataset, collate
+from taskkd.segmentation.loss import PixelCrossEntropy
+from taskkd.segmentation.methods import (
+    METHODS,
+    af_dcd,
+    attention_transfer,
+    channel_wise,
+    cirkd,
+    dist,
+    domain_adaptive,
+    dsd,
+    ifvd,
+    masked_generative,
+    soft_targets,
+    structured,
+)
+from taskkd.segmentation.metrics import SegmentationMetric
+from taskkd.segmentation.models import build, load, save, wrap
+from taskkd.segmentation.segmenter import Segmenter
+from taskkd.segmentation.terms import MapTerm
+
+__all__ = [
+    "METHODS",
+    "MapTerm",
+    "PixelCrossEntropy",
+    "SegmentationDataset",
+    "SegmentationMetric",
+    "Segmenter",
+    "af_dcd",
+    "attention_transfer",
+    "build",
+    "channel_wise",
+    "cirkd",
+    "collate",
+    "dist",
+    "domain_adaptive",
+    "dsd",
+    "ifvd",
+    "load",
+    "masked_generative",
+    "save",
+    "soft_targets",
+    "structured",
+    "wrap",
+]

@@ -9,13 +9,12 @@ from typing import Any, Literal
 from torch import nn
 
 from taskkd.caches import weights_sha256
-from taskkd.errors import DataError, RecipeError
+from taskkd.errors import DataError
 from taskkd.segmentation import models
 from taskkd.segmentation.data import SegmentationData, from_annotations
 from taskkd.segmentation.readers import read_hub
 from taskkd.segmentation.records import Annotations
 from taskkd.segmentation.schema import Data, SegmentationRecipe
-from taskkd.segmentation.segmenter import Segmenter
 from taskkd.segmentation.task import SegmentationTask, read_path
 
 __all__ = ["GivenSegmentation"]
@@ -71,9 +70,9 @@ class GivenSegmentation(SegmentationTask):
         named = {"folder": {"train": "given", "classes": first.classes}}
         config = Data.model_validate({**named, "unlabelled": unlabelled, "metric": metric, "bad": bad, **options})
         self._data = from_annotations(config, given)
-        self._student = _network(student, first.classes, "student")
+        self._student = models.wrap(_read(student), first.classes)
         models.check_student(self._student)
-        self._teacher = _network(teacher, first.classes, "teacher")
+        self._teacher = models.wrap(_read(teacher), first.classes)
 
     def describe(self) -> dict[str, Any]:
         """What of this run goes into its resolved recipe, so that a run of other models or data is noticed."""
@@ -102,14 +101,8 @@ class GivenSegmentation(SegmentationTask):
         return copy.deepcopy(self._student)
 
 
-def _network(source: nn.Module | str | Path, classes: list[str], who: str) -> Segmenter:
-    found = models.load(source) if isinstance(source, str | Path) else models.wrap(source, classes)
-    if len(found.classes) != len(classes):
-        raise RecipeError(
-            f"the {who} tells {len(found.classes)} classes apart, the data has {len(classes)}: "
-            f"{', '.join(classes[:20])}."
-        )
-    return found
+def _read(source: nn.Module | str | Path) -> nn.Module:
+    return models.load(source) if isinstance(source, str | Path) else source
 
 
 def _annotations(source: Any, reads: dict[str, Any]) -> Annotations:

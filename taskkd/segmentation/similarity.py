@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,10 @@ from torch.nn import functional as F
 from taskkd.errors import ShapeError
 from taskkd.losses.primitives import check_mask, check_temperature, full_precision, l2_normalise, safe_divide
 
-__all__ = ["average_pool", "cross_image_similarity", "queue_similarity", "similarity_kl"]
+__all__ = ["MOST", "average_pool", "cross_image_similarity", "queue_similarity", "similarity_kl"]
 
+#: pixels of a map that are related to each other: those of the paper's crops, 512 x 1024 at stride 8
+MOST = 64 * 128
 #: entries of a block of similarities: 1 MB in fp32, of which about six are alive at a time
 BLOCK = 1 << 18
 
@@ -83,7 +86,7 @@ def similarity_kl(
 
 @full_precision
 def cross_image_similarity(
-    student: Tensor, teacher: Tensor, *, temperature: float = 0.1, pool: int = 1, mask: Tensor | None = None
+    student: Tensor, teacher: Tensor, *, temperature: float = 0.1, pool: int | None = 1, mask: Tensor | None = None
 ) -> Tensor:
     """Similarities of every vector to those of each image of the batch, as distributions: `similarity_kl` of all pairs
     of images, an image and itself too.
@@ -97,7 +100,8 @@ def cross_image_similarity(
         student, teacher: maps (N, C, h, w) whose pixels are the vectors, channels need not be as many; or vectors (N,
             P, features). L2-normalised here.
         temperature: positive.
-        pool: maps: averages of so many pixels each way first.
+        pool: maps: averages of so many pixels each way first. None: 1, and more for maps of more than `MOST` pixels, so
+            that no more are left; the time grows with their square.
         mask: booleans (N, h, w), or (N, P) of vectors: those left out are related to none.
 
     Raises:
@@ -105,6 +109,8 @@ def cross_image_similarity(
         ValueError: `temperature` is not positive.
     """
     if student.ndim == 4:
+        if pool is None:
+            pool = max(1, math.ceil((student.shape[2] * student.shape[3] / MOST) ** 0.5))
         if mask is not None:
             check_mask(mask, student[:, 0].shape)
         (student, mask), (teacher, _) = (average_pool(x, pool, mask) for x in (student, teacher))

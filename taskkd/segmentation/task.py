@@ -155,9 +155,9 @@ class SegmentationTask:
                     f"{', '.join(data.classes[:20])}."
                 )
             views = model.views
-            lines.append(
-                (f"{who}'s maps", f"logits {views.logits}, feature {views.feature}, stages {len(views.stages)}")
-            )
+            aux = "" if views.aux is None else f"; aux {views.aux}"
+            stages = ", ".join(views.stages) or "none"
+            lines.append((f"{who}'s maps", f"logits {views.logits}; feature {views.feature}{aux}; stages {stages}"))
         return lines
 
     # ---- training and evaluation

@@ -19,6 +19,7 @@ __all__ = ["TransformersSegmenter", "is_transformers"]
 ONE_SIZE = ("data2vec-vision", "dpt", "eomt", "eomt_dinov3", "videomt")
 #: OneFormer is told what it is asked for, in words
 TASK = "the task is semantic"
+MANY = 100  # entries, in the smallest vocabulary that has words
 
 
 def is_transformers(model: nn.Module) -> bool:
@@ -43,8 +44,9 @@ class TransformersSegmenter(Segmenter):
         **options: Any,
     ) -> None:
         config: Any = model.config
-        if classes is None:
-            classes = [str(config.id2label[k]) for k in sorted(config.id2label)]
+        labels = [str(config.id2label[k]) for k in sorted(config.id2label)]
+        if classes is None or classes == len(labels):
+            classes = labels
         super().__init__(model, classes, **options)
         self.processor = processor
 
@@ -100,6 +102,10 @@ class TransformersSegmenter(Segmenter):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the network as `transformers` does, and `segmenter.json`."""
+        self.config.id2label = dict(enumerate(self.classes))
+        if isinstance(self._call, Asked):
+            self.config.task_tokens = self._call.tokens[0].tolist()
+        self.config.label2id = {name: label for label, name in enumerate(self.classes)}
         self.model.save_pretrained(folder)  # type: ignore[operator]
         if self.processor is not None:
             self.processor.save_pretrained(folder)
@@ -190,15 +196,23 @@ def _call(config: Any, name: str | Path, processor: Any) -> Any:
 
 
 def _task_tokens(config: Any, name: str | Path) -> Tensor:
+    """The ids of the words, 0 where there are none, as OneFormer's processor gives them.
+
+    Raises:
+        TaskkdError: there is no tokenizer beside the weights.
+    """
     from transformers import AutoTokenizer
 
+    if (saved := getattr(config, "task_tokens", None)) is not None:
+        return torch.tensor([saved])
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError):
-        raise TaskkdError(
-            f"OneFormer is told its task in words, and there is no tokenizer beside {str(name)!r}."
-        ) from None
-    length = int(getattr(config, "task_seq_len", 77))
-    found = tokenizer([TASK], padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    tokens: Tensor = found["input_ids"]
+        tokenizer = ()
+    if len(tokenizer) < MANY:  # transformers makes an empty one where there are no files
+        raise TaskkdError("OneFormer is told its task in words, and there is no tokenizer beside its weights.")
+    found = tokenizer(
+        [TASK], padding="max_length", truncation=True, max_length=config.task_seq_len, return_tensors="pt"
+    )
+    tokens: Tensor = found["input_ids"] * found["attention_mask"]
     return tokens

@@ -24,8 +24,8 @@ from taskkd.segmentation.config import SMP, SegmenterConfig
 from taskkd.segmentation.description import SEGMENTER, Description
 from taskkd.segmentation.models import build, check_student, class_names, describe, load, save, wrap
 from taskkd.segmentation.segmenter import Segmenter
-from taskkd.segmentation.transformers_networks import TransformersSegmenter
-from tests.segmentation.networks import NETWORKS
+from taskkd.segmentation.transformers_networks import Asked, TransformersSegmenter
+from tests.segmentation.networks import NETWORKS, some
 from tests.segmentation.test_probe import maps
 
 NET = "timm:mobilenetv3_small_050"
@@ -53,7 +53,9 @@ CONFIGS: dict[str, tuple[dict[str, Any], int]] = {
 LRASPP = {"architecture": "lraspp", "backbone": NET, "width": 8}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", some(CONFIGS, "fcn-any", "unetplusplus", "linknet", "manet", "pan", "segformer", "upernet")
+)
 def test_every_architecture_trains_a_step_and_is_loaded_to_the_bit(name: str, tmp_path: Path) -> None:
     config, stride = CONFIGS[name]
     model = build(config, NAMES)
@@ -101,7 +103,9 @@ def test_dilation_is_torchvisions_own() -> None:
         torch.testing.assert_close(model(images)["logits"], own((images - model.mean) / model.std)["out"])
 
 
-@pytest.mark.parametrize("key", torchvision_networks.COCO, ids="_".join)
+@pytest.mark.parametrize(
+    "key", some(torchvision_networks.COCO, *(k for k in torchvision_networks.COCO if "res" in k[1]))
+)
 def test_coco_networks_have_torchvisions_keys(key: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose own weights, of 21 classes and with an auxiliary head, are loaded but for the last layers."""
     options = {} if key[0] == "lraspp" else {"aux_loss": True}
@@ -281,6 +285,7 @@ def test_a_network_of_transformers_is_saved_as_it_saves_itself(tmp_path: Path) -
         torch.testing.assert_close(again((images - 0.5) / model.std).logits, expected)
         torch.testing.assert_close(twin(images)["logits"], expected, rtol=0, atol=0)
     assert class_names(twin) == NAMES
+    assert again.config.id2label == dict(enumerate(NAMES))
     assert twin.description == model.description
     load_student(wrap(NETWORKS["segformer"][0](3), NAMES), tmp_path / "a")
     assert build({"model": str(tmp_path / "a")}, NAMES).training
@@ -321,29 +326,27 @@ def test_what_does_not_segment_is_refused(tmp_path: Path) -> None:
 # ---- networks of queries
 
 
+SWIN = transformers.SwinConfig(
+    embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=2, image_size=64,
+    out_features=["stage1", "stage2", "stage3", "stage4"],
+)  # fmt: skip
+
+
 def mask2former() -> nn.Module:
-    swin = transformers.SwinConfig(
-        embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=2, image_size=64,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )  # fmt: skip
     config = transformers.Mask2FormerConfig(
-        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16,
+        backbone_config=SWIN, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16,
         encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=16, num_queries=5, num_labels=3,
     )  # fmt: skip
     return transformers.Mask2FormerForUniversalSegmentation(config)
 
 
 def maskformer() -> nn.Module:
-    swin = transformers.SwinConfig(
-        embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=2, image_size=64,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )  # fmt: skip
     detr = transformers.DetrConfig(
         d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16,
         encoder_attention_heads=2, decoder_attention_heads=2, num_queries=5,
     )  # fmt: skip
     config = transformers.MaskFormerConfig(
-        backbone_config=swin, decoder_config=detr, fpn_feature_size=32, mask_feature_size=32, num_labels=3
+        backbone_config=SWIN, decoder_config=detr, fpn_feature_size=32, mask_feature_size=32, num_labels=3
     )
     return transformers.MaskFormerForInstanceSegmentation(config)
 
@@ -354,6 +357,31 @@ def eomt() -> nn.Module:
         num_blocks=1, num_upscale_blocks=2, num_labels=3,
     )  # fmt: skip
     return transformers.EomtForUniversalSegmentation(config)
+
+
+def oneformer() -> nn.Module:
+    config = transformers.OneFormerConfig(
+        backbone_config=SWIN, num_queries=6, conv_dim=32, mask_dim=32, hidden_dim=32, encoder_feedforward_dim=16,
+        encoder_layers=2, decoder_layers=3, num_attention_heads=2, dim_feedforward=16, task_seq_len=7, num_labels=3,
+        text_encoder_width=16, text_encoder_num_layers=1,
+    )  # fmt: skip
+    return transformers.OneFormerForUniversalSegmentation(config)
+
+
+def test_oneformer_is_told_its_task(tmp_path: Path) -> None:
+    """In words, which its tokenizer knows and a saved segmenter remembers; without them it is a sentence."""
+    network = oneformer()
+    teacher = wrap(network, NAMES, call=Asked(torch.arange(7)[None])).eval()
+    assert teacher.views.logits == "out.logits"
+    images = torch.rand(2, 3, 64, 64)
+    network.save_pretrained(tmp_path / "a")
+    with pytest.raises(RecipeError, match="no tokenizer beside"):
+        build({"model": str(tmp_path / "a")}, NAMES)
+    save(teacher, tmp_path / "b")
+    with torch.no_grad():
+        logits = teacher(images)["logits"]
+        torch.testing.assert_close(logits.exp().sum(1), torch.ones(2, 16, 16))
+        torch.testing.assert_close(load(tmp_path / "b")(images)["logits"], logits)
 
 
 @pytest.mark.parametrize("make", [mask2former, maskformer, eomt])
@@ -391,6 +419,7 @@ def test_networks_of_queries_teach_by_their_map(make: Any, tmp_path: Path) -> No
         ({"architecture": "deeplabv3", "weights": "coco", "width": 8}, "leave out width"),
         ({"architecture": "unet", "aux": True}, "no auxiliary head"),
         ({"architecture": "fcn", "depth": 4}, "leave out `depth`"),
+        ({"architecture": "fpn", "depth": 4}, "a `depth` of 5; leave it out"),
         ({"architecture": "unet", "output_stride": 8}, "leave out `output_stride`"),
         ({"architecture": "linknet", "width": 8}, "leave out `width`"),
         ({"architecture": "fpn", "width": 16}, "multiple of 32, got 16"),

@@ -218,6 +218,15 @@ def test_the_memory_stays_within_its_limit_and_holds_what_is_drawn() -> None:
     assert tight(given).dtype == torch.float32
 
 
+def test_the_memory_looks_at_no_more_pixels_than_said() -> None:
+    labels = torch.zeros(1, 64, 96, dtype=torch.long)
+    given = run(torch.randn(1, 4, 32, 48), torch.randn(1, 6, 32, 48), labels=labels)
+    term = memory(most=100)
+    assert [tuple(x.shape[2:]) for x in term.maps(given)] == [(8, 12)] * 2
+    term.build(given)
+    assert term(given).isfinite()
+
+
 def test_half_precision_of_the_memory_hardly_matters() -> None:
     values = []
     for storage in ("float16", "float32"):
@@ -348,3 +357,12 @@ def test_queues_of_two_ranks_are_those_of_one_process(tmp_path: Path) -> None:
         whole.push(*(torch.cat(pair) for pair in zip(one, other, strict=True)))
     for rank in (0, 1):
         assert changed(whole.state_dict(), torch.load(tmp_path / f"{rank}.pt")) == set()
+
+
+def test_the_page_names_every_option() -> None:
+    page = (Path(kd.__file__).parents[1] / "docs" / "methods" / "segmentation-relations.md").read_text()
+    for name in MINE:
+        section = page.partition(f"\n## `{name}`")[2].partition("\n## ")[0]
+        for option, parameter in inspect.signature(METHODS[name]).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                assert f"`{option}`" in section, f"{name}: {option}"

@@ -150,6 +150,12 @@ def test_pooling_is_of_pixels_that_count() -> None:
     assert torch.equal(average_pool(x, 2)[0], F.avg_pool2d(x, 2, ceil_mode=True))
 
 
+def test_large_maps_are_pooled_by_themselves() -> None:
+    s, t = maps((1, 2, 130, 70), dtype=torch.float32)
+    both = [cross_image_similarity(s, t, pool=pool) for pool in (None, 2)]
+    assert both[0] == both[1]
+
+
 def test_a_queue_is_compared_as_by_a_dense_softmax() -> None:
     torch.manual_seed(0)
     rows, others, queue = (torch.randn(n, 4).double() for n in (9, 9, 13))

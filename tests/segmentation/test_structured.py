@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import taskkd as kd
 from taskkd import losses
@@ -223,6 +224,29 @@ def test_resuming_is_bit_exact(name: str, tmp_path: Path) -> None:
     assert logged[0] == logged[1] and len(logged[0]) == 8
     assert any(key.endswith("_discriminator") for key in logged[0][-1])
     assert changed(weights(whole.distiller), weights(again.distiller)) == set()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("name", ["structured", "domain_adaptive"])
+def test_compiled_whole_and_once(name: str) -> None:
+    student, teacher = Net(), Net(8, seed=1)
+    terms = METHODS[name](student, teacher, width=4).stages[0].terms
+    pair = kd.Distiller(student, teacher, terms, task_loss=task_loss)
+    pair.prepare(batch())
+    pair.set_total(3)
+    eager, counter = copy.deepcopy(pair), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(pair, backend=counter, fullgraph=True)
+    for seed in range(3):
+        found = []
+        for one in (compiled, eager):
+            out = one(**batch(seed=seed))
+            out["loss"].backward()
+            torch.manual_seed(seed)
+            found.append({**out, **one.auxiliary_step()})
+            one.step()
+        torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
 
 
 def test_a_copy_has_a_judge_of_its_own() -> None:

@@ -27,7 +27,7 @@ def cirkd(
     kd: Annotated[float, Ge(0)] = 1.0,
     temperature: Annotated[float, Gt(0)] = 0.1,
     kd_temperature: Annotated[float, Gt(0)] = 1.0,
-    pool: Annotated[int, Gt(0)] = 1,
+    pool: Annotated[int, Gt(0)] | None = None,
     pixels: Annotated[int, Gt(0)] = 20000,
     regions: Annotated[int, Gt(0)] = 2000,
     memory_limit: Annotated[float, Gt(0)] = 400.0,
@@ -56,7 +56,8 @@ def cirkd(
         kd: of the soft targets on logits.
         temperature: of similarities.
         kd_temperature: of the soft targets and, once more, of similarities to a memory.
-        pool: averages of so many pixels each way before `minibatch`, whose time grows with the fourth power of it.
+        pool: averages of so many pixels each way before `minibatch`, whose time falls with the fourth power of it.
+            None: 1, and more for maps of more than 8192 pixels.
         pixels, regions: remembered for each class, at most.
         memory_limit: MB of both queues, which are as long as fits.
         storage: of the queues.

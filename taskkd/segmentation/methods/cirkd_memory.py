@@ -15,8 +15,8 @@ from taskkd.errors import TaskkdError
 from taskkd.losses.primitives import l2_normalise
 from taskkd.segmentation.methods.ifvd import class_means
 from taskkd.segmentation.parts import PartsTerm, as_weights, placed
-from taskkd.segmentation.similarity import average_pool, cross_image_similarity, queue_similarity
-from taskkd.segmentation.terms import Ignore, labels_at, valid_at
+from taskkd.segmentation.similarity import MOST, average_pool, cross_image_similarity, queue_similarity
+from taskkd.segmentation.terms import Ignore, labels_at, resized, valid_at
 from taskkd.terms import Run
 
 __all__ = ["ChannelMemory", "PixelMemory", "Storage", "projection"]
@@ -64,6 +64,7 @@ class PixelMemory(PartsTerm):
         pixels, regions: remembered for each class, at most.
         draw_pixels, draw_regions: drawn of each class in a step.
         temperature, kd_temperature: similarities are divided by both; the loss is multiplied by the latter's square.
+        most: pixels of an image; larger maps are resized to so many.
         limit: MB that both queues may take together; they are as long as fits, but no shorter than what is drawn.
         storage: of the queues, "float16" or "float32".
         compat: "official": the defects of the released code, which remembers the first pixels of an image for each of
@@ -91,6 +92,7 @@ class PixelMemory(PartsTerm):
         draw_regions: int | None = None,
         temperature: float = 0.1,
         kd_temperature: float = 1.0,
+        most: int = MOST,
         limit: float = 400.0,
         storage: Storage = "float16",
         compat: Literal["official"] | None = None,
@@ -108,7 +110,7 @@ class PixelMemory(PartsTerm):
                 f"term {name!r}: `classes`, `pixels`, `regions`, what is drawn and the temperatures must be positive, "
                 f"got {classes}, {pixels}, {regions}, {drawn}, {temperature} and {kd_temperature}."
             )
-        self.classes, self.drawn, self.limit = classes, drawn, limit
+        self.classes, self.drawn, self.most, self.limit = classes, drawn, most, limit
         self.sizes = {"pixel": pixels, "region": regions}
         self.temperatures: dict[str, Any] = {"temperature": temperature, "kd_temperature": kd_temperature}
         self.storage, self.compat, self.draw = storage, compat, draw
@@ -131,6 +133,13 @@ class PixelMemory(PartsTerm):
             fits = min(size, max(int(size * min(share, 1.0)), self.drawn[kind]))
             of = wrap if kind == "pixel" else "ring"
             self.queues[kind] = ClassQueues(self.classes, fits, t.shape[1], dtype=dtype, wrap=of).to(t.device)
+
+    def maps(self, run: Run) -> tuple[Tensor, Tensor]:
+        """See `PartsTerm`; no larger than `most`."""
+        s, t = super().maps(run)
+        share = (self.most / t[0, 0].numel()) ** 0.5
+        size = [max(1, int(share * n)) for n in t.shape[2:]] if share < 1 else t.shape[2:]
+        return resized(s, size), resized(t, size)
 
     @torch.no_grad()
     def _remember(self, teacher: Tensor, labels: Tensor) -> None:
