@@ -58,7 +58,9 @@ class SegmentationTask:
         Raises:
             DataError: a file, class or split is wrong.
         """
-        return load(recipe.data)
+        data = load(recipe.data)
+        data.pairs = recipe.training.batch_size > 1
+        return data
 
     def shorthand(self, teacher: Any, student: Any, data: Any) -> dict[str, Any]:
         """The sections of a recipe that a name or a path stands for.
