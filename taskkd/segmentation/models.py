@@ -213,12 +213,14 @@ def wrap(model: nn.Module, classes: int | Sequence[str] | None = None, **options
         **options: of `Segmenter`.
 
     Raises:
-        RecipeError: it is a segmenter of another number of classes, or none are named.
+        RecipeError: it is a segmenter of another number of classes, or of the same in another order; or none are named.
     """
     if isinstance(model, Segmenter):
         count = len(model.classes) if classes is None else classes if isinstance(classes, int) else len(classes)
         if count != len(model.classes):
             raise RecipeError(f"the segmenter has {len(model.classes)} classes, the data has {count}.")
+        if isinstance(classes, Sequence) and sorted(classes) == sorted(model.classes):
+            _check_classes(model.kind, model.classes, classes)
         return model
     if is_transformers(model):
         return TransformersSegmenter(model, classes, **options)
