@@ -71,7 +71,7 @@ class GivenSegmentation(SegmentationTask):
         if test is not None:
             given["test"] = _annotations(test, reads, "test")
         # Other data is read as these were, see `SegmentationTask.read`.
-        coded = labels_of(classes, reads["ignore"]).classes if classes is not None else ()
+        coded = labels_of(classes, ignore or []).classes if classes is not None else ()
         meaning = {"classes": classes, "ignore": ignore or []} if list(coded) == first.classes else {}
         folder = {"train": "given", "classes": first.classes, **meaning}
         config = _config(folder=folder, unlabelled=unlabelled, augment=augment, metric=metric, bad=bad)

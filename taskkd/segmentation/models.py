@@ -132,27 +132,44 @@ def _existing(config: SegmenterConfig, classes: int | Sequence[str], seed: int) 
     return segmenter
 
 
-def _of_transformers(config: SegmenterConfig, classes: int | Sequence[str] | None, seed: int) -> Segmenter:
-    """A network of `transformers`; what its file has not is initialised from `seed`.
+def _of_transformers(
+    config: SegmenterConfig, classes: int | Sequence[str] | None, seed: int, *, whole: bool = False
+) -> Segmenter:
+    """A network of `transformers`; what its file has not is initialised from `seed`, or refused if it must be `whole`.
 
     The classifier of another number of classes starts anew; of as many in another order, or of a folder that taskkd
     saved, it is refused.
     """
     source = config.model or ""
     _check_source(source)
+    ours = (Path(source) / SEGMENTER).is_file()
+    if ours and Description.read(source).call:
+        raise DataError(
+            f"segmenter {source!r} was run by a function, `call`, which is not saved: load it by TransformersSegmenter."
+            "from_pretrained(folder, call=...)."
+        )
     options = {k: v for k in ("mean", "std", "divisor", "size") if (v := getattr(config, k)) is not None}
     try:
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             if classes is not None:
                 _check_names(source, classes)
-            return TransformersSegmenter.from_pretrained(source, classes=classes, **options, **_taps(config)).train()  # type: ignore[no-any-return]
+            segmenter, found = TransformersSegmenter.from_pretrained(
+                source, classes=classes, output_loading_info=True, **options, **_taps(config)
+            )
     except TaskkdError as error:
         raise RecipeError(f"segmenter {source!r}: {error}") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{source}: {WEIGHTS} does not load: {error}") from None
     except (OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         hint = nearest(source.partition("/")[0], (*TORCHVISION, *SMP))
         raise DataError(f"segmenter {source!r} cannot be loaded{hint}: {first}") from None
+    lost = sorted([*found["missing_keys"], *(str(key[0]) for key in found["mismatched_keys"])])
+    if lost and (whole or ours):
+        raise CheckpointError(f"{source}: its weights have no {lost[0]!r} of this network ({len(lost)} are missing).")
+    made: Segmenter = segmenter.train()
+    return made
 
 
 def _check_source(source: str) -> None:
@@ -298,7 +315,7 @@ def load(folder: str | Path) -> Segmenter:
 
 def _load(folder: str | Path, taps: Mapping[str, Any]) -> Segmenter:
     if (Path(folder) / "config.json").is_file():
-        return _of_transformers(SegmenterConfig(model=str(folder)), None, 0)
+        return _of_transformers(SegmenterConfig(model=str(folder)), None, 0, whole=True)
     described = Description.read(folder)
     config = described.config
     if config is None:

@@ -50,5 +50,5 @@ def test_what_does_not_go_with_the_data_is_refused_with_a_sentence(tmp_path: Pat
     root, classes = trees.folder(tmp_path, 4), {0: "ground", 1: "thing", 2: "thing"}
     with pytest.raises(RecipeError, match="same, in the same order"):
         GivenSegmentation(net(), net("thing", "ground"), root, classes=classes)
-    with pytest.raises(RecipeError, match="metric: .*got 'IoU'"):
+    with pytest.raises(RecipeError, match=r"metric: .*got 'IoU'"):
         GivenSegmentation(net(), net(), root, classes=classes, metric="IoU")  # type: ignore[arg-type]
