@@ -40,6 +40,8 @@ def test_classes_that_are_given_go_before_those_of_the_folder_and_are_kept(tmp_p
     assert described["data"]["folder"]["classes"] == meaning
     # Other images are read in the same way, where they do not say it themselves, and the student has the names.
     (root / "classes.txt").unlink()
+    (root / "masks").rename(root / "labels")
+    described["data"]["folder"]["masks"] = "labels"
     recipe = TASK.recipe.model_validate({"schema": 1, "name": "x", **described})
     data = task.load(recipe)
     student = task.student(recipe, data, net(), 0)
