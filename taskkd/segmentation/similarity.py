@@ -57,8 +57,8 @@ def similarity_kl(
         student, teacher: rows (R, features) and columns (groups, P, features) of each; L2-normalised by the caller. The
             features of both sides need not be as many. Gradient flows to the student's rows and columns.
         temperature: positive.
-        block: rows at a time; None: as many as make 1 MB of similarities in fp32, on other devices than a CPU 64 MB, and
-            at least 32.
+        block: rows at a time; None: as many as make 1 MB of similarities in fp32 (64 MB on other devices than a CPU),
+            and at least 32.
         columns: booleans (groups, P) of those that count; a group without any is left out.
         mask: weights or booleans (R,) of the rows.
 

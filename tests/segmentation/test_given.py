@@ -37,7 +37,7 @@ def test_classes_that_are_given_go_before_those_of_the_folder_and_are_kept(tmp_p
     meaning = {0: "ground", 1: "thing", 2: "thing"}
     task = GivenSegmentation(net(), net(), root, classes=meaning, unlabelled=root / "images")
     described = task.describe()
-    assert described["data"]["folder"]["classes"] == meaning
+    assert described["data"]["folder"]["classes"] == {"0": "ground", "1": "thing", "2": "thing"}
     # Other images are read in the same way, where they do not say it themselves, and the student has the names.
     (root / "classes.txt").unlink()
     (root / "masks").rename(root / "labels")
