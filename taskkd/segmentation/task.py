@@ -126,8 +126,14 @@ class SegmentationTask:
         return models.build(recipe.teacher.segmenter, data.classes)
 
     def student(self, recipe: SegmentationRecipe, data: SegmentationData, teacher: nn.Module, seed: int) -> nn.Module:
-        """The student at its start; the same for a seed, whatever it is then trained with."""
-        return models.build(recipe.student.segmenter, data.classes, seed=seed)
+        """The student at its start; the same for a seed, whatever it is then trained with.
+
+        Raises:
+            RecipeError: it predicts by queries, which it would not learn.
+        """
+        student = models.build(recipe.student.segmenter, data.classes, seed=seed)
+        models.check_student(student)
+        return student
 
     def reload(self, student: nn.Module, folder: Path) -> nn.Module:
         """Load a trained student of this run into one of the same architecture."""
@@ -152,9 +158,8 @@ class SegmentationTask:
         """What is to be known of a pair of networks before they are distilled.
 
         Raises:
-            RecipeError: they tell other numbers of classes apart, or the student predicts by queries.
+            RecipeError: they tell other numbers of classes apart.
         """
-        models.check_student(student)
         lines = []
         for who, model in (("teacher", teacher), ("student", student)):
             assert isinstance(model, Segmenter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from taskkd.segmentation.config import SMP, SegmenterConfig
 from taskkd.segmentation.description import SEGMENTER, Description
 from taskkd.segmentation.models import build, check_student, class_names, describe, load, save, wrap
 from taskkd.segmentation.segmenter import Segmenter
+from taskkd.segmentation.task import TASK
 from taskkd.segmentation.transformers_networks import Asked, TransformersSegmenter
 from tests.segmentation.networks import NETWORKS, some
 from tests.segmentation.test_probe import maps
@@ -430,6 +432,9 @@ def test_networks_of_queries_teach_by_their_map(make: Any, tmp_path: Path) -> No
     with pytest.raises(RecipeError, match=r"learnt by matching.*as the teacher"):
         check_student(teacher)
     check_student(student)
+    recipe = SimpleNamespace(student=SimpleNamespace(segmenter={"model": str(tmp_path)}))
+    with pytest.raises(RecipeError, match="as the teacher"):
+        TASK.student(recipe, SimpleNamespace(classes=NAMES), teacher, 0)  # type: ignore[arg-type]
 
 
 # ---- configs

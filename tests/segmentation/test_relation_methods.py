@@ -113,6 +113,8 @@ def test_weights_are_those_published() -> None:
     assert weights_of("attention_transfer") == {"attention": 10000.0, "logits": 1.0}
     assert weights_of("dsd") == {"attention": 1000.0, "categories": 10.0, "logits": 1.0}
     assert weights_of("masked_generative") == {"generation": 2e-5, "channels": 3.0}
+    terms: Any = METHODS["masked_generative"](*networks()).stages[0].terms
+    assert [t.ignore for t in terms] == ["padding", "padding"]
     assert weights_of("af_dcd", kd=0.0) == {"contrast": 1.0}
     (term, *_) = METHODS["af_dcd"](*networks()).stages[0].terms
     assert term.weights == {"mimic": 4e-5, "contrast": 16e-3}

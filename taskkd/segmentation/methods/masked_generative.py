@@ -98,7 +98,7 @@ def masked_generative(
         weight: their alpha.
         masked: the share of cells that are masked.
         channels, temperature: of `losses.channel_wise` on logits; 0: without it, for other classes.
-        ignore: pixels that do not count; the authors count all ("none"). The channel-wise part looks at all.
+        ignore: pixels that do not count; the authors count all ("none").
     """
     tap = last_stage if on == "backbone" else feature_of
     taps = tap(student, "student"), tap(teacher, "teacher")
@@ -109,6 +109,6 @@ def masked_generative(
         check_classes(student, teacher, "channels=0 leaves this out.")
         logits = (str(m.views.logits) for m in (student, teacher))  # type: ignore[union-attr]
         terms.append(
-            MapTerm("channels", losses.channel_wise, *logits, weight=channels, temperature=temperature, ignore="none")
+            MapTerm("channels", losses.channel_wise, *logits, weight=channels, temperature=temperature, ignore=ignore)
         )
     return Method("masked_generative", [Stage("distil", terms)], ("labels",))
