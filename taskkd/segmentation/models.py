@@ -21,7 +21,7 @@ from taskkd.segmentation import smp_networks, torchvision_networks
 from taskkd.segmentation.config import SMP, TORCHVISION, SegmenterConfig
 from taskkd.segmentation.description import SEGMENTER, Description
 from taskkd.segmentation.segmenter import Segmenter
-from taskkd.segmentation.transformers_networks import TransformersSegmenter, is_transformers
+from taskkd.segmentation.transformers_networks import TransformersSegmenter, is_transformers, shape_needed
 
 __all__ = ["Description", "build", "check_student", "class_names", "describe", "load", "save", "wrap"]
 
@@ -227,7 +227,8 @@ def wrap(model: nn.Module, classes: int | Sequence[str] | None = None, **options
     Args:
         model: a segmenter, or a network.
         classes: its classes. Default: of a network of `transformers`, those of its config.
-        **options: of `Segmenter`.
+        **options: of `Segmenter`. Default of `divisor` and `size`: what networks of transformers and
+            segmentation-models-pytorch say that they need.
 
     Raises:
         RecipeError: it is a segmenter of another number of classes, or of the same in another order; or none are named.
@@ -239,7 +240,10 @@ def wrap(model: nn.Module, classes: int | Sequence[str] | None = None, **options
         if isinstance(classes, Sequence) and sorted(classes) == sorted(model.classes):
             _check_classes(model.kind, model.classes, classes)
         return model
-    if is_transformers(model):
+    own = is_transformers(model)
+    if "divisor" not in options and "size" not in options:
+        options |= shape_needed(model.config) if own else {"divisor": smp_networks.divisor_of(model)}
+    if own:
         return TransformersSegmenter(model, classes, **options)
     if classes is None:
         raise RecipeError(f"how many classes does this {type(model).__name__} tell apart? Name them.")

@@ -14,7 +14,7 @@ from taskkd.errors import RecipeError, nearest
 from taskkd.segmentation.config import SegmenterConfig
 from taskkd.segmentation.torchvision_networks import Normal, Weights
 
-__all__ = ["assemble"]
+__all__ = ["assemble", "divisor_of"]
 
 CLASSES = {
     "unet": "Unet",
@@ -66,8 +66,12 @@ def assemble(config: SegmenterConfig, classes: int, weights: Weights) -> tuple[n
         _load_encoder(net.encoder, weights, source)
     if config.depth is not None or config.architecture == "pspnet":
         _drop_unused(net)
-    divisor = int(net.encoder.output_stride) if net.requires_divisible_input_shape else 1
-    return net, _normal(smp, net, name, weights, source), divisor
+    return net, _normal(smp, net, name, weights, source), divisor_of(net)
+
+
+def divisor_of(net: Any) -> int:
+    """What the sides of images must be multiples of; 1 of networks of other libraries."""
+    return int(net.encoder.output_stride) if getattr(net, "requires_divisible_input_shape", False) else 1
 
 
 def _options(config: SegmenterConfig) -> dict[str, Any]:

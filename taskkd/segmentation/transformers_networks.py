@@ -13,7 +13,7 @@ from taskkd.errors import TaskkdError, nearest
 from taskkd.segmentation.description import SEGMENTER, Description
 from taskkd.segmentation.segmenter import IMAGENET, UNIVERSAL, Segmenter
 
-__all__ = ["TransformersSegmenter", "is_transformers"]
+__all__ = ["TransformersSegmenter", "is_transformers", "shape_needed"]
 
 #: types whose position embeddings or reshapes allow one size of images only
 ONE_SIZE = ("data2vec-vision", "dpt", "eomt", "eomt_dinov3", "videomt")
@@ -160,13 +160,15 @@ def _preprocessing(config: Any, processor: Any) -> dict[str, Any]:
     )
     if processor is not None and getattr(processor, "do_normalize", True) in (False, None):
         mean, std = (0.0,) * 3, (1.0,) * 3
-    found: dict[str, Any] = {"mean": mean, "std": std}
+    return {"mean": mean, "std": std, **shape_needed(config)}
+
+
+def shape_needed(config: Any) -> dict[str, Any]:
+    """The one size that images must have, or what their sides must be multiples of: arguments of `Segmenter`."""
     side, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
     if config.model_type in ONE_SIZE and side is not None:
-        found["size"] = tuple(side) if isinstance(side, list | tuple) else (side, side)
-    elif config.model_type == "beit" and isinstance(patch, int):
-        found["divisor"] = patch
-    return found
+        return {"size": tuple(side) if isinstance(side, list | tuple) else (side, side)}
+    return {"divisor": patch} if config.model_type == "beit" and isinstance(patch, int) else {}
 
 
 # ---- networks that want more than images

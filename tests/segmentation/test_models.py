@@ -338,6 +338,14 @@ def test_a_foreign_folder_of_transformers_gets_a_new_classifier(tmp_path: Path) 
     assert torch.equal(one.model.mobilevit.conv_stem.convolution.weight, network.mobilevit.conv_stem.convolution.weight)
 
 
+@pytest.mark.parametrize("name", ["dpt", "beit", "fpn"])
+def test_networks_that_are_given_take_images_of_any_size(name: str) -> None:
+    model = wrap(NETWORKS[name][0](3), NAMES).eval()
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, 70, 101))["logits"].shape[:2] == (1, 3)
+    assert {"dpt": model.size == (64, 64), "beit": model.divisor == 16, "fpn": model.divisor == 32}[name]
+
+
 def test_networks_of_one_size_resize_their_images(tmp_path: Path) -> None:
     NETWORKS["data2vec"][0](3).save_pretrained(tmp_path)
     model = build({"model": str(tmp_path)}, 3)
