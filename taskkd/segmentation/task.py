@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +30,8 @@ from taskkd.teachers import Frozen, Teacher
 from taskkd.terms import Term
 
 __all__ = ["TASK", "SegmentationTask", "read_path"]
+
+logger = logging.getLogger(__name__)
 
 #: the names of the classes in a folder of images and masks, a line each
 CLASSES = "classes.txt"
@@ -183,7 +186,14 @@ class SegmentationTask:
     def check_terms(
         self, data: SegmentationData, terms: Sequence[Term], student: nn.Module, batch: Mapping[str, Any]
     ) -> None:
-        """Terms say themselves what they cannot do."""
+        """Say so where the student pads its images, which terms then see; else terms say what they cannot do."""
+        height, width = batch["images"].shape[2:]
+        divisor = getattr(student, "divisor", 1)
+        if terms and (height % divisor or width % divisor):
+            logger.warning(
+                "the student pads images of %dx%d to multiples of %d: its maps are larger than the teacher's and are "
+                "compared askew; end data.augment with a crop to such a size.", width, height, divisor,
+            )  # fmt: skip
 
     def loss(self, recipe: SegmentationRecipe) -> Any:
         """The task loss."""

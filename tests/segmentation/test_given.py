@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from torch import nn
 
@@ -73,3 +74,11 @@ def test_images_of_several_sizes_are_evaluated_in_one_batch(tmp_path: Path) -> N
         data_collator=collate,
     )
     assert trainer.evaluate(table)["eval_loss"] > 0
+
+
+def test_a_student_that_pads_what_it_is_trained_on_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    student = Segmenter(nn.Conv2d(3, 2, 1), 2, divisor=32)
+    for side in (64, 48):
+        assert not caplog.text
+        TASK.check_terms(None, [kd.Match("x", kd.losses.mse, "out")], student, {"images": torch.zeros(1, 3, side, 64)})  # type: ignore[arg-type]
+    assert "64x48 to multiples of 32" in caplog.text
