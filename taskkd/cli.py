@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -122,41 +125,50 @@ def list_recipes(name: Annotated[str | None, typer.Argument(help="Print this rec
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="Print everything about this method.")] = None) -> None:
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Print all about this method, or list those of this task.")] = None,
+) -> None:
     """List the methods: task, paper, options with defaults."""
-    import inspect
-    import re
-
     from taskkd import recipes
     from taskkd.errors import RecipeError, nearest
 
-    found = {m: (t, f) for t in recipes.TASKS for m, f in recipes.task_named(t).methods.items()}
-    if name is not None:
-        if name not in found:
-            raise RecipeError(f"no method {name!r}{nearest(name, found)}; known: {', '.join(found)}.")
-        _say(f"{name}{inspect.signature(found[name][1])}\n\n{inspect.getdoc(found[name][1])}")
+    every = [(t, m, f) for t in recipes.TASKS for m, f in recipes.task_named(t).methods.items()]
+    if name is None or name in recipes.TASKS:
+        for task, method, function in every:
+            if name in (None, task):
+                _say(_line(task, method, function))
         return
-    for method, (task, function) in found.items():
-        doc = inspect.getdoc(function) or ""
-        paragraph = " ".join(doc.partition("Source: ")[2].partition("\n\n")[0].split())
-        # authors and year, and the title where it is given
-        found_source = re.match(r'[^"]*?\d{4}(, ".*?")?', paragraph)
-        source = found_source[0] if found_source else paragraph
-        options = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        _say(f"{task:12} {method:20} {source}")
-        _say(f"{'':33} {', '.join(f'{p.name}={p.default}' for p in options)}")
+    found = [(t, f) for t, m, f in every if m == name]
+    if not found:
+        known = list(dict.fromkeys(m for _, m, _ in every))
+        raise RecipeError(f"no method {name!r}{nearest(name, known)}; known: {', '.join(known)}.")
+    for task, function in found:
+        _say(f"{task}: {name}{inspect.signature(function)}\n\n{inspect.getdoc(function)}\n")
+
+
+def _line(task: str, method: str, function: Callable[..., Any]) -> str:
+    """Task, method, source and options."""
+    doc = inspect.getdoc(function) or ""
+    paragraph = " ".join(doc.partition("Source: ")[2].partition("\n\n")[0].split())
+    # authors and year, and the title where it is given
+    found_source = re.match(r'[^"]*?\d{4}(, ".*?")?', paragraph)
+    source = found_source[0] if found_source else paragraph
+    options = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return f"{task:12} {method:20} {source}\n{'':33} {', '.join(f'{p.name}={p.default}' for p in options)}"
 
 
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    data: Annotated[str | None, typer.Option(help="A file to evaluate on instead of the run's test set.")] = None,
+    data: Annotated[str | None, typer.Option(help="A file or folder to evaluate on, not the run's test set.")] = None,
 ) -> None:
     """Evaluate a run's student on its test set or on another file."""
     from taskkd import runs
 
-    for name, value in runs.evaluate(run, data).items():
-        _say(f"{name:12} {value:.4f}")
+    found = runs.evaluate(run, data)
+    width = max([12, *map(len, found)])
+    for name, value in found.items():
+        _say(f"{name:{width}} {value:.4f}")
 
 
 @app.command()
@@ -165,7 +177,7 @@ def predict(
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[TEXT]...", help="Texts, of detectors image files; none: one a line from standard input."
+            metavar="[TEXT]...", help="Texts, or image files (detectors, segmentation); none: lines of standard input."
         ),
     ] = None,
 ) -> None:

@@ -69,6 +69,11 @@ def test_lists(taskkd: Any) -> None:
     code, out, _ = taskkd("methods", "patient_kd")
     assert "beta" in out
     assert "Sun" in out
+    code, out, _ = taskkd("methods", "channel_wise")  # of two tasks
+    assert "detection: channel_wise(" in out
+    assert "segmentation: channel_wise(" in out
+    code, out, _ = taskkd("methods", "segmentation")
+    assert {line.split()[0] for line in out.splitlines()[::2]} == {"segmentation"}
     code, out, _ = taskkd("doctor")
     assert code == 0
     assert "transformers" in out
