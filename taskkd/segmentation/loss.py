@@ -60,6 +60,6 @@ class PixelCrossEntropy:
             shown = resized(full, labels.shape[1:])
             own = None if weights is None else weights.to(shown.dtype)
             total = F.cross_entropy(shown, labels, weight=own, ignore_index=IGNORE, reduction="sum")
-            known = labels[labels != IGNORE]
-            counted = torch.as_tensor(known.numel()) if own is None else own[known].sum()
+            known = labels != IGNORE  # and no selection by it: that has no fixed shape and waits for the device
+            counted = known.sum() if own is None else (own[labels.where(known, 0)] * known).sum()
             return total / counted.to(total).clamp(min=1e-12)

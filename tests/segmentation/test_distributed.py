@@ -1,0 +1,63 @@
+"""Segmentation networks on two ranks (torchrun, gloo): as one process with their images together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine import distance, run_job
+from tests.segmentation import ranks_job, toy
+
+pytestmark = pytest.mark.slow
+
+
+def results(folder: Path, ranks: int) -> list[dict[str, Any]]:
+    folder.mkdir()
+    run_job(str(folder), ranks=ranks, script=ranks_job.__file__, timeout=240)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return results(tmp_path_factory.mktemp("ranks") / "two", 2)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    (found,) = results(tmp_path_factory.mktemp("ranks") / "one", 1)
+    return found["means"]
+
+
+@pytest.mark.parametrize("kind", ["means", "shared"])
+def test_students_and_memories_of_two_ranks_are_equal(ranks: list[dict[str, Any]], kind: str) -> None:
+    first, second = (rank[kind] for rank in ranks)
+    assert first["step"] == second["step"] == 3
+    assert first["untouched"]
+    assert second["untouched"]
+    states = [rank[kind]["parameters"] for rank in ranks]
+    if kind == "shared":  # where batch norm is of a rank's own images
+        states = [{n: v for n, v in state.items() if "running" not in n} for state in states]
+    assert distance(*states) == 0.0
+    assert any("queue" in n for n in states[0]) == (kind == "shared")
+
+
+def test_training_is_that_of_one_process_with_the_images_of_both(
+    ranks: list[dict[str, Any]], single: dict[str, Any]
+) -> None:
+    found = ranks[0]["means"]["parameters"]
+    assert single["step"] == 3
+    start = ranks_job.frozen(toy.network(2, seed=0)).state_dict()
+    moved = {
+        n: (v - start[n.removeprefix("student.")]).abs().max() for n, v in found.items() if n in single["parameters"]
+    }
+    assert max(moved.values()) > 1e-2
+    assert distance(found, single["parameters"]) < 1e-5
+
+
+def test_all_ranks_measure_what_one_process_measures(ranks: list[dict[str, Any]], single: dict[str, Any]) -> None:
+    first, second = (rank["means"]["measured"] for rank in ranks)
+    assert {"eval_mIoU", "eval_pixel_accuracy", "eval_IoU/ground"} <= first.keys()
+    assert first == second == single["measured"]
