@@ -41,8 +41,8 @@ CLASSES = ["background", "nucleus", "border"]
 METRICS = ("mIoU", "IoU/border")
 CROP = {"name": "RandomCrop", "size": [128, 128]}
 FINETUNE = {"epochs": 12, "learning_rate": 1e-3, "batch_size": 8}
-TRAINING = {"epochs": 10, "learning_rate": 2e-3, "batch_size": 8, "eval_batch_size": 8}
-ALONE = [1e-3, 2e-3, 4e-3]
+TRAINING = {"epochs": 10, "learning_rate": 4e-3, "batch_size": 8, "eval_batch_size": 8}
+ALONE = [2e-3, 4e-3, 8e-3]
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import logging
-import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,35 +123,41 @@ def list_recipes(name: Annotated[str | None, typer.Argument(help="Print this rec
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Print all about this method, or list those of this task.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Print everything about this method, or the methods of this task.")
+    ] = None,
 ) -> None:
     """List the methods: task, paper, options with defaults."""
+    import inspect
+    import re
+
     from taskkd import recipes
     from taskkd.errors import RecipeError, nearest
 
-    every = [(t, m, f) for t in recipes.TASKS for m, f in recipes.task_named(t).methods.items()]
-    if name is None or name in recipes.TASKS:
-        for task, method, function in every:
-            if name in (None, task):
-                _say(_line(task, method, function))
+    # two tasks may have methods of one name
+    found = [(t, m, f) for t in recipes.TASKS for m, f in recipes.task_named(t).methods.items()]
+    if name is not None and name not in recipes.TASKS:
+        names = list(dict.fromkeys(m for _, m, _ in found))
+        if name not in names:
+            raise RecipeError(f"no method {name!r}{nearest(name, names)}; known: {', '.join(names)}.")
+        described = [
+            f"{task}: {m}{inspect.signature(function)}\n\n{inspect.getdoc(function)}"
+            for task, m, function in found
+            if m == name
+        ]
+        _say("\n\n\n".join(described))
         return
-    found = [(t, f) for t, m, f in every if m == name]
-    if not found:
-        known = list(dict.fromkeys(m for _, m, _ in every))
-        raise RecipeError(f"no method {name!r}{nearest(name, known)}; known: {', '.join(known)}.")
-    for task, function in found:
-        _say(f"{task}: {name}{inspect.signature(function)}\n\n{inspect.getdoc(function)}\n")
-
-
-def _line(task: str, method: str, function: Callable[..., Any]) -> str:
-    """Task, method, source and options."""
-    doc = inspect.getdoc(function) or ""
-    paragraph = " ".join(doc.partition("Source: ")[2].partition("\n\n")[0].split())
-    # authors and year, and the title where it is given
-    found_source = re.match(r'[^"]*?\d{4}(, ".*?")?', paragraph)
-    source = found_source[0] if found_source else paragraph
-    options = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    return f"{task:12} {method:20} {source}\n{'':33} {', '.join(f'{p.name}={p.default}' for p in options)}"
+    for task, method, function in found:
+        if name is not None and task != name:
+            continue
+        doc = inspect.getdoc(function) or ""
+        paragraph = " ".join(doc.partition("Source: ")[2].partition("\n\n")[0].split())
+        # authors and year, and the title where it is given
+        found_source = re.match(r'[^"]*?\d{4}(, ".*?")?', paragraph)
+        source = found_source[0] if found_source else paragraph
+        options = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        _say(f"{task:12} {method:20} {source}")
+        _say(f"{'':33} {', '.join(f'{p.name}={p.default}' for p in options)}")
 
 
 @app.command()
@@ -162,7 +165,7 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     data: Annotated[str | None, typer.Option(help="A file or folder to evaluate on, not the run's test set.")] = None,
 ) -> None:
-    """Evaluate a run's student on its test set or on another file."""
+    """Evaluate a run's student on its test set or on other data."""
     from taskkd import runs
 
     found = runs.evaluate(run, data)
@@ -177,11 +180,15 @@ def predict(
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[TEXT]...", help="Texts, or image files (detectors, segmentation); none: lines of standard input."
+            metavar="[TEXT]...",
+            help="Texts or, for detection and segmentation, image files; none: one a line from standard input.",
         ),
     ] = None,
 ) -> None:
-    """Predict with a run's student: label, probability and input (regression: value and input), tab-separated."""
+    """Predict with a run's student: label, probability and input, tab-separated.
+
+    Regression: value and input. Segmentation: class, its share of the pixels, image and the mask that is written.
+    """
     from taskkd import runs
 
     texts = list(inputs) if inputs else [line.rstrip("\n") for line in sys.stdin]

@@ -44,7 +44,7 @@ def check(recipe: Any, *, evaluate: int = 200) -> Plan:
     student = task.student(recipe, data, teacher, recipe.seeds[0])
     plan = Plan([("data", data.summary())])
     for title, model in (("teacher", teacher), ("student", student)):
-        plan.summary.append((title, f"{type(model).__name__}, {parameters(model):,} parameters"))
+        plan.summary.append((title, f"{_kind(model)}, {parameters(model):,} parameters"))
     plan.summary += task.pair(data, student, teacher)
     if recipe.teacher.finetune is None:
         own = task.teacher_data(data)
@@ -70,6 +70,12 @@ def check(recipe: Any, *, evaluate: int = 200) -> Plan:
     method = build_method(recipe, task, data, student, teacher)
     plan.summary.append(("distillation", duration(method, training, len(data.everything))))
     return plan
+
+
+def _kind(model: nn.Module) -> str:
+    """The name of a network's class; of what a task wraps around it, that of the network inside."""
+    own = getattr(model, "kind", None)
+    return own if isinstance(own, str) else type(model).__name__
 
 
 def duration(method: Method, training: Training, samples: int) -> str:

@@ -437,11 +437,14 @@ def distill(
             the result.
         teacher: a model that is trained for the task, or its name or path.
         train: nlp: a path (csv, tsv, jsonl, parquet), a list of dicts, or an HF `Dataset`; detection: a COCO json
-            file, a folder in the layout of Pascal VOC, an HF `Dataset`, or `Annotations`.
+            file, a folder in the layout of Pascal VOC, an HF `Dataset`, or `Annotations`; segmentation: a folder of
+            images and masks, one in the layout of Cityscapes, ADE20K, Pascal VOC or CamVid, an HF `Dataset`, or
+            `Annotations`.
         eval: the same, to validate on; None: a tenth of `train` to validate on and a tenth to test on are held out.
-        task: "nlp" or "detection".
+        task: "nlp", "detection" or "segmentation".
         output_dir: of the run; an interrupted run goes on there.
-        method: a key of the task's `METHODS`; None: "soft_targets" for nlp, "auto" for detection.
+        method: a key of the task's `METHODS`; None: "soft_targets" for nlp, "auto" for detection,
+            "channel_wise" for segmentation.
         options: the method's own.
         training: as in a recipe, `{"epochs": 3, "learning_rate": 1e-4}`.
         baseline: whether the student alone is trained as well, for comparison.
@@ -449,7 +452,8 @@ def distill(
         **data: what else the task's data takes; for nlp `processing_class`, `text`, `label`, `test`, `unlabelled`,
             `max_length`, `stride`, `no_answer`, `masking`, `mask_share` (see `taskkd.nlp.given.GivenTask`); for
             detection `test`, `images`, `classes`, `augment`, `metric`, `size`, `bad` (see
-            `taskkd.detection.given.GivenDetection`).
+            `taskkd.detection.given.GivenDetection`); for segmentation `test`, `classes`, `ignore`, `unlabelled`,
+            `augment`, `metric`, `bad` (see `taskkd.segmentation.given.GivenSegmentation`).
 
     Raises:
         TaskkdError: of the kind that says what is wrong.

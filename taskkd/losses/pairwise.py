@@ -174,7 +174,7 @@ def _working(x: Tensor, algorithm: Algorithm) -> torch.dtype:
 
 def _inverse(x: Tensor, detach: bool) -> Tensor:
     """(..., 1, nodes): one over the norms of nodes (..., channels, nodes), 0 where they are 0."""
-    norm = torch.linalg.vector_norm(x.detach() if detach else x, dim=-2, keepdim=True)
+    norm = (x.detach() if detach else x).square().sum(-2, keepdim=True).sqrt()  # faster than the norm across memory
     some = norm > EPS
     return torch.where(some, 1 / torch.where(some, norm + EPS if detach else norm, 1.0), 0.0)
 
@@ -215,10 +215,11 @@ class _Pairs(torch.autograd.Function):
         grads = [torch.empty_like(x) if w else None for x, w in zip((student, teacher), wanted, strict=True)]
         sums, work = student.new_zeros(len(student)), _gram if algorithm == "gram" else _blocked
         for image in range(len(student)):
-            nodes = [x[image].to(_working(x, algorithm)) for x in (student, teacher)]
+            nodes = [x[image].to(_working(x, algorithm), copy=True) for x in (student, teacher)]
             inverses = [_inverse(x, detach) for x in nodes]
             factors = inverses if root is None else [i * root[image] for i in inverses]
-            nodes = [x * factor for x, factor in zip(nodes, factors, strict=True)]
+            for x, factor in zip(nodes, factors, strict=True):
+                x.mul_(factor)
             sums[image], *slopes = work(nodes[0], nodes[1], wanted)
             for grad, slope, x, factor, inverse in zip(grads, slopes, nodes, factors, inverses, strict=True):
                 if grad is not None and slope is not None:
@@ -245,11 +246,20 @@ class _Pairs(torch.autograd.Function):
 
 def _gram(s: Tensor, t: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`|S'S - T'T|^2 = |SS'|^2 + |TT'|^2 - 2 |ST'|^2` of (channels, nodes), and its gradients."""
-    own, cross, other = s @ s.T, s @ t.T, t @ t.T
-    value = own.square().sum() + other.square().sum() - 2 * cross.square().sum()
+    own, cross = s @ s.T, s @ t.T
+    value = own.square().sum() + _squared_gram(t) - 2 * cross.square().sum()
     of_s = torch.addmm(cross @ t, own, s, beta=-1).mul_(4) if wanted[0] else None
-    of_t = torch.addmm(cross.T @ s, other, t, beta=-1).mul_(4) if wanted[1] else None
+    of_t = torch.addmm(cross.T @ s, t @ t.T, t, beta=-1).mul_(4) if wanted[1] else None
     return value.clamp(min=0), of_s, of_t
+
+
+def _squared_gram(x: Tensor, rows: int = 128) -> Tensor:
+    """`|xx'|^2`, of which what is above the diagonal stands for what is below."""
+    value = x.new_zeros(())
+    for start in range(0, len(x), rows):
+        panel = (x[start : start + rows] @ x[start:].T).square_()
+        value += 2 * panel.sum() - panel[:, : len(panel)].sum()
+    return value
 
 
 def _blocked(s: Tensor, t: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor | None, Tensor | None]:

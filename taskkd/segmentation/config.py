@@ -47,7 +47,8 @@ class SegmenterConfig(Model):
         output_stride: of the backbone, by dilation. torchvision's heads on a ResNet: 8, 16 or 32, default 8; on
             MobileNetV3 16 or 32, default 16; on timm's networks 8, 16 or 32 where they can, default 16; on others 32.
             deeplabv3plus: 8 or 16, default 16; pan: 16 or 32, default 16.
-        depth: of segmentation-models-pytorch's encoder: how often it halves the image, 3 to 5. Default: 5; pspnet 3.
+        depth: of segmentation-models-pytorch's encoder: how often it halves the image, 3 to 5; what it has beyond is
+            left out. Default: 5. fpn has 5 and pspnet 3, or their logits were not of the image's size.
         width: channels of the head or decoder. Default as the library's: deeplabv3 256, fcn a quarter of the
             backbone's, lraspp 128, fpn 128 (a multiple of 32; its pyramid has twice as many), pspnet 512,
             deeplabv3plus, segformer and upernet 256, pan 32; unet, unetplusplus and manet 16, at the finest of their
@@ -98,6 +99,8 @@ class SegmenterConfig(Model):
             raise ValueError(f"{name} has no auxiliary head; leave out `aux`")
         if self.depth is not None and name in TORCHVISION:
             raise ValueError(f"{name} has torchvision's backbone as a whole; leave out `depth`")
+        if self.depth is not None and name in ("fpn", "pspnet"):
+            raise ValueError(f"{name} has a `depth` of {5 if name == 'fpn' else 3}; leave it out")
         if self.output_stride is not None and name in SMP and name not in ("deeplabv3plus", "pan"):
             raise ValueError(f"{name} has no dilated encoder; leave out `output_stride`")
         if self.width is not None and name == "linknet":

@@ -14,7 +14,7 @@ from torch.utils.data import Subset
 from taskkd.augmentation import Augmented
 from taskkd.errors import DataError
 from taskkd.segmentation import schema
-from taskkd.segmentation.datasets import SegmentationDataset, WithUnlabelled, collate
+from taskkd.segmentation.datasets import SegmentationDataset, WithUnlabelled, collate, collate_pairs
 from taskkd.segmentation.nuclei import nuclei
 from taskkd.segmentation.readers import LAYOUTS, read_folder, read_hub, read_images, read_voc
 from taskkd.segmentation.records import Annotations, shared_images, tiles
@@ -38,10 +38,12 @@ class SegmentationData:
     Args:
         annotations: of "train", "validation", "test", and "unlabelled" where there is such a stream.
         config: what the recipe says of them.
+        pairs: whether a sample that is left over at the end of an epoch is in its batch twice, see `collate_pairs`.
     """
 
     annotations: dict[str, Annotations]
     config: Data
+    pairs: bool = False
 
     def __post_init__(self) -> None:
         hold, given = self.config.hold, self.annotations
@@ -75,7 +77,7 @@ class SegmentationData:
     @property
     def collator(self) -> Any:
         """Makes a batch."""
-        return collate
+        return collate_pairs if self.pairs else collate
 
     full_length_collator = collator
 

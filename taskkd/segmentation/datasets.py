@@ -14,7 +14,7 @@ from taskkd.augmentation import Augmented, generator_for
 from taskkd.errors import DataError
 from taskkd.segmentation.records import Annotations, Record, decoded, window_of
 
-__all__ = ["SegmentationDataset", "WithUnlabelled", "collate"]
+__all__ = ["SegmentationDataset", "WithUnlabelled", "collate", "collate_pairs"]
 
 
 class SegmentationDataset(Dataset[Any]):
@@ -115,6 +115,10 @@ def _unchanged(sample: Any, _: torch.Generator) -> Any:
 class _Collate:
     """A batch of samples, or of lists of samples, as keyword arguments of a model.
 
+    Args:
+        pairs: a training batch of one sample, as the last of an epoch may be, has it twice. Heads that pool the image
+            to one pixel (DeepLabV3, PAN, UPerNet) cannot normalise a batch of one; losses, being means, stay the same.
+
     Returns:
         `images` (N, 3, H, W) float32, `labels` (N, H, W) int64, `unlabelled` (N,) bool, `id` (N,) int64, and in
         training `valid` (N, H, W) bool. In evaluation, where sizes differ, `images` and `labels` are lists.
@@ -126,8 +130,13 @@ class _Collate:
     #: what is needed of a sample, whatever a model takes: the trainer leaves these in
     columns = ("images", "labels", "valid", "unlabelled", "id", "file")
 
+    def __init__(self, *, pairs: bool = False) -> None:
+        self.pairs = pairs
+
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         flat: list[dict[str, Any]] = [s for entry in samples for s in (entry if isinstance(entry, list) else [entry])]
+        if self.pairs and len(flat) == 1 and "valid" in flat[0]:
+            flat *= 2
         sizes = {tuple(s["labels"].shape): s.get("file", f"image id {s['id']}") for s in flat}
         batch: dict[str, Any] = {key: [s[key] for s in flat] for key in ("images", "labels", "valid") if key in flat[0]}
         if len(sizes) > 1 and "valid" in batch:
@@ -146,3 +155,4 @@ class _Collate:
 
 
 collate = _Collate()
+collate_pairs = _Collate(pairs=True)

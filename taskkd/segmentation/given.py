@@ -90,6 +90,7 @@ class GivenSegmentation(SegmentationTask):
 
     def load(self, recipe: SegmentationRecipe, folder: Path | None = None) -> SegmentationData:
         """The given data."""
+        self._data.pairs = recipe.training.batch_size > 1
         return self._data
 
     def teacher(self, recipe: SegmentationRecipe, data: SegmentationData, source: str | None = None) -> nn.Module:

@@ -72,7 +72,7 @@ def assemble(config: SegmenterConfig, classes: int, weights: Weights) -> tuple[n
 
 def _options(config: SegmenterConfig) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    depth = config.depth or (3 if config.architecture == "pspnet" else 5)
+    depth = config.depth or 5
     if config.depth is not None:
         found["encoder_depth"] = depth
     if config.output_stride is not None:

@@ -58,7 +58,9 @@ class SegmentationTask:
         Raises:
             DataError: a file, class or split is wrong.
         """
-        return load(recipe.data)
+        data = load(recipe.data)
+        data.pairs = recipe.training.batch_size > 1
+        return data
 
     def shorthand(self, teacher: Any, student: Any, data: Any) -> dict[str, Any]:
         """The sections of a recipe that a name or a path stands for.
@@ -155,9 +157,9 @@ class SegmentationTask:
                     f"{', '.join(data.classes[:20])}."
                 )
             views = model.views
-            lines.append(
-                (f"{who}'s maps", f"logits {views.logits}, feature {views.feature}, stages {len(views.stages)}")
-            )
+            aux = "" if views.aux is None else f"; aux {views.aux}"
+            stages = ", ".join(views.stages) or "none"
+            lines.append((f"{who}'s maps", f"logits {views.logits}; feature {views.feature}{aux}; stages {stages}"))
         return lines
 
     # ---- training and evaluation

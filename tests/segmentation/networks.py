@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import segmentation_models_pytorch as smp
 import torchvision
 import transformers
@@ -13,6 +14,12 @@ from torchvision.models import segmentation as tv
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
 from torchvision.models.segmentation.fcn import FCN, FCNHead
+
+
+def some(all_of_them: Iterable[Any], *slow: Any) -> list[Any]:
+    """All of them as parameters of a test, of which those that are like others are slow."""
+    return [pytest.param(one, marks=[pytest.mark.slow] if one in slow else []) for one in all_of_them]
+
 
 Build = Callable[[int], nn.Module]
 

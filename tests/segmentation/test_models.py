@@ -25,7 +25,7 @@ from taskkd.segmentation.description import SEGMENTER, Description
 from taskkd.segmentation.models import build, check_student, class_names, describe, load, save, wrap
 from taskkd.segmentation.segmenter import Segmenter
 from taskkd.segmentation.transformers_networks import Asked, TransformersSegmenter
-from tests.segmentation.networks import NETWORKS
+from tests.segmentation.networks import NETWORKS, some
 from tests.segmentation.test_probe import maps
 
 NET = "timm:mobilenetv3_small_050"
@@ -53,7 +53,9 @@ CONFIGS: dict[str, tuple[dict[str, Any], int]] = {
 LRASPP = {"architecture": "lraspp", "backbone": NET, "width": 8}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", some(CONFIGS, "fcn-any", "unetplusplus", "linknet", "manet", "pan", "segformer", "upernet")
+)
 def test_every_architecture_trains_a_step_and_is_loaded_to_the_bit(name: str, tmp_path: Path) -> None:
     config, stride = CONFIGS[name]
     model = build(config, NAMES)
@@ -101,7 +103,9 @@ def test_dilation_is_torchvisions_own() -> None:
         torch.testing.assert_close(model(images)["logits"], own((images - model.mean) / model.std)["out"])
 
 
-@pytest.mark.parametrize("key", torchvision_networks.COCO, ids="_".join)
+@pytest.mark.parametrize(
+    "key", some(torchvision_networks.COCO, *(k for k in torchvision_networks.COCO if "res" in k[1]))
+)
 def test_coco_networks_have_torchvisions_keys(key: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose own weights, of 21 classes and with an auxiliary head, are loaded but for the last layers."""
     options = {} if key[0] == "lraspp" else {"aux_loss": True}
@@ -415,6 +419,7 @@ def test_networks_of_queries_teach_by_their_map(make: Any, tmp_path: Path) -> No
         ({"architecture": "deeplabv3", "weights": "coco", "width": 8}, "leave out width"),
         ({"architecture": "unet", "aux": True}, "no auxiliary head"),
         ({"architecture": "fcn", "depth": 4}, "leave out `depth`"),
+        ({"architecture": "fpn", "depth": 4}, "a `depth` of 5; leave it out"),
         ({"architecture": "unet", "output_stride": 8}, "leave out `output_stride`"),
         ({"architecture": "linknet", "width": 8}, "leave out `width`"),
         ({"architecture": "fpn", "width": 16}, "multiple of 32, got 16"),

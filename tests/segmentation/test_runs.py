@@ -99,6 +99,14 @@ def test_unlabelled_images_are_distilled_on(recipe: Path, data: Path, tmp_path: 
     assert 0 <= result.report["distilled"]["distilled"]["0"]["test"]["mIoU"] <= 1
 
 
+def test_one_image_that_is_left_over_can_be_trained_on(recipe: Path, tmp_path: Path) -> None:
+    """DeepLabV3 normalises one pixel for each image: not in a batch of one."""
+    student = "student={architecture: deeplabv3, backbone: mobilenet_v3_small, width: 8}"
+    small = ("teacher.finetune.max_steps=1", "training.batch_size=5", "baseline=null")  # of 6 images
+    result = run(recipe, tmp_path / "run", student, *small)
+    assert len(result.report["distilled"]["distilled"]["0"]["history"]) >= 1
+
+
 def test_networks_of_other_classes_are_refused(recipe: Path, tmp_path: Path) -> None:
     other = models.build({"architecture": "lraspp", "backbone": "mobilenet_v3_small", "width": 8}, ["sea", "land"])
     models.save(other, tmp_path / "other")

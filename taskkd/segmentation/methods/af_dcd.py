@@ -166,7 +166,8 @@ def af_dcd(
 ) -> Method:
     """A masked map generates the teacher's, and its groups of channels are told from others nearby; soft targets.
 
-    Source: Fan et al. 2023 (Af-DCD) and their code. Their weights of `mimic`, `contrast` and `kd` are the defaults, on
+    Source: Fan, Li, Liu, Yao 2023, "Augmentation-free Dense Contrastive Knowledge Distillation for Efficient Semantic
+    Segmentation" (Af-DCD), and their code. Their weights of `mimic`, `contrast` and `kd` are the defaults, on
     Cityscapes 2e-6, 0.005 and 1, on ADE20K 4e-5, 0.04 and 0.5; they clip the gradient of the generator at 15
     (`max_grad_norm` here is of all).
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -173,7 +173,7 @@ def domain_adaptive(
     adversarial_weight: Annotated[float, Ge(0)] = 1e-3,
     adversarial_aux_weight: Annotated[float, Ge(0)] = 2e-4,
     target_distill: Annotated[float, Ge(0)] = 1.0,
-    threshold: Annotated[float, Ge(0)] = 0.0,
+    threshold: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
     size: Literal["images", "logits"] = "images",
     ignore: Ignore = "padding",
     width: Annotated[int, Gt(0)] = 64,

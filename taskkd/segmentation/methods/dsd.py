@@ -155,8 +155,9 @@ def dsd(
 ) -> Method:
     """How attention changes from layer to layer, how alike the maps of two classes are, and soft targets.
 
-    Source: Feng et al. 2021, with formula, layers and weights of the code of CIRKD (Yang C. et al. 2022), the defaults:
-    the layers are the backbone's last map, the map before the classifier, and the logits.
+    Source: Feng, Sun, Diao, Li, Gao 2021, "Double Similarity Distillation for Semantic Image Segmentation", with
+    formula, layers and weights of the code of CIRKD (Yang C. et al. 2022), the defaults: the layers are the backbone's
+    last map, the map before the classifier, and the logits.
 
     Args:
         student, teacher: models with `views.logits` and `views.stages` or `views.feature`, and the same classes; a

@@ -129,9 +129,10 @@ def ifvd(
 ) -> Method:
     """How far each pixel's features are from the mean of its class: the student's as the teacher's.
 
-    Source: Wang Y. et al. 2020, with pixel-wise soft targets; their adversarial term (1e-3) is not part of this method.
-    Their paper weighs 50, their released command 200, the authors of CIRKD 20. Alone it is no good (58.9 mIoU where
-    the student alone has 69): keep `kd`.
+    Source: Wang Y., Zhou, Jiang, Bai, Xu 2020, "Intra-class Feature Variation Distillation for Semantic Segmentation",
+    with pixel-wise soft targets; their adversarial term (1e-3) is not part of this method. Their paper weighs 50, their
+    released command 200, the authors of CIRKD 20. Alone it is no good (58.9 mIoU where the student alone has 69): keep
+    `kd`.
 
     Scaling: a mean over labelled pixels; theirs counts ignored ones, too (`ignore="none"`). Samples without labels do
     not take part. Their soft targets are divided by the classes and weighed 10, that is 10 / classes here.

@@ -147,6 +147,7 @@ def dakd(inputs: Inputs, params: Mapping[str, Any]) -> dict[str, Tensor]:
         "seg_aux": seg[1],
         "mse": values["log-probabilities-aux"],
         "pseudo_ce": values["pseudo-labels"],
+        "kl_as_written": values["kl"],  # theirs is NaN: ours is the one that was meant, and finite
         "kl_intended_final": values["kl"] / classes,
         "kl_intended_aux": values["kl-aux"] / classes,
         "adv_g": adversarial,
