@@ -113,10 +113,20 @@ class SegmentationTask:
         return " ".join(file_sha256(f) for f in files)
 
     def teacher(self, recipe: SegmentationRecipe, data: SegmentationData, source: str | None = None) -> nn.Module:
-        """The teacher (from `source`, a folder of this run, once it is fine-tuned)."""
+        """The teacher (from `source`, a folder of this run, once it is fine-tuned).
+
+        Raises:
+            RecipeError: it cannot be built, or is to be fine-tuned though it predicts by queries.
+        """
         if source is not None:
             return models.load(source)
-        return models.build(recipe.teacher.segmenter, data.classes)
+        built = models.build(recipe.teacher.segmenter, data.classes)
+        if recipe.teacher.finetune is not None and built.universal:
+            raise RecipeError(
+                f"teacher.finetune: {built.kind} predicts by queries, which are learnt by matching them with masks; a "
+                "loss on its map of classes does not do that. Leave finetune out, and train it on these classes first."
+            )
+        return built
 
     def student(self, recipe: SegmentationRecipe, data: SegmentationData, teacher: nn.Module, seed: int) -> nn.Module:
         """The student at its start; the same for a seed, whatever it is then trained with."""

@@ -163,6 +163,8 @@ def test_a_student_that_predicts_by_queries(check: Any) -> None:
     transformers.Mask2FormerForUniversalSegmentation(config).save_pretrained("queries")
     with pytest.raises(RecipeError, match=r"Mask2FormerForUniversalSegmentation predicts by queries.*as the teacher"):
         check("student={model: queries}")
+    with pytest.raises(RecipeError, match=r"teacher\.finetune: Mask2Former\w+ predicts by queries.*Leave finetune out"):
+        check("teacher={model: queries, finetune: {epochs: 1}}")
     assert "out.logits" in str(check("teacher={model: queries}").stages["distil"].terms[1].teacher)
 
 
