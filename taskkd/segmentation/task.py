@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,21 @@ from torch import Tensor, nn
 
 from taskkd.caches import file_sha256
 from taskkd.checkpoints import load_student
-from taskkd.errors import DataError, RecipeError
+from taskkd.errors import DataError, RecipeError, nearest
 from taskkd.images import decode, in_file
 from taskkd.segmentation import models
 from taskkd.segmentation.config import SMP, TORCHVISION
 from taskkd.segmentation.data import SegmentationData, load, read_part
 from taskkd.segmentation.datasets import SegmentationDataset, collate
 from taskkd.segmentation.loss import PixelCrossEntropy
+from taskkd.segmentation.mapped import mapped
 from taskkd.segmentation.methods import METHODS
 from taskkd.segmentation.metrics import SegmentationMetric, predicted
 from taskkd.segmentation.nuclei import nuclei
 from taskkd.segmentation.records import Annotations, Bad
 from taskkd.segmentation.schema import SegmentationRecipe, Source
 from taskkd.segmentation.segmenter import Segmenter
+from taskkd.segmentation.terms import MapTerm
 from taskkd.teachers import Frozen, Teacher
 from taskkd.terms import Term
 
@@ -48,6 +51,8 @@ class SegmentationTask:
     task_key = "name"
     task_names: tuple[str, ...] = ()
     default_method = "channel_wise"
+    #: what a term of a recipe becomes: maps of two networks at one size
+    term = staticmethod(partial(MapTerm, ignore="none"))
     sampling = "random"
 
     # ---- data
@@ -116,7 +121,10 @@ class SegmentationTask:
         """The teacher (from `source`, a folder of this run, once it is fine-tuned)."""
         if source is not None:
             return models.load(source)
-        return models.build(recipe.teacher.segmenter, data.classes)
+        own = recipe.teacher
+        if own.label_map is not None:
+            return mapped(models.existing(own.segmenter), own.label_map, data.classes)
+        return models.build(own.segmenter, data.classes)
 
     def student(self, recipe: SegmentationRecipe, data: SegmentationData, teacher: nn.Module, seed: int) -> nn.Module:
         """The student at its start; the same for a seed, whatever it is then trained with."""
@@ -290,7 +298,13 @@ def _parts(folder: Path) -> dict[str, str]:
 
 def _named(name: str, built: dict[str, Any]) -> dict[str, Any]:
     architecture, _, backbone = name.partition("/")
-    if Path(name).exists() or architecture not in (*TORCHVISION, *SMP):
+    known = (*TORCHVISION, *SMP)
+    if Path(name).exists() or architecture not in known:
+        if "/" not in name and not Path(name).exists():
+            raise RecipeError(
+                f"{name!r} is no folder, and no architecture{nearest(name, known)}; known: {', '.join(known)}. "
+                "Networks of the hub have an owner, as nvidia/segformer-b0-finetuned-ade-512-512."
+            )
         return {"model": name}
     return {
         "architecture": architecture,
