@@ -214,7 +214,8 @@ class SegmentationTask:
         """
         for path in inputs:
             if not Path(path).is_file():
-                raise DataError(f"{path}: no such file; segmentation networks predict on image files.")
+                what = f"is a folder; name its images ({path}/*)" if Path(path).is_dir() else "no such file"
+                raise DataError(f"{path}: {what}; segmentation networks predict on image files.")
             image = decode(in_file(Path(path)), 0).float() / 255
             with torch.no_grad():
                 logits: Tensor = student(image[None])["logits"]
@@ -291,6 +292,8 @@ def _parts(folder: Path) -> dict[str, str]:
     if (folder / "images").is_dir() and not (folder / "train").is_dir():
         return {"train": str(folder)}
     found = {part: folder / part for part in ("train", "validation", "test")}
+    if not found["train"].is_dir():
+        raise RecipeError(f"data: {folder} has neither `images` and `masks` nor a folder `train` with these.")
     if not found["validation"].is_dir() and (folder / "val").is_dir():
         found["validation"] = folder / "val"
     return {part: str(path) for part, path in found.items() if part == "train" or path.is_dir()}
