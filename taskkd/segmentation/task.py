@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,21 @@ from torch import Tensor, nn
 
 from taskkd.caches import file_sha256
 from taskkd.checkpoints import load_student
-from taskkd.errors import DataError, RecipeError
+from taskkd.errors import DataError, RecipeError, nearest
 from taskkd.images import decode, in_file
 from taskkd.segmentation import models
 from taskkd.segmentation.config import SMP, TORCHVISION
 from taskkd.segmentation.data import SegmentationData, load, read_part
 from taskkd.segmentation.datasets import SegmentationDataset, collate
 from taskkd.segmentation.loss import PixelCrossEntropy
+from taskkd.segmentation.mapped import mapped
 from taskkd.segmentation.methods import METHODS
 from taskkd.segmentation.metrics import SegmentationMetric, predicted
 from taskkd.segmentation.nuclei import nuclei
 from taskkd.segmentation.records import Annotations, Bad
 from taskkd.segmentation.schema import SegmentationRecipe, Source
 from taskkd.segmentation.segmenter import Segmenter
+from taskkd.segmentation.terms import MapTerm
 from taskkd.teachers import Frozen, Teacher
 from taskkd.terms import Term
 
@@ -48,6 +51,8 @@ class SegmentationTask:
     task_key = "name"
     task_names: tuple[str, ...] = ()
     default_method = "channel_wise"
+    #: what a term of a recipe becomes: maps of two networks at one size
+    term = staticmethod(partial(MapTerm, ignore="none"))
     sampling = "random"
 
     # ---- data
@@ -120,8 +125,11 @@ class SegmentationTask:
         """
         if source is not None:
             return models.load(source)
-        built = models.build(recipe.teacher.segmenter, data.classes)
-        if recipe.teacher.finetune is not None and built.universal:
+        own = recipe.teacher
+        if own.label_map is not None:
+            return mapped(models.existing(own.segmenter), own.label_map, data.classes)
+        built = models.build(own.segmenter, data.classes)
+        if own.finetune is not None and built.universal:
             raise RecipeError(
                 f"teacher.finetune: {built.kind} predicts by queries, which are learnt by matching them with masks; a "
                 "loss on its map of classes does not do that. Leave finetune out, and train it on these classes first."
@@ -303,7 +311,13 @@ def _parts(folder: Path) -> dict[str, str]:
 
 def _named(name: str, built: dict[str, Any]) -> dict[str, Any]:
     architecture, _, backbone = name.partition("/")
-    if Path(name).exists() or architecture not in (*TORCHVISION, *SMP):
+    known = (*TORCHVISION, *SMP)
+    if Path(name).exists() or architecture not in known:
+        if "/" not in name and not Path(name).exists():
+            raise RecipeError(
+                f"{name!r} is no folder, and no architecture{nearest(name, known)}; known: {', '.join(known)}. "
+                "Networks of the hub have an owner, as nvidia/segformer-b0-finetuned-ade-512-512."
+            )
         return {"model": name}
     return {
         "architecture": architecture,
