@@ -153,3 +153,16 @@ def peak(loss: Callable[[], Tensor], student: Tensor) -> tuple[float, Tensor]:
         now += event.nbytes()
         worst = max(worst, now)
     return worst, value.detach()
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_low_temperatures_with_left_out_pixels_are_finite(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "LARGE", 1 if large else 2**20)
+    student, teacher = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
+    mask = torch.ones(2, 4, 4, dtype=torch.bool)
+    mask[:, 2:] = False
+    value = losses.channel_wise(student, teacher, temperature=0.1, mask=mask)
+    torch.testing.assert_close(value, losses.channel_wise(student[:, :, :2], teacher[:, :, :2], temperature=0.1))
+    value.backward()
+    assert student.grad is not None
+    assert student.grad.isfinite().all()

@@ -12,6 +12,7 @@ from taskkd.errors import ShapeError
 from taskkd.losses.chunked import chunked_kl, suits
 from taskkd.losses.features import overhaul
 from taskkd.losses.primitives import (
+    NOWHERE,
     check_mask,
     check_same_shape,
     full_precision,
@@ -65,8 +66,8 @@ def _channel_wise(
     student: Tensor, teacher: Tensor, temperature: float | Tensor, valid: Tensor | None, mask: Tensor | None
 ) -> Tensor:
     """`channel_wise` of small tensors (batch, channels, pixels), in one go."""
-    if valid is not None:  # finite, so that the difference of what both leave out is 0
-        student, teacher = (x.masked_fill(~valid, torch.finfo(x.dtype).min / 2) for x in (student, teacher))
+    if valid is not None:
+        student, teacher = (x.masked_fill(~valid, NOWHERE) for x in (student, teacher))
     return masked_mean(softened_kl(student, teacher, temperature, 2), mask)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from taskkd.losses.primitives import HALF, spread
+from taskkd.losses.primitives import HALF, NOWHERE, spread
 
 __all__ = ["chunked_kl", "suits"]
 
@@ -137,7 +137,7 @@ def _softmax(
     """The logits over `T` less their largest, their softmax, and the sum that it was divided by."""
     x = x.to(full)
     if valid is not None:
-        x = x.masked_fill(~valid, torch.finfo(full).min / 2)  # finite after the subtraction
+        x = x.masked_fill(~valid, NOWHERE)
     shifted = x - x.amax(dim, keepdim=True)
     if isinstance(by, Tensor) or by != 1:
         shifted.div_(by)
@@ -170,7 +170,7 @@ def _differentiable(student: Tensor, teacher: Tensor, ctx: Any, grad: Tensor) ->
     s, t = student.view_as(student), teacher.view_as(teacher)  # two, though they be one
     a, b = (x.double() if torch.float64 in (s.dtype, t.dtype) else x.float() for x in (s, t))
     if ctx.valid is not None:
-        a, b = (x.masked_fill(~ctx.valid, torch.finfo(x.dtype).min / 2) for x in (a, b))
+        a, b = (x.masked_fill(~ctx.valid, NOWHERE) for x in (a, b))
     log_s, log_t = (F.log_softmax(x / ctx.by, ctx.dim) for x in (a, b))
     kl = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(ctx.dim, keepdim=True)
     wanted = ctx.needs_input_grad[:2]

@@ -42,6 +42,8 @@ __all__ = [
 
 Loss = TypeVar("Loss", bound=Callable[..., Tensor])
 HALF = frozenset((torch.float16, torch.bfloat16))
+#: the logit of what is in no distribution: its share is 0, and it is finite over any temperature
+NOWHERE = -1e30
 
 
 def _upcast(value: Any) -> Any:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import xxhash
 from torch.utils.data import Subset
@@ -18,14 +18,13 @@ from taskkd.segmentation.datasets import SegmentationDataset, WithUnlabelled, co
 from taskkd.segmentation.nuclei import nuclei
 from taskkd.segmentation.readers import LAYOUTS, read_folder, read_hub, read_images, read_voc
 from taskkd.segmentation.records import Annotations, shared_images, tiles
-from taskkd.segmentation.schema import Data, Source
+from taskkd.segmentation.schema import Data, Part, Source
 from taskkd.segmentation.transforms import build
 from taskkd.splits import divided, share_of
 
 __all__ = ["SegmentationData", "from_annotations", "load", "read_part"]
 
 logger = logging.getLogger(__name__)
-Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
 #: how many masks are looked at to see whether the classes are those of the masks
 LOOKED_AT = 8

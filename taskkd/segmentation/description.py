@@ -29,6 +29,7 @@ class Description:
         mean, std: of the images, in 0..1.
         divisor: images are padded to multiples of it.
         size: (height, width) that every image is resized to, or None.
+        call: whether it is run by a function of the caller's, which is not saved.
     """
 
     config: SegmenterConfig | None
@@ -38,6 +39,7 @@ class Description:
     std: tuple[float, ...]
     divisor: int = 1
     size: tuple[int, int] | None = None
+    call: bool = False
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -49,6 +51,7 @@ class Description:
         config = None if self.config is None else self.config.model_dump(exclude_defaults=True)
         data = {"format": FORMAT, "kind": self.kind, "names": list(self.names), "config": config}
         data |= {key: list(v) if isinstance(v, tuple) else v for key, v in self.preprocessing.items()}
+        data |= {"call": True} if self.call else {}
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / SEGMENTER).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
@@ -72,4 +75,4 @@ class Description:
         if version != FORMAT:
             raise DataError(f"{path} has format {version}, this version of taskkd reads {FORMAT}.")
         built = None if config is None else SegmenterConfig.of(config)
-        return cls(built, tuple(map(str, names)), str(kind), mean, std, divisor, shown)
+        return cls(built, tuple(map(str, names)), str(kind), mean, std, divisor, shown, bool(data.get("call", False)))

@@ -6,12 +6,14 @@ import copy
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
 from torch import nn
 
 from taskkd.caches import weights_sha256
-from taskkd.errors import DataError
+from taskkd.errors import DataError, RecipeError
 from taskkd.segmentation import models
 from taskkd.segmentation.data import SegmentationData, from_annotations
+from taskkd.segmentation.labels import labels_of
 from taskkd.segmentation.readers import read_hub
 from taskkd.segmentation.records import Annotations
 from taskkd.segmentation.schema import Data, SegmentationRecipe
@@ -30,7 +32,8 @@ class GivenSegmentation(SegmentationTask):
             gives logits (they are wrapped, with ImageNet's mean and std), or a saved folder.
         teacher: the same, trained on the same classes.
         train, eval, test: a folder of images and masks or in the layout of Cityscapes, ADE20K, VOC or CamVid, an HF
-            data set, or `Annotations`. Without `eval`, a tenth of `train` each is held out to validate and to test on;
+            data set, or `Annotations`. Of a folder with several parts `train` is the one that is trained on, the others
+            the one that is tested on. Without `eval`, a tenth of `train` each is held out to validate and to test on;
             without `test`, the report is on `eval`.
         classes: as in a recipe's `data.folder` (names in the order of the masks' values, or value -> name); may be
             left out where the folder has a `classes.txt` or a known layout.
@@ -41,7 +44,8 @@ class GivenSegmentation(SegmentationTask):
 
     Raises:
         DataError: data of another kind, or wrong.
-        RecipeError: a path is no network's folder, or the networks tell other numbers of classes apart.
+        RecipeError: a path is no network's folder, the networks tell other numbers of classes apart, or an option has
+            no such value.
     """
 
     def __init__(
@@ -54,21 +58,23 @@ class GivenSegmentation(SegmentationTask):
         test: Any = None,
         classes: list[str] | dict[int | str, str] | str | None = None,
         ignore: list[int | str] | None = None,
-        unlabelled: str | list[str] | None = None,
+        unlabelled: str | Path | list[str] | None = None,
         augment: list[Any] | None = None,
         metric: Literal["mIoU", "pixel_accuracy", "mean_accuracy"] = "mIoU",
         bad: Literal["error", "skip"] = "error",
     ) -> None:
         reads = {"classes": classes, "ignore": ignore or [], "bad": bad}
-        first = _annotations(train, reads)
+        first = _annotations(train, reads, "train")
         given = {"train": first, "validation": None, "test": None}
         if eval is not None:
-            given["validation"] = given["test"] = _annotations(eval, reads)
+            given["validation"] = given["test"] = _annotations(eval, reads, "test")
         if test is not None:
-            given["test"] = _annotations(test, reads)
-        options: dict[str, Any] = {} if augment is None else {"augment": augment}
-        named = {"folder": {"train": "given", "classes": first.classes}}
-        config = Data.model_validate({**named, "unlabelled": unlabelled, "metric": metric, "bad": bad, **options})
+            given["test"] = _annotations(test, reads, "test")
+        # Other data is read as these were, see `SegmentationTask.read`.
+        coded = labels_of(classes, ignore or []).classes if classes is not None else ()
+        meaning = {"classes": classes, "ignore": ignore or []} if list(coded) == first.classes else {}
+        folder = {"train": "given", "classes": first.classes, **meaning}
+        config = _config(folder=folder, unlabelled=unlabelled, augment=augment, metric=metric, bad=bad)
         self._data = from_annotations(config, given)
         self._student = models.wrap(_read(student), first.classes)
         models.check_student(self._student)
@@ -76,8 +82,8 @@ class GivenSegmentation(SegmentationTask):
 
     def describe(self) -> dict[str, Any]:
         """What of this run goes into its resolved recipe, so that a run of other models or data is noticed."""
-        data = self._data.config.model_dump(exclude={"folder"}, exclude_unset=True)
-        held = {"train": f"given:{self._data.fingerprint()[:16]}", "classes": self._data.classes}
+        data = self._data.config.model_dump(exclude_unset=True)
+        held = {**data.pop("folder"), "train": f"given:{self._data.fingerprint()[:16]}"}
         return {
             "data": {"folder": held, **data},
             "teacher": {"model": f"given:{weights_sha256(self._teacher)[:16]}"},
@@ -98,19 +104,38 @@ class GivenSegmentation(SegmentationTask):
         return self._teacher
 
     def student(self, recipe: SegmentationRecipe, data: SegmentationData, teacher: nn.Module, seed: int) -> nn.Module:
-        """A copy of the given student."""
-        return copy.deepcopy(self._student)
+        """A copy of the given student; one whose classes have no names gets those of the data."""
+        own = copy.deepcopy(self._student)
+        if own.classes == tuple(map(str, range(len(own.classes)))):
+            own.classes = tuple(data.classes)
+        return own
 
 
 def _read(source: nn.Module | str | Path) -> nn.Module:
     return models.load(source) if isinstance(source, str | Path) else source
 
 
-def _annotations(source: Any, reads: dict[str, Any]) -> Annotations:
+def _config(**given: Any) -> Data:
+    """A recipe's data section, of what is not None.
+
+    Raises:
+        RecipeError: a value is none that it takes.
+    """
+    if isinstance(given["unlabelled"], Path):
+        given["unlabelled"] = str(given["unlabelled"])
+    try:
+        return Data.model_validate({key: value for key, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    raise RecipeError(f"distill: {where}: {first['msg']}, got {first['input']!r}.")
+
+
+def _annotations(source: Any, reads: dict[str, Any], part: Literal["train", "test"]) -> Annotations:
     if isinstance(source, Annotations):
         return source
     if isinstance(source, str | Path):
-        return read_path(str(source), reads["classes"], reads["ignore"], bad=reads["bad"])
+        return read_path(str(source), reads["classes"], reads["ignore"], part=part, bad=reads["bad"])
     if hasattr(source, "column_names"):
         if reads["classes"] is None:
             raise DataError("an HF data set of images and masks needs `classes`: what the masks' values mean.")

@@ -47,7 +47,7 @@ class PixelCrossEntropy:
     def _of(self, logits: Tensor, labels: Tensor) -> Tensor:
         classes = logits.shape[1]
         if not torch.compiler.is_compiling() and not logits.is_cuda:  # there the kernel itself refuses it
-            wrong = labels[(labels >= classes) & (labels != IGNORE)]
+            wrong = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORE)]
             if wrong.numel():
                 raise DataError(f"label {int(wrong[0])}: expected 0 to {classes - 1}, or {IGNORE} for ignored pixels.")
         weights = self.class_weights

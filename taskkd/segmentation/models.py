@@ -143,27 +143,44 @@ def _existing(config: SegmenterConfig, classes: int | Sequence[str] | None, seed
     return segmenter
 
 
-def _of_transformers(config: SegmenterConfig, classes: int | Sequence[str] | None, seed: int) -> Segmenter:
-    """A network of `transformers`; what its file has not is initialised from `seed`.
+def _of_transformers(
+    config: SegmenterConfig, classes: int | Sequence[str] | None, seed: int, *, whole: bool = False
+) -> Segmenter:
+    """A network of `transformers`; what its file has not is initialised from `seed`, or refused if it must be `whole`.
 
     The classifier of another number of classes starts anew; of as many in another order, or of a folder that taskkd
     saved, it is refused.
     """
     source = config.model or ""
     _check_source(source)
+    ours = (Path(source) / SEGMENTER).is_file()
+    if ours and Description.read(source).call:
+        raise DataError(
+            f"segmenter {source!r} was run by a function, `call`, which is not saved: load it by TransformersSegmenter."
+            "from_pretrained(folder, call=...)."
+        )
     options = {k: v for k in ("mean", "std", "divisor", "size") if (v := getattr(config, k)) is not None}
     try:
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             if classes is not None:
                 _check_names(source, classes)
-            return TransformersSegmenter.from_pretrained(source, classes=classes, **options, **_taps(config)).train()  # type: ignore[no-any-return]
+            segmenter, found = TransformersSegmenter.from_pretrained(
+                source, classes=classes, output_loading_info=True, **options, **_taps(config)
+            )
     except TaskkdError as error:
         raise RecipeError(f"segmenter {source!r}: {error}") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{source}: {WEIGHTS} does not load: {error}") from None
     except (OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         hint = nearest(source.partition("/")[0], (*TORCHVISION, *SMP))
         raise DataError(f"segmenter {source!r} cannot be loaded{hint}: {first}") from None
+    lost = sorted([*found["missing_keys"], *(str(key[0]) for key in found["mismatched_keys"])])
+    if lost and (whole or ours):
+        raise CheckpointError(f"{source}: its weights have no {lost[0]!r} of this network ({len(lost)} are missing).")
+    made: Segmenter = segmenter.train()
+    return made
 
 
 def _check_source(source: str) -> None:
@@ -224,12 +241,14 @@ def wrap(model: nn.Module, classes: int | Sequence[str] | None = None, **options
         **options: of `Segmenter`.
 
     Raises:
-        RecipeError: it is a segmenter of another number of classes, or none are named.
+        RecipeError: it is a segmenter of another number of classes, or of the same in another order; or none are named.
     """
     if isinstance(model, Segmenter):
         count = len(model.classes) if classes is None else classes if isinstance(classes, int) else len(classes)
         if count != len(model.classes):
             raise RecipeError(f"the segmenter has {len(model.classes)} classes, the data has {count}.")
+        if isinstance(classes, Sequence) and sorted(classes) == sorted(model.classes):
+            _check_classes(model.kind, model.classes, classes)
         return model
     if is_transformers(model):
         return TransformersSegmenter(model, classes, **options)
@@ -307,7 +326,7 @@ def load(folder: str | Path) -> Segmenter:
 
 def _load(folder: str | Path, taps: Mapping[str, Any]) -> Segmenter:
     if (Path(folder) / "config.json").is_file():
-        return _of_transformers(SegmenterConfig(model=str(folder)), None, 0)
+        return _of_transformers(SegmenterConfig(model=str(folder)), None, 0, whole=True)
     described = Description.read(folder)
     config = described.config
     if config is None:

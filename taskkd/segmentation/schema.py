@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from taskkd.schema import Baseline, CacheConfig, Finetune, Model, Recipe, TeacherConfig, Training
 from taskkd.segmentation.config import SegmenterConfig
 
-__all__ = ["Data", "Folder", "Loss", "SegmentationRecipe", "Source", "Student", "Teacher", "Tiles"]
+__all__ = ["Data", "Folder", "Loss", "Part", "SegmentationRecipe", "Source", "Student", "Teacher", "Tiles"]
 
 Size = int | float
 Part = Literal["train", "validation", "test"]

@@ -129,7 +129,8 @@ class Segmenter(nn.Module):
     def description(self) -> Description:
         """What is saved beside the weights."""
         kind = f"{type(self.model).__module__}.{type(self.model).__qualname__}"
-        return Description(self.built, self.classes, kind, *self._normal, self.divisor, self.size)
+        call = not (self._call == "auto" or getattr(self._call, "of_library", False))
+        return Description(self.built, self.classes, kind, *self._normal, self.divisor, self.size, call)
 
     @property
     def universal(self) -> bool:
@@ -190,7 +191,7 @@ class Segmenter(nn.Module):
         if isinstance(output, Tensor):
             found: dict[str, Any] = {"logits": output}
         else:
-            found = dict(output) if isinstance(output, Mapping) else vars(output)
+            found = dict(output if isinstance(output, Mapping) else getattr(output, "__dict__", {}))
         if found.get("class_queries_logits") is not None:
             found = {"logits": semantic_map(found["class_queries_logits"], found["masks_queries_logits"])}
         logits = found.get("out", found.get("logits"))

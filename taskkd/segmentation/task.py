@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from taskkd.segmentation.methods import METHODS
 from taskkd.segmentation.metrics import SegmentationMetric, predicted
 from taskkd.segmentation.nuclei import nuclei
 from taskkd.segmentation.records import Annotations, Bad
-from taskkd.segmentation.schema import SegmentationRecipe, Source
+from taskkd.segmentation.schema import Part, SegmentationRecipe, Source
 from taskkd.segmentation.segmenter import Segmenter
 from taskkd.segmentation.terms import MapTerm
 from taskkd.teachers import Frozen, Teacher
@@ -32,6 +32,8 @@ from taskkd.terms import Term
 
 __all__ = ["TASK", "SegmentationTask", "read_path"]
 
+#: the names of the classes in a folder of images and masks, a line each
+CLASSES = "classes.txt"
 #: what tells the layout of a folder
 LAYOUTS = {
     "cityscapes": "gtFine",
@@ -88,7 +90,9 @@ class SegmentationTask:
         """Other images with masks, with the classes of a trained student."""
         own = recipe.data.folder
         known: tuple[Any, Any] = (list(student.classes), []) if own is None else (own.classes, own.ignore)
-        found = read_path(path, *known, bad=recipe.data.bad)
+        if (Path(path) / CLASSES).is_file():
+            known = (None, known[1])  # which knows better
+        found = read_path(path, *known, part="test", bad=recipe.data.bad)
         if found.classes != list(student.classes):
             raise DataError(
                 f"{path} has the classes {', '.join(found.classes[:20])}, the student others: "
@@ -255,7 +259,7 @@ def _write(mask: Tensor, path: Path) -> Path:
 
 
 def _source(data: str, classes: Any = None, ignore: Sequence[Any] = ()) -> dict[str, Any]:
-    """The data section for a folder, by its layout; with `classes`, it need not say itself what its masks mean."""
+    """The data section for a folder, by its layout; `classes` go before what it says itself of its masks."""
     folder = Path(data)
     if data == "nuclei":
         return {"sample": {"name": "nuclei"}}
@@ -264,8 +268,8 @@ def _source(data: str, classes: Any = None, ignore: Sequence[Any] = ()) -> dict[
             return {kind: {"folder": data}}
     if not folder.is_dir():
         raise RecipeError(f"data: {data!r} is no folder, nor `nuclei`, the embedded sample.")
-    names = folder / "classes.txt"
-    if names.is_file():
+    names = folder / CLASSES
+    if classes is None and names.is_file():
         classes = [line.strip() for line in names.read_text(encoding="utf-8").splitlines() if line.strip()]
     elif classes is None:
         raise RecipeError(
@@ -276,12 +280,20 @@ def _source(data: str, classes: Any = None, ignore: Sequence[Any] = ()) -> dict[
     return {"folder": {**_parts(folder), "classes": classes, "ignore": list(ignore)}}
 
 
-def read_path(path: str, classes: Any = None, ignore: Sequence[Any] = (), *, bad: Bad = "error") -> Annotations:
-    """Images with masks by what a folder holds: its training part; of a known layout the part that is tested on.
+def read_path(
+    path: str,
+    classes: Any = None,
+    ignore: Sequence[Any] = (),
+    *,
+    part: Literal["train", "test"] = "train",
+    bad: Bad = "error",
+) -> Annotations:
+    """Images with masks by what a folder holds.
 
     Args:
-        path: of images and masks, or in the layout of Cityscapes, ADE20K, VOC or CamVid.
-        classes, ignore: what the masks' values mean, where the folder has no `classes.txt`.
+        path: of images and masks, or in the layout of Cityscapes, ADE20K, VOC or CamVid; or `nuclei`.
+        classes, ignore: what the masks' values mean. Default: as the layout or the folder's `classes.txt` has it.
+        part: what is read of it: what is trained on, or what is tested on (else validated on, else all there is).
         bad: "error" or "skip".
 
     Raises:
@@ -290,11 +302,10 @@ def read_path(path: str, classes: Any = None, ignore: Sequence[Any] = (), *, bad
     """
     given = _source(path, classes, ignore)
     if "sample" in given:
-        return nuclei(128)["test"]
+        return nuclei(128)[part]
     source = Source.model_validate(given)
-    found = read_part(source, "train" if source.folder is not None else "test", bad)
-    assert found is not None
-    return found
+    parts: tuple[Part, ...] = ("train",) if part == "train" else ("test", "validation", "train")
+    return next(found for name in parts if (found := read_part(source, name, bad)) is not None)
 
 
 def _parts(folder: Path) -> dict[str, str]:

@@ -175,12 +175,17 @@ def _preprocessing(config: Any, processor: Any) -> dict[str, Any]:
 class FlippedChannels:
     """Runs a network on BGR images, as MobileViT was trained."""
 
+    #: made anew of what is saved
+    of_library = True
+
     def __call__(self, model: nn.Module, images: Tensor) -> Any:
         return model(images.flip(1))
 
 
 class Asked:
     """Runs OneFormer with the task that it is asked for, (1, L) token ids."""
+
+    of_library = True
 
     def __init__(self, tokens: Tensor) -> None:
         self.tokens = tokens

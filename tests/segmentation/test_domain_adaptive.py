@@ -56,6 +56,17 @@ def test_terms_and_weights_are_the_published_ones() -> None:
         terms_of(Net(), Net(classes=4))
 
 
+def test_pseudo_labels_below_the_threshold_are_left_out_of_the_mean_of_their_own_domain() -> None:
+    torch.manual_seed(0)
+    s, t = torch.randn(2, CLASSES, 4, 4), 3 * torch.randn(2, CLASSES, 4, 4)
+    t[1, :, 1:] = 0  # of the target domain little is sure
+    pseudo = partial(losses.pseudo_label_cross_entropy, dim=1, threshold=0.7)
+    found = DomainTerm("pseudo", pseudo, "x", "x")(
+        Run({"unlabelled": torch.tensor([False, True])}, None, {"x": s}, {"x": t})
+    )
+    assert found.item() == pytest.approx((pseudo(s[:1], t[:1]) + pseudo(s[1:], t[1:])).item())
+
+
 def test_a_domain_term_is_the_sum_of_the_means_of_both_domains() -> None:
     torch.manual_seed(0)
     s, t = torch.randn(5, 3, 8, 6).double(), torch.randn(5, 3, 8, 6).double()

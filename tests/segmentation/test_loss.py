@@ -46,6 +46,8 @@ def test_what_is_refused() -> None:
     labels[0, 5, 5] = 4
     with pytest.raises(DataError, match=r"label 4: expected 0 to 3, or 255"):
         PixelCrossEntropy()({"logits": logits}, {"labels": labels})
+    with pytest.raises(DataError, match=r"label -1: expected 0 to 3, or 255"):
+        PixelCrossEntropy()({"logits": logits}, {"labels": labels.masked_fill(labels == 4, -1)})
     with pytest.raises(TaskkdError, match="2 class_weights for 4 classes"):
         PixelCrossEntropy(class_weights=[1.0, 2.0])({"logits": logits}, {"labels": labels.clamp(max=3)})
     with pytest.raises(TaskkdError, match="not negative"):

@@ -293,6 +293,33 @@ def test_a_network_of_transformers_is_saved_as_it_saves_itself(tmp_path: Path) -
         build({"model": str(tmp_path / "a")}, 5)
 
 
+def test_what_a_folder_of_transformers_lacks_is_not_made_up(tmp_path: Path) -> None:
+    """transformers itself starts missing layers anew and says so in its log."""
+    save(wrap(NETWORKS["segformer"][0](3), NAMES), tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if "classifier" not in k}, file, {"format": "pt"})
+    for of in (lambda: load(tmp_path), lambda: build({"model": str(tmp_path)}, NAMES)):
+        with pytest.raises(CheckpointError, match=r"no 'decode_head\.classifier\.bias' of this network .2 are missing"):
+            of()
+    file.write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match="does not load"):
+        load(tmp_path)
+
+
+def test_a_function_that_runs_a_network_is_asked_for_again(tmp_path: Path) -> None:
+    def mirrored(model: nn.Module, images: torch.Tensor) -> Any:
+        return model(images.flip(-1))
+
+    saved = wrap(NETWORKS["segformer"][0](3), NAMES, call=mirrored)
+    save(saved, tmp_path)
+    with pytest.raises(DataError, match="run by a function, `call`"):
+        load(tmp_path)
+    load_student(saved, tmp_path)
+    again, image = type(saved).from_pretrained(tmp_path, call=mirrored), torch.rand(1, 3, 64, 64)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        assert torch.equal(saved.eval()(image)["logits"], again.eval()(image)["logits"])
+
+
 def test_a_foreign_folder_of_transformers_gets_a_new_classifier(tmp_path: Path) -> None:
     network = NETWORKS["mobilevit"][0](7)
     network.save_pretrained(tmp_path)

@@ -46,6 +46,8 @@ def test_outputs_without_logits_are_refused() -> None:
     model = Segmenter(nn.Identity(), 3, call=lambda m, x: {"scores": x})
     with pytest.raises(TaskkdError, match="this Identity has no logits"):
         model(torch.rand(1, 3, 4, 4))
+    with pytest.raises(TaskkdError, match="got NoneType"):
+        Segmenter(nn.Identity(), 3, call=lambda m, x: None)(torch.rand(1, 3, 4, 4))
     with pytest.raises(TaskkdError, match="at least one class"):
         Segmenter(net(), [])
     with pytest.raises(TaskkdError, match="divisor"):

@@ -60,6 +60,8 @@ def test_weights_are_the_published_ones(preset: Any, sizes: tuple[float, ...]) -
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"no preset 'cirk' \(did you mean 'cirkd'"):
         METHODS["structured"](Net(), Net(), preset="cirk")
+    with pytest.raises(RecipeError, match="looks at all pixels"):
+        METHODS["structured"](Net(), Net(), preset="ce208e1", ignore="padding")
     with pytest.raises(RecipeError, match="the student has 3 classes, the teacher 4"):
         METHODS["structured"](Net(), Net(classes=4))
     bare = Net()

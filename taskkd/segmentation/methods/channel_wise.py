@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from taskkd import losses
 from taskkd.errors import RecipeError
-from taskkd.losses.primitives import check_mask, check_same_shape, full_precision, log_softmax, masked_mean
+from taskkd.losses.primitives import (
+    NOWHERE,
+    check_mask,
+    check_same_shape,
+    full_precision,
+    log_softmax,
+    masked_mean,
+)
 from taskkd.segmentation.methods.beside import feature_of
 from taskkd.segmentation.methods.soft_targets import logit_taps
 from taskkd.segmentation.terms import Align, Ignore, MapTerm
@@ -72,7 +79,7 @@ def _squares(student: Tensor, teacher: Tensor, norm: Norm, mask: Tensor | None) 
     weight = valid.flatten(1)[:, None]
     s, t = (x.flatten(2).masked_fill(weight <= 0, 0) for x in (student, teacher))
     if norm == "channel":
-        s, t = (log_softmax(x.masked_fill(weight <= 0, -1e30), 1.0, 2).exp() for x in (s, t))
+        s, t = (log_softmax(x.masked_fill(weight <= 0, NOWHERE), 1.0, 2).exp() for x in (s, t))
         return masked_mean((s - t).square().sum(2), weight.amax(2)[:, 0])
     if norm == "channel_mean":
         s, t = (x.sum(2) / weight.sum(2).clamp(min=1) for x in (s, t))

@@ -87,20 +87,14 @@ class DomainTerm(MapTerm):
 
     def forward(self, run: Run) -> Tensor:
         run = self._aligned(run)
-        student = run.student[self.student_pairs[0]]
-        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-        unlabelled = _unlabelled(run.batch, self.name)[:, None, None]
-        size = student.shape[2:]
+        size = run.student[self.student_pairs[0]].shape[2:]
+        unlabelled = _unlabelled(run.batch, self.name)[:, None, None].expand(-1, *size)
         valid = valid_at(run.batch, size, self.ignored)
-        counts = torch.ones_like(unlabelled).expand(-1, *size) if valid is None else valid
-        weights, total = torch.zeros_like(counts, dtype=dtype), torch.zeros((), dtype=dtype, device=student.device)
-        for domain, factor in ((~unlabelled, 1.0), (unlabelled, self.target)):
-            pixels = (counts & domain).to(dtype)
-            number = pixels.sum()
-            weights = weights + factor * pixels / number.clamp(min=1)
-            total = total + factor * (number > 0).to(dtype)
-        # The loss is a mean by these weights; `total` is their sum.
-        return total * super().forward(replace(run, batch={**run.batch, "valid": weights}))
+        values = []
+        for domain in (~unlabelled, unlabelled):
+            counts = domain if valid is None else domain & valid
+            values.append(super().forward(replace(run, batch={**run.batch, "valid": counts})))
+        return values[0] + self.target * values[1]
 
 
 class DomainAdversarial(Adversarial):

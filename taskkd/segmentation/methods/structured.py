@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -263,7 +264,8 @@ def structured(
         task_weight: of the labels.
 
     Raises:
-        RecipeError: there is no such preset, the networks have different classes, or one names no features.
+        RecipeError: there is no such preset, the networks have different classes, one names no features, or pixels
+            shall be ignored by a released loss that cannot.
     """
     if preset not in _VARIANTS:
         raise RecipeError(f"structured: no preset {preset!r}{nearest(preset, _VARIANTS)}; {', '.join(_VARIANTS)}.")
@@ -281,6 +283,11 @@ def structured(
     terms: list[Term] = []
     taps = _taps(student, teacher)
     if variant.pixel_weight > 0:
+        if variant.ignore != "none" and "mask" not in inspect.signature(variant.pixel_loss).parameters:
+            raise RecipeError(
+                f"structured: the pixel-wise loss of preset {preset!r}, as it was released, looks at all pixels; leave "
+                "out `ignore`, or take preset 'corrected'."
+            )
         weight = variant.pixel_weight * variant.pixel_factor
         terms.append(MapTerm("pixels", variant.pixel_loss, *taps, ignore=variant.ignore, weight=weight))
     if variant.pair_weight > 0:
