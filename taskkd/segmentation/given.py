@@ -72,6 +72,8 @@ class GivenSegmentation(SegmentationTask):
             given["test"] = _annotations(test, reads, "test")
         # Other data is read as these were, see `SegmentationTask.read`.
         coded = labels_of(classes, ignore or []).classes if classes is not None else ()
+        if isinstance(classes, dict):  # as they are read from a recipe's file
+            classes = {str(value): name for value, name in classes.items()}
         meaning = {"classes": classes, "ignore": ignore or []} if list(coded) == first.classes else {}
         folder = {"train": "given", "classes": first.classes, **meaning}
         config = _config(folder=folder, unlabelled=unlabelled, augment=augment, metric=metric, bad=bad)

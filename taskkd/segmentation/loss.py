@@ -38,13 +38,22 @@ class PixelCrossEntropy:
         self.class_weights = None if class_weights is None else torch.tensor(list(class_weights), dtype=torch.float32)
 
     def __call__(self, output: Mapping[str, Tensor], batch: Mapping[str, Any]) -> Tensor:
-        """The loss of a batch with `labels` (N, H, W)."""
+        """The loss of a batch with `labels` (N, H, W), or a list of (H, W) and of logits, as in evaluation."""
         labels = batch["labels"]
         loss = self._of(output["logits"], labels)
         aux = output.get("aux")
         return loss if aux is None or self.aux_weight == 0 else loss + self.aux_weight * self._of(aux, labels)
 
-    def _of(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _of(self, logits: Tensor | Sequence[Tensor], labels: Tensor | Sequence[Tensor]) -> Tensor:
+        if isinstance(logits, Tensor) and isinstance(labels, Tensor):
+            total, counted = self._sums(logits, labels)
+        else:  # images of several sizes
+            found = [self._sums(x[None], y[None]) for x, y in zip(logits, labels, strict=True)]
+            total, counted = (torch.stack(values).sum() for values in zip(*found, strict=True))
+        return total / counted.clamp(min=1e-12)
+
+    def _sums(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum over the labelled pixels, and their weight."""
         classes = logits.shape[1]
         if not torch.compiler.is_compiling() and not logits.is_cuda:  # there the kernel itself refuses it
             wrong = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORE)]
@@ -62,4 +71,4 @@ class PixelCrossEntropy:
             total = F.cross_entropy(shown, labels, weight=own, ignore_index=IGNORE, reduction="sum")
             known = labels != IGNORE  # and no selection by it: that has no fixed shape and waits for the device
             counted = known.sum() if own is None else (own[labels.where(known, 0)] * known).sum()
-            return total / counted.to(total).clamp(min=1e-12)
+            return total, counted.to(total)

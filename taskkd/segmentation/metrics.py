@@ -51,6 +51,7 @@ class SegmentationMetric:
         #: (K, K) int64, on the device of the batches: pixels by label (row) and prediction (column)
         self.matrix = torch.zeros(len(self.classes), len(self.classes), dtype=torch.int64)
 
+    @torch.no_grad()
     def update(self, output: Any, batch: Mapping[str, Any]) -> None:
         """Count one batch.
 

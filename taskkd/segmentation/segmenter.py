@@ -106,8 +106,9 @@ class Segmenter(nn.Module):
         self.built: SegmenterConfig | None = None
         self._normal = (tuple(map(float, mean)), tuple(map(float, std)))
         # Not in the state: they are said by the description, and a network's own file has none.
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         for name, value in zip(("mean", "std"), self._normal, strict=True):
-            self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
+            self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1).to(like), persistent=False)
         self._given = (logits, feature, None if stages is None else tuple(stages))
         self._views: Views | None = None
         self._aux: Tensor | None = None

@@ -17,8 +17,11 @@ __all__ = ["MOST", "average_pool", "cross_image_similarity", "queue_similarity",
 
 #: pixels of a map that are related to each other: those of the paper's crops, 512 x 1024 at stride 8
 MOST = 64 * 128
-#: entries of a block of similarities: 1 MB in fp32, of which about six are alive at a time
-BLOCK = 1 << 18
+#: entries of a block of similarities: 1 MB in fp32, of which about six are alive at a time; on other devices few
+#: launches count
+BLOCK, BLOCK_ELSEWHERE = 1 << 18, 1 << 24
+#: but rows at least, or the columns are read again for few of them
+ROWS = 32
 
 
 class _Setting(NamedTuple):
@@ -54,7 +57,8 @@ def similarity_kl(
         student, teacher: rows (R, features) and columns (groups, P, features) of each; L2-normalised by the caller. The
             features of both sides need not be as many. Gradient flows to the student's rows and columns.
         temperature: positive.
-        block: rows at a time; None: as many as make about a million similarities.
+        block: rows at a time; None: as many as make 1 MB of similarities in fp32 (64 MB on other devices than a CPU),
+            and at least 32.
         columns: booleans (groups, P) of those that count; a group without any is left out.
         mask: weights or booleans (R,) of the rows.
 
@@ -78,7 +82,7 @@ def similarity_kl(
         rows.new_ones(len(rows)) if mask is None else mask.to(rows.dtype),
         None if columns is None else ~columns.bool(),
         rows.new_ones(len(across)) if columns is None else columns.bool().any(1).to(rows.dtype),
-        block or max(1, BLOCK // max(across.shape[0] * across.shape[1], 1)),
+        block or _rows(across),
     )
     total: Tensor = _SimilarityKL.apply(rows, across, other_rows.detach(), other_across.detach(), setting)
     return safe_divide(total, setting.row_weight.sum() * setting.group_weight.sum())
@@ -145,6 +149,12 @@ def queue_similarity(
     """
     both = (student, queue[None]), (teacher, queue[None])
     return similarity_kl(*both, temperature=temperature * kd_temperature, mask=mask) * kd_temperature**2
+
+
+def _rows(columns: Tensor) -> int:
+    """How many rows make a block with (groups, P, features) of columns."""
+    entries = BLOCK if columns.device.type == "cpu" else BLOCK_ELSEWHERE
+    return max(ROWS, entries // max(columns.shape[0] * columns.shape[1], 1))
 
 
 def _log_shares(rows: Tensor, columns: Tensor, setting: _Setting) -> Tensor:

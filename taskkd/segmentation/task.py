@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -92,7 +93,9 @@ class SegmentationTask:
         known: tuple[Any, Any] = (list(student.classes), []) if own is None else (own.classes, own.ignore)
         if (Path(path) / CLASSES).is_file():
             known = (None, known[1])  # which knows better
-        found = read_path(path, *known, part="test", bad=recipe.data.bad)
+        folders = {} if own is None else {"images": own.images, "masks": own.masks}
+        there = {k: v for k, v in folders.items() if isinstance(v, str) and (Path(path) / v).is_dir()}
+        found = read_path(path, *known, part="test", bad=recipe.data.bad, folders=there)
         if found.classes != list(student.classes):
             raise DataError(
                 f"{path} has the classes {', '.join(found.classes[:20])}, the student others: "
@@ -258,7 +261,9 @@ def _write(mask: Tensor, path: Path) -> Path:
 # ---- names and paths
 
 
-def _source(data: str, classes: Any = None, ignore: Sequence[Any] = ()) -> dict[str, Any]:
+def _source(
+    data: str, classes: Any = None, ignore: Sequence[Any] = (), folders: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
     """The data section for a folder, by its layout; `classes` go before what it says itself of its masks."""
     folder = Path(data)
     if data == "nuclei":
@@ -277,7 +282,8 @@ def _source(data: str, classes: Any = None, ignore: Sequence[Any] = ()) -> dict[
             "values 0, 1, ...), and is not in the layout of Cityscapes, ADE20K, VOC or CamVid; a recipe can say what "
             "its masks mean."
         )
-    return {"folder": {**_parts(folder), "classes": classes, "ignore": list(ignore)}}
+    own = _parts(folder, folders.get("images", "images"))
+    return {"folder": {**own, **folders, "classes": classes, "ignore": list(ignore)}}
 
 
 def read_path(
@@ -287,6 +293,7 @@ def read_path(
     *,
     part: Literal["train", "test"] = "train",
     bad: Bad = "error",
+    folders: Mapping[str, str] | None = None,
 ) -> Annotations:
     """Images with masks by what a folder holds.
 
@@ -295,12 +302,13 @@ def read_path(
         classes, ignore: what the masks' values mean. Default: as the layout or the folder's `classes.txt` has it.
         part: what is read of it: what is trained on, or what is tested on (else validated on, else all there is).
         bad: "error" or "skip".
+        folders: the names of its folders of `images` and `masks`, where they are others.
 
     Raises:
         DataError: a file is wrong.
         RecipeError: it cannot be told what the masks mean.
     """
-    given = _source(path, classes, ignore)
+    given = _source(path, classes, ignore, folders or {})
     if "sample" in given:
         return nuclei(128)[part]
     source = Source.model_validate(given)
@@ -308,9 +316,9 @@ def read_path(
     return next(found for name in parts if (found := read_part(source, name, bad)) is not None)
 
 
-def _parts(folder: Path) -> dict[str, str]:
-    """`images` and `masks` in the folder itself, or in its folders train, validation (val) and test."""
-    if (folder / "images").is_dir() and not (folder / "train").is_dir():
+def _parts(folder: Path, images: str) -> dict[str, str]:
+    """`images` and masks in the folder itself, or in its folders train, validation (val) and test."""
+    if (folder / images).is_dir() and not (folder / "train").is_dir():
         return {"train": str(folder)}
     found = {part: folder / part for part in ("train", "validation", "test")}
     if not found["train"].is_dir():

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from torch import nn
 
+import taskkd as kd
 from taskkd.errors import RecipeError
-from taskkd.segmentation import Segmenter
+from taskkd.segmentation import PixelCrossEntropy, SegmentationDataset, SegmentationMetric, Segmenter, collate
 from taskkd.segmentation.given import GivenSegmentation
 from taskkd.segmentation.task import TASK, read_path
+from tests.engine import arguments
 from tests.segmentation import trees
 
 
@@ -29,7 +32,7 @@ def test_a_folder_with_parts_is_trained_on_by_the_one_and_tested_on_by_the_other
 
 
 def net(*classes: str) -> Segmenter:
-    return Segmenter(nn.Conv2d(3, 2, 1), classes or 2)
+    return Segmenter(nn.Conv2d(3, len(classes) or 2, 1), classes or 2)
 
 
 def test_classes_that_are_given_go_before_those_of_the_folder_and_are_kept(tmp_path: Path) -> None:
@@ -37,9 +40,11 @@ def test_classes_that_are_given_go_before_those_of_the_folder_and_are_kept(tmp_p
     meaning = {0: "ground", 1: "thing", 2: "thing"}
     task = GivenSegmentation(net(), net(), root, classes=meaning, unlabelled=root / "images")
     described = task.describe()
-    assert described["data"]["folder"]["classes"] == meaning
+    assert described["data"]["folder"]["classes"] == {"0": "ground", "1": "thing", "2": "thing"}
     # Other images are read in the same way, where they do not say it themselves, and the student has the names.
     (root / "classes.txt").unlink()
+    (root / "masks").rename(root / "labels")
+    described["data"]["folder"]["masks"] = "labels"
     recipe = TASK.recipe.model_validate({"schema": 1, "name": "x", **described})
     data = task.load(recipe)
     student = task.student(recipe, data, net(), 0)
@@ -52,3 +57,19 @@ def test_what_does_not_go_with_the_data_is_refused_with_a_sentence(tmp_path: Pat
         GivenSegmentation(net(), net("thing", "ground"), root, classes=classes)
     with pytest.raises(RecipeError, match=r"metric: .*got 'IoU'"):
         GivenSegmentation(net(), net(), root, classes=classes, metric="IoU")  # type: ignore[arg-type]
+
+
+def test_images_of_several_sizes_are_evaluated_in_one_batch(tmp_path: Path) -> None:
+    root = trees.folder(tmp_path, 4)
+    for number, side in enumerate((48, 64)):
+        for part, array in zip(("images", "masks"), trees.scene(number, side), strict=True):
+            Image.fromarray(array).save(root / part / f"{number:03}.png")
+    model, table = net(*"abc"), SegmentationDataset(read_path(str(root)))
+    trainer = kd.Trainer(
+        model,
+        task_loss=PixelCrossEntropy(),
+        metric=SegmentationMetric(trees.CLASSES),
+        args=arguments(tmp_path / "out", per_device_eval_batch_size=4),
+        data_collator=collate,
+    )
+    assert trainer.evaluate(table)["eval_loss"] > 0

@@ -41,6 +41,19 @@ def test_nothing_labelled_gives_0_with_a_gradient_of_0(weights: list[float] | No
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
+def test_images_of_several_sizes_are_one_mean_over_all_pixels() -> None:
+    """As the evaluation of a student has them in a batch."""
+    logits, _, labels = data()
+    loss = PixelCrossEntropy(class_weights=WEIGHTS)
+    sizes = [(slice(0, 10), slice(0, 12)), (slice(0, 6), slice(0, 6))]
+    some = {"labels": [labels[i][size] for i, size in enumerate(sizes)]}
+    found = loss({"logits": [logits[0], logits[1]]}, some)
+    shown = [F.interpolate(logits[i][None], label.shape, mode="bilinear")[0] for i, label in enumerate(some["labels"])]
+    flat, known = (torch.cat(x, -1) for x in ([x.flatten(1) for x in shown], [x.flatten() for x in some["labels"]]))
+    expected = F.cross_entropy(flat.T, known, weight=torch.tensor(WEIGHTS).double(), ignore_index=255)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
 def test_what_is_refused() -> None:
     logits, _, labels = data()
     labels[0, 5, 5] = 4

@@ -155,3 +155,9 @@ def test_a_semantic_map_of_nothing_is_finite() -> None:
 
 def test_double_precision_is_kept() -> None:
     assert semantic_map(torch.randn(1, 2, 4).double(), torch.randn(1, 2, 3, 3).double()).dtype == torch.float64
+
+
+def test_images_are_shown_in_the_precision_of_the_network_that_is_given() -> None:
+    model = Segmenter(net().bfloat16(), 3)
+    assert model(torch.rand(1, 3, 8, 8))["logits"].dtype == torch.bfloat16
+    assert Segmenter(net(), 3).description == model.description
