@@ -61,8 +61,8 @@ class Row:
 
 
 ROWS = {
-    "soft_targets": Row("soft targets, each pixel", {"name": "soft_targets"}, {"method.temperature": [1.0, 4.0]}),
-    "channel_wise": Row("CWD (Shu 2021)", {"name": "channel_wise"}, {"method.weight": [3.0, 10.0]}),
+    "soft_targets": Row("soft targets, each pixel", {"name": "soft_targets"}, {"method.weight": [1.0, 10.0, 50.0]}),
+    "channel_wise": Row("CWD (Shu 2021)", {"name": "channel_wise"}, {"method.weight": [0.1, 0.5, 3.0]}),
     "structured": Row("SKD (Liu 2019)", {"name": "structured"}),
     "ifvd": Row("IFVD (Wang 2020)", {"name": "ifvd"}),
     "cirkd": Row("CIRKD (Yang 2022)", {"name": "cirkd"}),

@@ -163,13 +163,15 @@ def methods(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    data: Annotated[str | None, typer.Option(help="A file to evaluate on instead of the run's test set.")] = None,
+    data: Annotated[str | None, typer.Option(help="A file or folder to evaluate on, not the run's test set.")] = None,
 ) -> None:
-    """Evaluate a run's student on its test set or on another file."""
+    """Evaluate a run's student on its test set or on other data."""
     from taskkd import runs
 
-    for name, value in runs.evaluate(run, data).items():
-        _say(f"{name:12} {value:.4f}")
+    found = runs.evaluate(run, data)
+    width = max([12, *map(len, found)])
+    for name, value in found.items():
+        _say(f"{name:{width}} {value:.4f}")
 
 
 @app.command()

@@ -22,9 +22,19 @@ __all__ = [
 
 
 class TaskkdError(Exception):
-    """Base of every error that taskkd raises for a reason the user can change."""
+    """Base of every error that taskkd raises for a reason the user can change.
+
+    A `DataLoader`'s worker hands an error on as text with a traceback in it: the sentence alone is kept as the message,
+    the rest as a note.
+    """
 
     exit_code = 2
+
+    def __init__(self, *args: object) -> None:
+        if args and isinstance(args[0], str) and "\nOriginal Traceback" in args[0]:
+            self.add_note(args[0])
+            args = (args[0].rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2].strip(),)
+        super().__init__(*args)
 
 
 class TapError(TaskkdError):

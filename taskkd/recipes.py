@@ -213,9 +213,8 @@ def build_terms(recipe: Any) -> list[Match]:
     from taskkd import losses
     from taskkd.adapters import ADAPTERS
     from taskkd.schedules import from_config
-    from taskkd.terms import Match
 
-    built = []
+    kind, built = task_named(recipe.task, "terms").term, []
     for term in recipe.terms:
         if term.loss not in losses.__all__:
             known = ", ".join(losses.__all__)
@@ -238,7 +237,7 @@ def build_terms(recipe: Any) -> list[Match]:
             ):
                 raise RecipeError(f"term {term.name!r}: {option} must be a number, got {value!r}.")
         built.append(
-            Match(
+            kind(
                 term.name,
                 getattr(losses, term.loss),
                 term.student,

@@ -25,6 +25,19 @@ def test_exit_codes(error: type[errors.TaskkdError], code: int) -> None:
     assert issubclass(error, errors.TaskkdError)
 
 
+def test_an_error_of_a_worker_is_its_sentence() -> None:
+    from torch._utils import ExceptionWrapper
+
+    try:
+        raise errors.DataError("a.png: the image cannot be read: it is truncated.")
+    except errors.DataError:
+        handed = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(errors.DataError) as found:
+        handed.reraise()
+    assert str(found.value) == "a.png: the image cannot be read: it is truncated."
+    assert "test_errors.py" in found.value.__notes__[0]
+
+
 @pytest.mark.parametrize(
     ("name", "known", "sentence"),
     [

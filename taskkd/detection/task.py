@@ -35,7 +35,7 @@ from taskkd.errors import DataError
 from taskkd.images import decode, in_file
 from taskkd.splits import share_of
 from taskkd.teachers import Teacher
-from taskkd.terms import Term
+from taskkd.terms import Match, Term
 
 __all__ = ["TASK", "DetectionData", "DetectionTask"]
 
@@ -120,6 +120,8 @@ class DetectionTask:
     #: recipes of detection have no `by_task`
     task_key = "name"
     task_names: tuple[str, ...] = ()
+    #: what a term of a recipe becomes
+    term = Match
     default_method = "auto"
     sampling = "random"
 

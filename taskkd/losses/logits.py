@@ -378,8 +378,7 @@ def dist(
         raise ValueError(f"`over` is one of all, batch, got {over!r}.")
     dim = _class_dim(student, dim, "dist")
     p, q = (log_softmax(x, temperature, dim).exp().movedim(dim, -1) for x in (student, teacher))
-    shape = p.shape[:-1]
-    weight = p.new_ones(shape)
+    weight = p.new_ones(shape := p.shape[:-1])
     if mask is not None:
         check_mask(mask, shape)
         weight = mask.to(p.dtype).reshape(mask.shape + (1,) * (len(shape) - mask.ndim)).expand(shape)

@@ -29,7 +29,7 @@ from taskkd.nlp.schema import Data, NlpRecipe
 from taskkd.nlp.sentence import SentenceEncoder, load_sentence_encoder
 from taskkd.nlp.splits import read_splits
 from taskkd.teachers import Frozen, Teacher
-from taskkd.terms import Term
+from taskkd.terms import Match, Term
 
 __all__ = ["NlpData", "NlpRecipe", "task_loss"]
 
@@ -144,6 +144,8 @@ class NlpTask:
     task_names = tuple(GLUE_TASKS)
     #: what `kd.distill` uses where no method is named
     default_method = "soft_targets"
+    #: what a term of a recipe becomes
+    term = Match
     #: in which order samples are drawn: texts of like length together
     sampling = "group_by_length"
 

@@ -16,7 +16,7 @@ TorchvisionArchitecture = Literal["deeplabv3", "fcn", "lraspp"]
 SmpArchitecture = Literal[
     "unet", "unetplusplus", "manet", "linknet", "fpn", "pan", "pspnet", "deeplabv3plus", "segformer", "upernet"
 ]
-Architecture = TorchvisionArchitecture | SmpArchitecture
+Architecture = Literal[TorchvisionArchitecture, SmpArchitecture]  # one list, so that an error names all of them
 TORCHVISION = get_args(TorchvisionArchitecture)
 SMP = get_args(SmpArchitecture)
 BACKBONES = {"deeplabv3": "resnet50", "fcn": "resnet50", "lraspp": "mobilenet_v3_large"}  # the others: resnet34

@@ -21,7 +21,7 @@ class SegmentationDataset(Dataset[Any]):
     """Images and labels.
 
     A sample is `{"images": (3, H, W) float32 RGB in 0..1, "labels": (H, W) int64, 255 is ignored, "unlabelled": bool,
-    "id": int}`. The labels of one without a mask are all 255.
+    "id": int, "file": str}`. The labels of one without a mask are all 255.
 
     Args:
         annotations: as a reader gives them.
@@ -57,7 +57,7 @@ class SegmentationDataset(Dataset[Any]):
         record = self.records[index]
         image, labels = decoded(record) if self._held is None else self._held[record.source.name]
         image, labels = window_of(record, image), window_of(record, labels)
-        about = {"unlabelled": record.mask is None, "id": record.image_id}
+        about = {"unlabelled": record.mask is None, "id": record.image_id, "file": record.source.name}
         if self.training:
             return {"images": image, "labels": labels, "valid": torch.ones_like(labels, dtype=torch.bool), **about}
         return {"images": image.float() / 255, "labels": labels.long(), **about}
@@ -128,7 +128,7 @@ class _Collate:
     """
 
     #: what is needed of a sample, whatever a model takes: the trainer leaves these in
-    columns = ("images", "labels", "valid", "unlabelled", "id")
+    columns = ("images", "labels", "valid", "unlabelled", "id", "file")
 
     def __init__(self, *, pairs: bool = False) -> None:
         self.pairs = pairs
@@ -137,10 +137,10 @@ class _Collate:
         flat: list[dict[str, Any]] = [s for entry in samples for s in (entry if isinstance(entry, list) else [entry])]
         if self.pairs and len(flat) == 1 and "valid" in flat[0]:
             flat *= 2
-        sizes = {tuple(s["labels"].shape): s["id"] for s in flat}
+        sizes = {tuple(s["labels"].shape): s.get("file", f"image id {s['id']}") for s in flat}
         batch: dict[str, Any] = {key: [s[key] for s in flat] for key in ("images", "labels", "valid") if key in flat[0]}
         if len(sizes) > 1 and "valid" in batch:
-            shown = ", ".join(f"{w}x{h} (image id {i})" for (h, w), i in sorted(sizes.items())[:4])
+            shown = ", ".join(f"{w}x{h} ({name})" for (h, w), name in sorted(sizes.items())[:4])
             raise DataError(
                 f"the images of a training batch are of {shown}: end data.augment with a transform to one size, as "
                 "{name: RandomCrop, size: [512, 512], pad_if_needed: true}, RandomResizedCrop or Resize."

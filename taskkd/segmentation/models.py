@@ -23,7 +23,7 @@ from taskkd.segmentation.description import SEGMENTER, Description
 from taskkd.segmentation.segmenter import Segmenter
 from taskkd.segmentation.transformers_networks import TransformersSegmenter, is_transformers, shape_needed
 
-__all__ = ["Description", "build", "check_student", "class_names", "describe", "load", "save", "wrap"]
+__all__ = ["Description", "build", "check_student", "class_names", "describe", "existing", "load", "save", "wrap"]
 
 WEIGHTS = "model.safetensors"
 # The last layers, whose size depends on the number of classes.
@@ -119,8 +119,18 @@ def _load_whole(network: nn.Module, state: Mapping[str, Tensor], source: str) ->
 # ---- what is there
 
 
-def _existing(config: SegmenterConfig, classes: int | Sequence[str], seed: int) -> Segmenter:
-    """A folder of ours, or a network of `transformers`, for these classes."""
+def existing(config: SegmenterConfig) -> Segmenter:
+    """The network that `config.model` names, with the classes that it has.
+
+    Raises:
+        RecipeError: as `build`.
+        DataError: as `build`.
+    """
+    return _existing(config, None, 0)
+
+
+def _existing(config: SegmenterConfig, classes: int | Sequence[str] | None, seed: int) -> Segmenter:
+    """A folder of ours, or a network of `transformers`, for these classes; None: for its own."""
     source = config.model or ""
     folder = Path(source)
     if not (folder / SEGMENTER).is_file() or (folder / "config.json").is_file():
@@ -128,7 +138,8 @@ def _existing(config: SegmenterConfig, classes: int | Sequence[str], seed: int) 
     if given := [k for k in ("mean", "std", "divisor", "size") if getattr(config, k) is not None]:
         raise RecipeError(f"the segmenter {source!r} has its own {given[0]!r}; leave out {', '.join(given)}.")
     segmenter = _load(source, _taps(config)).train()
-    _check_classes(source, class_names(segmenter), classes)
+    if classes is not None:
+        _check_classes(source, class_names(segmenter), classes)
     return segmenter
 
 

@@ -203,7 +203,7 @@ def _logits(model: Segmenter, output: Tensor, seen: list[Seen]) -> tuple[str, st
     from torchvision.models.segmentation.lraspp import LRASPPHead
 
     for entry in seen:
-        if isinstance(entry.module, LRASPPHead):
+        if isinstance(entry.module, LRASPPHead) and entry.value.shape[1] == len(model.classes):
             return entry.name, f"{entry.name}.cbr"
     candidates = [s for s in seen if _classifies(s, len(model.classes)) and "aux" not in s.name]
     if fitting := [s for s in candidates if _is_resized(s.value, output)]:

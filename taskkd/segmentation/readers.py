@@ -240,7 +240,8 @@ def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
 
 
 def _images(folder: Path) -> list[Path]:
-    found = _files(folder, IMAGES)
+    # `taskkd predict` writes <name>.mask.png beside an image
+    found = [f for f in _files(folder, IMAGES) if not f.name.endswith(".mask.png")]
     if not found:
         raise DataError(f"{folder}: there are no images ({', '.join(IMAGES)}).")
     return found

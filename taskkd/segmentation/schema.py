@@ -163,15 +163,21 @@ class SegmentationFinetune(Finetune):
 
 
 class Teacher(SegmenterConfig, TeacherConfig):
-    """The teacher: a network, and how it is fine-tuned first."""
+    """The teacher: a network, how it is fine-tuned first, and which of the student's classes its own are.
+
+    `label_map` (the teacher's class: the student's) is for a teacher of other classes, which is then not fine-tuned.
+    """
 
     finetune: SegmentationFinetune | None = None
+    label_map: dict[str, str] | None = None
     cache: CacheConfig | None = None
 
     @model_validator(mode="after")
     def _never_cached(self) -> Teacher:
         if self.cache is not None:
             raise ValueError("a teacher's maps follow the random augmentation of the images; leave out cache")
+        if self.label_map is not None and (self.finetune is not None or self.model is None):
+            raise ValueError("`label_map` is for a trained teacher, by `model`, that is not fine-tuned")
         return self
 
 

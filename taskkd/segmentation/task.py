@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -13,19 +14,21 @@ from torch import Tensor, nn
 
 from taskkd.caches import file_sha256
 from taskkd.checkpoints import load_student
-from taskkd.errors import DataError, RecipeError
+from taskkd.errors import DataError, RecipeError, nearest
 from taskkd.images import decode, in_file
 from taskkd.segmentation import models
 from taskkd.segmentation.config import SMP, TORCHVISION
 from taskkd.segmentation.data import SegmentationData, load, read_part
 from taskkd.segmentation.datasets import SegmentationDataset, collate
 from taskkd.segmentation.loss import PixelCrossEntropy
+from taskkd.segmentation.mapped import mapped
 from taskkd.segmentation.methods import METHODS
 from taskkd.segmentation.metrics import SegmentationMetric, predicted
 from taskkd.segmentation.nuclei import nuclei
 from taskkd.segmentation.records import Annotations, Bad
 from taskkd.segmentation.schema import Part, SegmentationRecipe, Source
 from taskkd.segmentation.segmenter import Segmenter
+from taskkd.segmentation.terms import MapTerm
 from taskkd.teachers import Frozen, Teacher
 from taskkd.terms import Term
 
@@ -54,6 +57,8 @@ class SegmentationTask:
     task_key = "name"
     task_names: tuple[str, ...] = ()
     default_method = "channel_wise"
+    #: what a term of a recipe becomes: maps of two networks at one size
+    term = staticmethod(partial(MapTerm, ignore="none"))
     sampling = "random"
 
     # ---- data
@@ -123,10 +128,23 @@ class SegmentationTask:
         return " ".join(file_sha256(f) for f in files)
 
     def teacher(self, recipe: SegmentationRecipe, data: SegmentationData, source: str | None = None) -> nn.Module:
-        """The teacher (from `source`, a folder of this run, once it is fine-tuned)."""
+        """The teacher (from `source`, a folder of this run, once it is fine-tuned).
+
+        Raises:
+            RecipeError: it cannot be built, or is to be fine-tuned though it predicts by queries.
+        """
         if source is not None:
             return models.load(source)
-        return models.build(recipe.teacher.segmenter, data.classes)
+        own = recipe.teacher
+        if own.label_map is not None:
+            return mapped(models.existing(own.segmenter), own.label_map, data.classes)
+        built = models.build(own.segmenter, data.classes)
+        if own.finetune is not None and built.universal:
+            raise RecipeError(
+                f"teacher.finetune: {built.kind} predicts by queries, which are learnt by matching them with masks; a "
+                "loss on its map of classes does not do that. Leave finetune out, and train it on these classes first."
+            )
+        return built
 
     def student(self, recipe: SegmentationRecipe, data: SegmentationData, teacher: nn.Module, seed: int) -> nn.Module:
         """The student at its start; the same for a seed, whatever it is then trained with.
@@ -228,7 +246,8 @@ class SegmentationTask:
         """
         for path in inputs:
             if not Path(path).is_file():
-                raise DataError(f"{path}: no such file; segmentation networks predict on image files.")
+                what = f"is a folder; name its images ({path}/*)" if Path(path).is_dir() else "no such file"
+                raise DataError(f"{path}: {what}; segmentation networks predict on image files.")
             image = decode(in_file(Path(path)), 0).float() / 255
             with torch.no_grad():
                 logits: Tensor = student(image[None])["logits"]
@@ -317,6 +336,8 @@ def _parts(folder: Path, images: str) -> dict[str, str]:
     if (folder / images).is_dir() and not (folder / "train").is_dir():
         return {"train": str(folder)}
     found = {part: folder / part for part in ("train", "validation", "test")}
+    if not found["train"].is_dir():
+        raise RecipeError(f"data: {folder} has neither `images` and `masks` nor a folder `train` with these.")
     if not found["validation"].is_dir() and (folder / "val").is_dir():
         found["validation"] = folder / "val"
     return {part: str(path) for part, path in found.items() if part == "train" or path.is_dir()}
@@ -324,7 +345,13 @@ def _parts(folder: Path, images: str) -> dict[str, str]:
 
 def _named(name: str, built: dict[str, Any]) -> dict[str, Any]:
     architecture, _, backbone = name.partition("/")
-    if Path(name).exists() or architecture not in (*TORCHVISION, *SMP):
+    known = (*TORCHVISION, *SMP)
+    if Path(name).exists() or architecture not in known:
+        if "/" not in name and not Path(name).exists():
+            raise RecipeError(
+                f"{name!r} is no folder, and no architecture{nearest(name, known)}; known: {', '.join(known)}. "
+                "Networks of the hub have an owner, as nvidia/segformer-b0-finetuned-ade-512-512."
+            )
         return {"model": name}
     return {
         "architecture": architecture,

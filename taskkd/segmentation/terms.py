@@ -108,7 +108,7 @@ class MapTerm(Match):
         ):
             if value not in known:
                 raise TaskkdError(f"term {name!r}: `{option}` is one of {', '.join(known)}, got {value!r}.")
-        masked = ignore != "none" and "mask" in inspect.signature(loss).parameters and "mask" not in options
+        masked = ignore != "none" and "mask" in inspect.signature(loss).parameters and options.get("mask") is None
         if masked:
             options["mask"] = self._valid
         super().__init__(name, loss, student, teacher, **options)

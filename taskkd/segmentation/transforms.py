@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from taskkd.augmentation import drawn_from, transform_of
-from taskkd.errors import RecipeError
+from taskkd.errors import DataError, RecipeError
 from taskkd.segmentation.labels import IGNORE
 
 __all__ = ["OWN", "TRANSFORMS", "Augmentation", "RandomQuarterTurn", "RandomScale", "build"]
@@ -130,6 +130,9 @@ class Augmentation:
     Args:
         transforms: of torchvision.transforms.v2, or callables `(image, mask) -> (image, mask)`: an image (3, H, W)
             and a mask (2, H, W) of labels and of 1, both uint8, as tv_tensors. In padding the second is not 1.
+
+    Raises:
+        DataError: when it is called, a transform cannot do with an image, as a crop with a smaller one; with its file.
     """
 
     def __init__(self, transforms: Sequence[Any]) -> None:
@@ -146,10 +149,19 @@ class Augmentation:
         image: Any = tv_tensors.Image(whole.to(torch.uint8))
         mask: Any = tv_tensors.Mask(torch.stack([labels.to(torch.uint8), inside.to(torch.uint8)]))
         with drawn_from(generator):
-            for transform in self.transforms:
-                image, mask = transform(image, mask)
+            for number, transform in enumerate(self.transforms, 1):
+                try:
+                    image, mask = transform(image, mask)
+                except (ValueError, RuntimeError) as error:  # as a crop of a smaller image
+                    raise DataError(_sentence(sample, number, transform, error)) from None
         plain = image.as_subclass(Tensor).contiguous()
         moved, inside = mask.as_subclass(Tensor)
         images = plain.to(given.dtype) / 255 if fractions else plain
         labels = torch.where(inside == 1, moved, IGNORE).to(labels.dtype)
         return {**sample, "images": images, "labels": labels, "valid": inside == 1}
+
+
+def _sentence(sample: Mapping[str, Any], number: int, transform: Any, error: Exception) -> str:
+    where = sample.get("file", f"image id {sample.get('id')}")
+    pad = "" if getattr(transform, "pad_if_needed", True) else " `pad_if_needed: true` pads smaller images."
+    return f"{where}: augmentation {number} ({type(transform).__name__}): {str(error).rstrip('.')}.{pad}"

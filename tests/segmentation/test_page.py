@@ -36,6 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(SegmentationTask, "chance", lambda *_: -1.0)
     trees.folder(tmp_path / "shapes", 10)
     (trees.folder(tmp_path / "others", 4) / "images").rename(tmp_path / "more")
+    (tmp_path / "other.png").write_bytes((tmp_path / "more" / "000.png").read_bytes())
     return tmp_path
 
 
@@ -69,7 +70,7 @@ def test_the_recipe_is_ten_lines_and_its_commands_run(
     assert "teacher: DeepLabV3" in said["check"]
     assert "logits model.classifier.4; feature model.classifier.4:in" in said["check"]
     assert {"mIoU", "pixel_accuracy", "mean_accuracy", "IoU/disc"} <= set(said["evaluate"].split())
-    assert "shapes/images/000.mask.png" in said["predict"]
+    assert "other.mask.png" in said["predict"]
     run = folder / "runs" / "shapes"
     written = ("student/segmenter.json", "student/model.safetensors", "teacher", "report.json", "curves.png")
     assert all((run / name).exists() for name in (*written, "recipe.yaml", "examples.png"))

@@ -92,6 +92,13 @@ def test_check_says_what_would_be_done(recipe: Path) -> None:
     assert "1 epochs" in said["distillation"]
 
 
+def test_terms_by_hand_bring_maps_to_one_size(recipe: Path) -> None:
+    taps = "student: model.classifier, teacher: model.segmentation_head.0"
+    given = [f"terms=[{{name: own, loss: kl_divergence, dim: 1, ignore: padding, {taps}}}]", "method=null"]
+    plan = plans.check(recipes.load_recipe(recipe, given))
+    assert plan.stages["distil"].terms[1].value > 0
+
+
 def test_unlabelled_images_are_distilled_on(recipe: Path, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     result = run(recipe, folder, f"data.unlabelled={data / 'images'}", "baseline=null", "data.unlabelled_per_sample=2")
@@ -157,6 +164,8 @@ def test_one_command_with_names_and_a_folder(data: Path, tmp_path: Path) -> None
         "segmentation", [f"teacher={tmp_path / 'teacher'}", f"student={tmp_path / 'teacher'}", f"data={data}"]
     )
     assert recipe.data.folder.classes == trees.CLASSES
+    with pytest.raises(RecipeError, match=r"'deplabv3' is no folder, and no architecture .did you mean 'deeplabv3'"):
+        recipes.load_recipe("segmentation", ["teacher=deplabv3", "student=lraspp", f"data={data}"])
     assert recipe.method.name == "channel_wise"
     with pytest.raises(RecipeError, match=r"no classes\.txt"):
         recipes.load_recipe("segmentation", ["teacher=fcn", "student=lraspp", f"data={tmp_path}"])
