@@ -16,17 +16,17 @@ __all__ = ["mapped"]
 class _Merged(nn.Module):
     """The logits of a network, merged: class k's is the log of the summed exponentials of the classes that it is."""
 
-    places: Tensor
+    order: Tensor
 
-    def __init__(self, network: Segmenter, places: Sequence[int], classes: int) -> None:
+    def __init__(self, network: Segmenter, places: Sequence[Sequence[int]]) -> None:
         super().__init__()
-        self.network, self.count = network, classes
-        self.register_buffer("places", torch.tensor(list(places)), persistent=False)
+        self.network, self.sizes = network, [len(own) for own in places]
+        self.register_buffer("order", torch.tensor([place for own in places for place in own]), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(images)["logits"]
+        logits: Tensor = self.network(images)["logits"].index_select(1, self.order)
         full = logits if logits.dtype == torch.float64 else logits.float()
-        return torch.stack([full[:, self.places == k].logsumexp(1) for k in range(self.count)], 1)
+        return torch.stack([group.logsumexp(1) for group in torch.split(full, self.sizes, 1)], 1)
 
 
 def mapped(teacher: Segmenter, label_map: Mapping[str, str], classes: Sequence[str]) -> Segmenter:
@@ -53,10 +53,11 @@ def mapped(teacher: Segmenter, label_map: Mapping[str, str], classes: Sequence[s
                 )
     if missing := [c for c in classes if c not in label_map.values()]:
         raise RecipeError(f"label_map: no class of the teacher is mapped to the student's {missing[0]!r}.")
-    order = list(classes)
-    places = [order.index(label_map[name]) if name in label_map else -1 for name in teacher.classes]
+    places = [[k for k, name in enumerate(teacher.classes) if label_map.get(name) == own] for own in classes]
+    views = teacher.views  # not looked for again: an inner layer may have as many channels as there are classes now
     found = Segmenter(
-        _Merged(teacher, places, len(order)), order, mean=(0, 0, 0), std=(1, 1, 1),
-        feature=None if teacher.views.feature is None else f"network.{teacher.views.feature}",
+        _Merged(teacher, places), list(classes), mean=(0, 0, 0), std=(1, 1, 1), logits="out.logits",
+        feature=None if views.feature is None else f"network.{views.feature}",
+        stages=[f"network.{stage}" for stage in views.stages],
     )  # fmt: skip
     return found.train(teacher.training)

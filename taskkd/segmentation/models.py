@@ -37,15 +37,19 @@ CLASSIFIERS = (
 WHOLE = ("backbone.", "encoder.")  # keys of a whole network begin so
 
 
-def build(config: SegmenterConfig | Mapping[str, Any], classes: int | Sequence[str], *, seed: int = 0) -> Segmenter:
+def build(
+    config: SegmenterConfig | Mapping[str, Any], classes: int | Sequence[str], *, seed: int = 0, whole: bool = False
+) -> Segmenter:
     """A segmenter, in training mode.
 
     Args:
         config: see `SegmenterConfig`.
         classes: names of the classes, in the order of their labels 0, 1, ...; or how many.
         seed: of what starts at random; the global random state is left as it was.
+        whole: refuse a `model` of which a part would start at random, as of a backbone without its head.
 
     Raises:
+        CheckpointError: it would, though it must be `whole`.
         RecipeError: unknown names, settings that do not go together, weights of another architecture, or a saved
             segmenter of other classes.
         DataError: a file is missing, changed or unreadable, or weights cannot be downloaded.
@@ -55,7 +59,7 @@ def build(config: SegmenterConfig | Mapping[str, Any], classes: int | Sequence[s
     if not names:
         raise RecipeError("a segmenter needs at least one class.")
     if config.model is not None:
-        return _existing(config, classes, seed)
+        return _existing(config, classes, seed, whole=whole)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         network, shown = _assemble(config, len(names), _weights(config))
@@ -126,15 +130,17 @@ def existing(config: SegmenterConfig) -> Segmenter:
         RecipeError: as `build`.
         DataError: as `build`.
     """
-    return _existing(config, None, 0)
+    return _existing(config, None, 0, whole=True)
 
 
-def _existing(config: SegmenterConfig, classes: int | Sequence[str] | None, seed: int) -> Segmenter:
+def _existing(
+    config: SegmenterConfig, classes: int | Sequence[str] | None, seed: int, *, whole: bool = False
+) -> Segmenter:
     """A folder of ours, or a network of `transformers`, for these classes; None: for its own."""
     source = config.model or ""
     folder = Path(source)
     if not (folder / SEGMENTER).is_file() or (folder / "config.json").is_file():
-        return _of_transformers(config, classes, seed)
+        return _of_transformers(config, classes, seed, whole=whole)
     if given := [k for k in ("mean", "std", "divisor", "size") if getattr(config, k) is not None]:
         raise RecipeError(f"the segmenter {source!r} has its own {given[0]!r}; leave out {', '.join(given)}.")
     segmenter = _load(source, _taps(config)).train()
@@ -178,7 +184,10 @@ def _of_transformers(
         raise DataError(f"segmenter {source!r} cannot be loaded{hint}: {first}") from None
     lost = sorted([*found["missing_keys"], *(str(key[0]) for key in found["mismatched_keys"])])
     if lost and (whole or ours):
-        raise CheckpointError(f"{source}: its weights have no {lost[0]!r} of this network ({len(lost)} are missing).")
+        raise CheckpointError(
+            f"{source}: its weights have no {lost[0]!r} of this network ({len(lost)} are missing), which would start "
+            "at random."
+        )
     made: Segmenter = segmenter.train()
     return made
 

@@ -132,13 +132,14 @@ class SegmentationTask:
 
         Raises:
             RecipeError: it cannot be built, or is to be fine-tuned though it predicts by queries.
+            CheckpointError: it is not fine-tuned, and a part of it has no weights.
         """
         if source is not None:
             return models.load(source)
         own = recipe.teacher
         if own.label_map is not None:
             return mapped(models.existing(own.segmenter), own.label_map, data.classes)
-        built = models.build(own.segmenter, data.classes)
+        built = models.build(own.segmenter, data.classes, whole=own.finetune is None)
         if own.finetune is not None and built.universal:
             raise RecipeError(
                 f"teacher.finetune: {built.kind} predicts by queries, which are learnt by matching them with masks; a "

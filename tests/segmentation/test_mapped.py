@@ -28,6 +28,15 @@ def test_probabilities_of_classes_are_summed_and_the_rest_is_left_out() -> None:
     assert found.softmax(1).allclose(summed / summed.sum(1, keepdim=True), atol=1e-6)
 
 
+def test_classes_in_another_order_are_put_in_order() -> None:
+    teacher = build(SMALL, ["disc", "ground", "square"]).eval()
+    found, images = mapped(teacher, {c: c for c in trees.CLASSES}, trees.CLASSES), torch.rand(1, 3, 64, 64)
+    assert found.views.logits == "out.logits"
+    assert found.views.stages == tuple(f"model.network.{stage}" for stage in teacher.views.stages)
+    with torch.no_grad():
+        torch.testing.assert_close(found(images)["logits"], teacher(images)["logits"][:, [1, 0, 2]])
+
+
 def test_it_teaches_as_any_other() -> None:
     teacher = mapped(build(SMALL, ["grass", "ball", "sky", "box", "soil"]), MAP, trees.CLASSES)
     student = build(SMALL, trees.CLASSES, seed=1)

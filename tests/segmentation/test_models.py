@@ -327,6 +327,8 @@ def test_a_foreign_folder_of_transformers_gets_a_new_classifier(tmp_path: Path) 
     network.save_pretrained(tmp_path)
     transformers.MobileViTImageProcessor(do_flip_channel_order=True).save_pretrained(tmp_path)
     one, two = (build({"model": str(tmp_path)}, NAMES, seed=s) for s in (1, 1))
+    with pytest.raises(CheckpointError, match="would start at random"):  # of a teacher that is not fine-tuned
+        build({"model": str(tmp_path)}, NAMES, whole=True)
     assert class_names(one) == NAMES
     assert one.description.mean == (0.0, 0.0, 0.0)  # its images are not normalised, and are BGR
     images = torch.rand(1, 3, 64, 64)
