@@ -68,8 +68,12 @@ class SegmentationTask:
 
         Raises:
             DataError: a file, class or split is wrong.
+            RecipeError: there are more or fewer class weights than classes.
         """
         data = load(recipe.data)
+        weights = recipe.loss.class_weights
+        if weights is not None and len(weights) != len(data.classes):
+            raise RecipeError(f"loss.class_weights: {len(weights)} weights for {len(data.classes)} classes.")
         data.pairs = recipe.training.batch_size > 1
         return data
 

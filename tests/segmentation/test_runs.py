@@ -127,6 +127,7 @@ def test_wrong_recipes_are_refused_with_a_sentence(recipe: Path) -> None:
         ("method.nam=x", "nam"),
         ("teacher.cache={}", "follow the random augmentation"),
         ("student.architecture=lrasp", "lraspp"),
+        ("loss.class_weights=[1, 2]", "loss.class_weights: 2 weights for 3 classes"),
     ):
         with pytest.raises(TaskkdError, match=sentence):
             plans.check(recipes.load_recipe(recipe, [override]))
