@@ -42,7 +42,7 @@ METRICS = ("mIoU", "IoU/border")
 CROP = {"name": "RandomCrop", "size": [128, 128]}
 FINETUNE = {"epochs": 12, "learning_rate": 1e-3, "batch_size": 8}
 TRAINING = {"epochs": 10, "learning_rate": 4e-3, "batch_size": 8, "eval_batch_size": 8}
-ALONE = [2e-3, 4e-3, 8e-3]
+ALONE = [2e-3, 4e-3, 8e-3, 1.6e-2]
 
 
 @dataclass(frozen=True)
