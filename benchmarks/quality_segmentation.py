@@ -62,7 +62,9 @@ class Row:
 
 ROWS = {
     "soft_targets": Row("soft targets, each pixel", {"name": "soft_targets"}, {"method.weight": [1.0, 10.0, 50.0]}),
-    "channel_wise": Row("CWD (Shu 2021)", {"name": "channel_wise"}, {"method.temperature": [1.0, 4.0], "method.weight": [0.5, 3.0]}),
+    "channel_wise": Row(
+        "CWD (Shu 2021)", {"name": "channel_wise"}, {"method.temperature": [1.0, 4.0], "method.weight": [0.1, 0.5, 3.0]}
+    ),
     "structured": Row("SKD (Liu 2019)", {"name": "structured"}),
     "ifvd": Row("IFVD (Wang 2020)", {"name": "ifvd"}),
     "cirkd": Row("CIRKD (Yang 2022)", {"name": "cirkd"}),
