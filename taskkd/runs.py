@@ -444,7 +444,7 @@ def distill(
         task: "nlp", "detection" or "segmentation".
         output_dir: of the run; an interrupted run goes on there.
         method: a key of the task's `METHODS`; None: "soft_targets" for nlp, "auto" for detection,
-            "channel_wise" for segmentation.
+            "dist" for segmentation.
         options: the method's own.
         training: as in a recipe, `{"epochs": 3, "learning_rate": 1e-4}`.
         baseline: whether the student alone is trained as well, for comparison.

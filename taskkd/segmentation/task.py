@@ -56,7 +56,8 @@ class SegmentationTask:
     #: recipes of segmentation have no `by_task`
     task_key = "name"
     task_names: tuple[str, ...] = ()
-    default_method = "channel_wise"
+    #: gained most on real data, needs no weight that follows scale or classes (docs/results.md)
+    default_method = "dist"
     #: what a term of a recipe becomes: maps of two networks at one size
     term = staticmethod(partial(MapTerm, ignore="none"))
     sampling = "random"

@@ -167,7 +167,7 @@ def test_one_command_with_names_and_a_folder(data: Path, tmp_path: Path) -> None
     assert recipe.data.folder.classes == trees.CLASSES
     with pytest.raises(RecipeError, match=r"'deplabv3' is no folder, and no architecture .did you mean 'deeplabv3'"):
         recipes.load_recipe("segmentation", ["teacher=deplabv3", "student=lraspp", f"data={data}"])
-    assert recipe.method.name == "channel_wise"
+    assert recipe.method.name == "dist"
     with pytest.raises(RecipeError, match=r"no classes\.txt"):
         recipes.load_recipe("segmentation", ["teacher=fcn", "student=lraspp", f"data={tmp_path}"])
     built = recipes.load_recipe("segmentation", ["teacher=deeplabv3/resnet101", "student=lraspp", "data=nuclei"])
