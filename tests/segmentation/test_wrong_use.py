@@ -52,7 +52,7 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
         ("data.unlabelled=nowhere", r"nowhere: no such folder"),
         ("data.folder=null", r"exactly one of folder, cityscapes"),
         ("teacher.weights=lost.pth", r"weights 'lost\.pth': no such file"),
-        ("loss.class_weights=[1, 2]", r"2 class_weights for 3 classes"),
+        ("loss.class_weights=[1, 2]", r"loss.class_weights: 2 weights for 3 classes"),
         ("data.validation_size=20", r"data\.validation_size is 20, there are 8 images"),
         ("data.folder.classes=[ground, disc]", r"shapes/masks/\d+\.png: the value 2 at x \d+, y \d+ .*known: .*0, 1"),
         (
