@@ -25,6 +25,7 @@ from taskkd.schedules import Progress, warmup
 from taskkd.terms import Run
 from tests.parity.detection import ADAPTERS as DETECTION
 from tests.parity.end_to_end import tinybert_e2e
+from tests.parity.face import ADAPTERS as FACE
 from tests.parity.segmentation import ADAPTERS as SEGMENTATION
 
 Arrays = Mapping[str, Tensor]
@@ -695,4 +696,5 @@ ADAPTERS: dict[str, Callable[[Arrays, Params], Mapping[str, Tensor]]] = {
     "nlp/uld": uld,
     **DETECTION,
     **SEGMENTATION,
+    **FACE,
 }

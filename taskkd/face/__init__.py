@@ -1,0 +1,1 @@
+"""Face recognition: margin heads, backbones, evaluation, and distillation on embeddings."""
