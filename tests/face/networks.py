@@ -32,7 +32,7 @@ def batch(count: int = 12, *, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     branch = torch.tensor([0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3])
     return {
-        "images": torch.rand(count, 3, 16, 16, generator=generator),
+        "images": torch.rand(count, 3, 16, 16, generator=generator) * torch.rand(count, 3, 1, 1, generator=generator),
         "labels": torch.arange(count) // 3,
         "id": torch.arange(count) * 2,
         "branch": branch[:count],

@@ -290,7 +290,7 @@ class DistributionDistillation(Term):
     def _warn(self, pairs: Sequence[Pair]) -> None:
         """Say once that a branch has nothing in the histogram's range."""
         with torch.no_grad():
-            inside = [((v := pair_cosines(a.float(), b.float())) > self.low) & (v < self.high) for a, b in pairs]
+            inside = [((v := pair_cosines(a.float(), b.float())) > self.low) & (v <= self.high) for a, b in pairs]
         for number, found in enumerate(inside):
             if len(found) and not bool(found.any()):
                 self.warned = True
