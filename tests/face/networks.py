@@ -23,7 +23,7 @@ class TinyFace(nn.Module):
         self.views = SimpleNamespace(stages=("layer1", "layer2"))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        x = self.layer2(self.layer1(images.float()).relu()).relu()
+        x = self.layer2(self.layer1(images.to(self.head.weight.dtype)).relu()).relu()
         return {"embeddings": self.head(x.mean((2, 3)))}
 
 

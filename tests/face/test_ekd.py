@@ -81,6 +81,14 @@ def test_thresholds_start_at_zero_or_at_those_of_the_first_batch() -> None:
     assert set(first.state_dict()) == {"student_thresholds", "teacher_thresholds", "started"}
 
 
+def test_in_a_compiled_graph_no_pairs_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = embeddings(9)
+    run = run_of(student, teacher, labels=torch.tensor([0, 0, 1, 1, 2, 2, 2, -1, -1]))
+    eager = EvaluationDistillation()(run)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(EvaluationDistillation()(run), eager)
+
+
 def test_identity_goes_before_labels() -> None:
     student, teacher = embeddings(6)
     identity = torch.tensor([0, 0, 1, 1, 2, 2])

@@ -35,7 +35,7 @@ def pair_similarities(student: Tensor, teacher: Tensor) -> Tensor:
             f"{tuple(teacher.shape)}."
         )
     place = _above_diagonal(len(student), student.device)
-    return torch.stack([cosines(x).flatten()[place] for x in (student, teacher)])
+    return torch.stack([cosines(x).flatten().index_select(0, place) for x in (student, teacher)])
 
 
 def _above_diagonal(count: int, device: torch.device) -> Tensor:
@@ -132,11 +132,21 @@ def _rank_distances(
 ) -> tuple[Tensor, Tensor]:
     """Mean squared differences of ranks over positive pairs and over the student's hardest negative ones."""
     same, other = kinds
-    both = zip(similarities, thresholds, strict=True)
-    ranks = [soft_ranks(x, level.to(x.dtype), temperature) for x, level in both]
-    squares = (ranks[0] - ranks[1].detach()).square()
-    hardest = similarities[0].detach().masked_fill(~other, NONE).topk(min(topk, len(squares)), sorted=False).indices
-    return masked_mean(squares, same), masked_mean(squares[hardest], other[hardest])
+    count = min(topk, len(other))
+    hardest = similarities[0].detach().masked_fill(~other, NONE).topk(count, sorted=False).indices
+    if (
+        similarities.device.type == "cpu" and not torch.compiler.is_compiling()
+    ):  # few; elsewhere it would stop the device
+        positive = same.nonzero()[:, 0]
+        chosen, same = similarities.index_select(1, positive), same[positive]
+    else:
+        chosen = similarities
+    found = []
+    for pairs, counted in ((chosen, same), (similarities.index_select(1, hardest), other[hardest])):
+        both = zip(pairs, thresholds, strict=True)
+        ranks = [soft_ranks(x, level.to(x.dtype), temperature) for x, level in both]
+        found.append(masked_mean((ranks[0] - ranks[1].detach()).square(), counted))
+    return found[0], found[1]
 
 
 class EvaluationDistillation(Term):
