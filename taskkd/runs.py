@@ -229,6 +229,8 @@ def _teacher(session: Session) -> nn.Module:
         )
     source = str(session.folder / "teacher" / "model") if finetune is not None else None
     teacher: nn.Module = task.teacher(recipe, data, source).eval()
+    if (ready := getattr(task, "ready", None)) is not None:
+        ready(session, teacher)
     session.tested("teacher/test", lambda: teacher)
     return teacher
 
