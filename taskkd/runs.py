@@ -296,6 +296,9 @@ def _distilled(session: Session, teacher: nn.Module, seed: int, name: str) -> di
     base = f"seed-{seed}/{name}"
     student = session.student(teacher, seed)
     method = build_method(session.recipe, session.task, session.data, student, teacher)
+    complete = getattr(session.task, "complete", None)
+    if complete is not None and complete(session, method, teacher):
+        method = build_method(session.recipe, session.task, session.data, student, teacher)
     outcome: dict[str, Any] = {}
     seconds, steps, model = 0.0, 0, ""
     full_length = "full_length" in method.needs
