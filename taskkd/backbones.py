@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -131,7 +132,9 @@ def read_saved(source: str, sha256: str | None = None) -> Any:
     except (OSError, RuntimeError, ValueError, SafetensorError, EOFError, KeyError) as error:
         raise DataError(f"weights {source!r} cannot be read: {_first_line(error)}") from None
     except Exception as error:  # pickle.UnpicklingError, which names what it refused
-        raise DataError(f"weights {source!r}: refused, not plain tensors: {_first_line(error)}") from None
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"it asks for {asked[1]}, which would be executed" if asked else _first_line(error)
+        raise DataError(f"weights {source!r}: refused, not plain tensors: {why}.") from None
 
 
 def _first_line(error: BaseException) -> str:

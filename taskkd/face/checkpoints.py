@@ -11,6 +11,7 @@ Nothing of a file is executed. The network is found by the names and shapes of t
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from taskkd.face import iresnet, mobilefacenet
 from taskkd.face.config import FaceConfig
 from taskkd.packages import PACKAGE
 
-__all__ = ["Checkpoint", "read_checkpoint"]
+__all__ = ["Checkpoint", "read_centres", "read_checkpoint"]
 
 #: a tensor that only one kind of network has -> its family and layout
 MARKS = {
@@ -40,7 +41,7 @@ MARKS = {
 NESTS = ("state_dict_backbone", "state_dict", "model_state_dict", "model", "net", "backbone")
 HEADS = ("state_dict_softmax_fc",)
 #: names of a classifier's weights, (identities, D), or (D, identities) where it is a "kernel"
-CENTRES = ("head.kernel", "kernel", "head.weight", "softmax_fc.weight", "partial_fc.weight", "classifier.weight")
+CENTRES = ("kernel", "head.weight", "softmax_fc.weight", "partial_fc.weight", "classifier.weight")
 #: modules whose objects lie in training checkpoints beside the tensors; they are read as empty shells
 HARMLESS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "argparse.", "omegaconf.", "easydict.", "pathlib.")
 
@@ -160,7 +161,7 @@ def read_checkpoint(source: str | Path, sha256: str | None = None) -> Checkpoint
     if not prefix:  # the classifier lies among the backbone's
         others |= {k: state.pop(k) for k in list(state) if k.split(".")[0] in ("head", "classifier", "partial_fc")}
     config = _config(state, *MARKS[mark], source)
-    adaface = "pytorch-lightning_version" in raw or "head.kernel" in others
+    adaface = config.layout == "ir" and "head.kernel" in others
     centres = _centres(others, config.embedding_size or 0)
     return Checkpoint(source, state, config, "bgr" if adaface else None, centres)
 
@@ -173,22 +174,16 @@ def _shells(source: str) -> Iterator[None]:
         wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path) if path.is_file() else []
     except Exception:  # not torch's format; the reader says what is wrong
         wanted = []
-    shells: list[Any] = [(type("Shell", (_Shell,), {}), name) for name in wanted if name.startswith(HARMLESS)]
+    shells: list[Any] = [(_Shell, name) for name in wanted if name.startswith(HARMLESS)]
     with torch.serialization.safe_globals(shells):
         yield
 
 
-class _Shell(dict[Any, Any]):
-    """Stands for an object that is not made; takes whatever it is given and does nothing."""
+class _Shell:
+    """Stands for a class of which no object is made: an empty dict that torch fills instead."""
 
-    def __new__(cls, *_args: Any, **_kwargs: Any) -> _Shell:
-        return super().__new__(cls)
-
-    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
-        super().__init__()
-
-    def __setstate__(self, _state: Any) -> None:
-        pass
+    def __new__(cls, *_args: Any) -> Any:
+        return OrderedDict()
 
 
 def _sorted_out(raw: Any, source: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -228,6 +223,11 @@ def _find(tensors: Mapping[str, Tensor], source: str) -> tuple[str, str]:
 
 def _config(state: Mapping[str, Tensor], family: str, layout: str, source: str) -> FaceConfig:
     """The network that has tensors of these names and shapes."""
+    if any("se_block." in k for k in state) or "body.0.res_layer.7.weight" in state:
+        raise CheckpointError(
+            f"weights {source!r} are of an IResNet with squeeze-and-excitation or bottlenecks (IR-SE, IR-152, IR-200), "
+            "which is not there: expected plain blocks."
+        )
     read = {
         ("iresnet", "insightface"): _insightface,
         ("iresnet", "ir"): _ir,
@@ -242,10 +242,9 @@ def _config(state: Mapping[str, Tensor], family: str, layout: str, source: str) 
         if name is None:
             name, shapes["layers"] = next(iter(known)), list(layers)
         return FaceConfig.of({"architecture": name, "layout": layout, **shapes})
-    except (KeyError, IndexError, ZeroDivisionError, RecipeError) as error:
+    except KeyError as error:
         raise CheckpointError(
-            f"weights {source!r} look like {family} in the layout {layout!r}, but are not: {type(error).__name__}: "
-            f"{error}."
+            f"weights {source!r} look like {family} in the layout {layout!r}, but have no {error}."
         ) from None
 
 
@@ -293,3 +292,32 @@ def _centres(others: Mapping[str, Tensor], size: int) -> Tensor | None:
         if centres.shape[1] == size:
             return centres.detach().float().contiguous()
     return None
+
+
+def read_centres(sources: str | Sequence[str], size: int) -> Tensor:
+    """The weights of a classifier that is saved in files of its own.
+
+    Args:
+        sources: a file, or one of each rank, in their order: insightface's Partial FC saves its shards apart.
+        size: of the embeddings.
+
+    Returns:
+        (identities, size).
+
+    Raises:
+        DataError: a file is missing or unreadable.
+        CheckpointError: it holds no such matrix.
+    """
+    found = []
+    for source in [sources] if isinstance(sources, str) else sources:
+        with _shells(source):
+            tensors, head = _sorted_out(read_saved(source), source)
+        bare = {f"classifier.{k}": v for k, v in tensors.items() if k.rpartition(".")[2] in ("weight", "kernel")}
+        part = _centres(head | tensors | bare, size)
+        if part is None:
+            raise CheckpointError(
+                f"classifier {source!r}: expected a `weight` (identities, {size}) or a `kernel` ({size}, identities), "
+                f"got {_listed([f'{k} ({_shape(v)})' for k, v in (head or tensors).items()])}."
+            )
+        found.append(part)
+    return torch.cat(found)

@@ -31,6 +31,9 @@ class FaceConfig(Model):
             arcface_torch, AdaFace, CVLface, TFace or AdaDistill, by whose tensors what is not named here is found out;
             see `taskkd.face.checkpoints`. Of timm's networks: by timm's names.
         sha256: expected digest of that file.
+        centres: a file of the classifier that the model was trained with, where it is saved apart; or a list of shards
+            in the order of their ranks (insightface's `softmax_fc_gpu_N.pt`). A classifier beside the backbone, as in
+            AdaFace's checkpoints, is found by itself.
         layout: names of the tensors, and what goes with them. iresnet: "insightface", or "ir" (TFace, AdaFace,
             CVLface). mobilefacenet: "insightface" (its `mbf`), or "gdc" (TFace, AdaDistill). Default: that of the
             weights, else "insightface".
@@ -53,6 +56,7 @@ class FaceConfig(Model):
     architecture: str | None = None
     weights: str | None = None
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    centres: str | list[str] | None = None
     layout: Literal["insightface", "ir", "gdc"] | None = None
     layers: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=1, max_length=4)
     width: int | None = Field(None, ge=1)

@@ -144,14 +144,14 @@ class FaceModel(nn.Module):
                 "a batch of one image in training: the batch normalisation of embeddings needs two or more; drop the "
                 "last batch, or call model.eval()."
             )
-        x = images.to(self.mean.dtype)
+        x = images.to(torch.promote_types(self.mean.dtype, torch.float32))
         if images.dtype == torch.uint8:
             x = x / 255
         if x.shape[2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False, antialias=True)
         if self.channels == "bgr":
             x = x.flip(1)
-        return (x - self.mean) / self.std
+        return ((x - self.mean) / self.std).to(self.mean.dtype)
 
     @torch.no_grad()
     def embed(self, images: Tensor, flip: bool = True) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from taskkd.backbones import read_weights
 from taskkd.errors import CheckpointError, DataError, RecipeError
 from taskkd.face import iresnet, mobilefacenet
-from taskkd.face.checkpoints import Checkpoint, read_checkpoint
+from taskkd.face.checkpoints import Checkpoint, read_centres, read_checkpoint
 from taskkd.face.config import TIMM, FaceConfig
 from taskkd.face.description import FACE, Description
 from taskkd.face.model import FaceModel
@@ -65,6 +65,8 @@ def build(config: FaceConfig | Mapping[str, Any], *, seed: int = 0) -> FaceModel
     if found is not None:
         found.load_into(backbone)
         model.centres = found.centres if config.projector is None else None
+    if config.centres is not None:
+        model.centres = read_centres(config.centres, model.embedding_size)
     return model
 
 
@@ -108,7 +110,7 @@ def load_checkpoint(path: str | Path, architecture: str = "auto") -> FaceModel:
     The same as `build({"weights": path, "architecture": architecture}).eval()`.
 
     Args:
-        path: of a file, see `taskkd.face.checkpoints`; or a folder that holds `model.safetensors`.
+        path: of a file, see `taskkd.face.checkpoints`; or a folder with `model.safetensors`, of the hub or our own.
         architecture: "auto": by the tensors; or one of `FaceConfig`, checked against them.
 
     Raises:
@@ -116,6 +118,8 @@ def load_checkpoint(path: str | Path, architecture: str = "auto") -> FaceModel:
         DataError: the file is missing or unreadable.
         CheckpointError: its tensors are of no network that is known here, or do not fit the one they are of.
     """
+    if architecture == "auto" and (Path(path) / FACE).is_file():
+        return load(path)
     named = {} if architecture == "auto" else {"architecture": architecture}
     return build({"weights": str(path), **named}).eval()
 
