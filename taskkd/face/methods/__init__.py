@@ -5,9 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from taskkd.face.methods.ada_distill import ada_distill
+from taskkd.face.methods.angular_distillation import angular_distillation
+from taskkd.face.methods.embedding_mimic import embedding_mimic
+from taskkd.face.methods.grouped import grouped
+from taskkd.face.methods.margin_distillation import margin_distillation
+from taskkd.face.methods.proxyless import proxyless
+from taskkd.face.methods.relational import relational
+from taskkd.face.methods.triplet_distillation import triplet_distillation
 from taskkd.stages import Method
 
-__all__ = ["METHODS"]
+__all__ = [
+    "METHODS",
+    "ada_distill",
+    "angular_distillation",
+    "embedding_mimic",
+    "grouped",
+    "margin_distillation",
+    "proxyless",
+    "relational",
+    "triplet_distillation",
+]
 
 #: name -> `method(student, teacher, *, options) -> Method`
-METHODS: dict[str, Callable[..., Method] | Any] = {}
+METHODS: dict[str, Callable[..., Method] | Any] = {
+    "ada_distill": ada_distill,
+    "angular_distillation": angular_distillation,
+    "embedding_mimic": embedding_mimic,
+    "grouped": grouped,
+    "margin_distillation": margin_distillation,
+    "proxyless": proxyless,
+    "relational": relational,
+    "triplet_distillation": triplet_distillation,
+}
