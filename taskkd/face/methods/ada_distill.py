@@ -9,8 +9,9 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
 from taskkd.errors import ShapeError
+from taskkd.face.heads import initial_weight
 from taskkd.face.methods.beside import EMBEDDINGS, identities_of
-from taskkd.face.methods.centre_term import CentreTerm, Margin, margin_softmax
+from taskkd.face.methods.centre_term import CentreTerm, MarginKind, margin_softmax
 from taskkd.losses.primitives import full_precision, l2_normalise
 from taskkd.ranks import gather_ranks
 from taskkd.stages import Method, Stage
@@ -74,7 +75,7 @@ class AdaDistill(CentreTerm):
     """Margin softmax against centres that move to the teacher's embeddings before each loss and are never trained.
 
     The centres are a buffer, so checkpoints carry it; they begin as `N(0, 0.01^2)`, alike on all ranks, and move with
-    the samples of all ranks.
+    the samples of all ranks. There is no copy of them: the gradient of a forward is taken before the next forward.
 
     Args:
         name, weight: see `Term`.
@@ -95,7 +96,7 @@ class AdaDistill(CentreTerm):
         identities: int,
         sizes: tuple[int, int],
         *,
-        margin: Margin = "arc",
+        margin: MarginKind = "arc",
         m: float = 0.45,
         s: float = 64.0,
         alpha: Alpha = "weighted",
@@ -104,11 +105,10 @@ class AdaDistill(CentreTerm):
         weight: Weight = 1.0,
     ) -> None:
         super().__init__(name, identities, sizes, weight=weight)
-        self.margin: Margin = margin
+        self.margin: MarginKind = margin
         self.alpha: Alpha = alpha
         self.m, self.s, self.momentum = m, s, momentum
-        generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("centres", 0.01 * torch.randn(identities, sizes[1], generator=generator))
+        self.register_buffer("centres", initial_weight(identities, sizes[1], seed))
 
     def forward(self, run: Run) -> Tensor:
         x, labels, t = self.embeddings(run), self.labels(run), run.teacher[EMBEDDINGS]
@@ -117,7 +117,7 @@ class AdaDistill(CentreTerm):
                 f"term {self.name!r} needs embeddings {tuple(x.shape)} of the teacher, got {tuple(t.shape)}."
             )
         self.update(x.detach(), t.detach(), labels)
-        centres = self.centres.to(x.dtype, copy=True)  # the next forward moves them, perhaps before this one's backward
+        centres = self.centres.to(x.dtype)
         return margin_softmax(x, centres, labels=labels, margin=self.margin, m=self.m, s=self.s)
 
     @torch.no_grad()
@@ -136,7 +136,7 @@ def ada_distill(
     student: nn.Module,
     teacher: nn.Module,
     *,
-    margin: Margin = "arc",
+    margin: MarginKind = "arc",
     m: Annotated[float, Ge(0)] | None = None,
     s: Annotated[float, Gt(0)] = 64.0,
     alpha: Alpha = "weighted",

@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from taskkd.errors import RecipeError, TaskkdError
+from taskkd.errors import RecipeError
 
-__all__ = ["EMBEDDINGS", "LABELS", "adapter_of", "centres_of", "check_labels", "identities_of"]
+__all__ = ["EMBEDDINGS", "LABELS", "adapter_of", "centres_of", "identities_of"]
 
 #: taps: the raw embedding of every face model, (batch, features); the identities of a batch, -1 where there is none
 EMBEDDINGS, LABELS = "out.embeddings", "batch.labels"
@@ -54,23 +54,3 @@ def centres_of(student: nn.Module, teacher: nn.Module, method: str) -> Tensor:
             "None` they are the class means of the data."
         )
     return centres.detach().to(torch.promote_types(centres.dtype, torch.float32))
-
-
-def check_labels(labels: Tensor, batch: int, identities: int, who: str) -> Tensor:
-    """The labels as int64: one look at the device in every step.
-
-    Raises:
-        TaskkdError: not one whole number for each sample, or one beyond the identities; `who` begins the sentence.
-    """
-    if labels.shape != (batch,) or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TaskkdError(
-            f"{who}: `labels` must be whole numbers, one for each of {batch} samples, got {labels.dtype} of shape "
-            f"{tuple(labels.shape)}."
-        )
-    beyond = labels[labels >= identities]
-    if len(beyond):
-        raise TaskkdError(
-            f"{who}: label {beyond[0].item()} is beyond its {identities} identities; labels run from 0 to "
-            f"{identities - 1}, -1 is a sample without identity."
-        )
-    return labels.long()

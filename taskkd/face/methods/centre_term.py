@@ -10,27 +10,27 @@ from torch.nn import functional as F
 
 from taskkd.adapters import build_adapter
 from taskkd.errors import ShapeError, TaskkdError
+from taskkd.face.heads import check_labels
 from taskkd.face.margins import arcface, cosface
-from taskkd.face.methods.beside import EMBEDDINGS, LABELS, check_labels
+from taskkd.face.methods.beside import EMBEDDINGS, LABELS
 from taskkd.losses.primitives import full_precision, l2_normalise, masked_mean
 from taskkd.terms import Run, Term, Weight
 
-__all__ = ["CentreTerm", "Margin", "centre_cosines", "margin_logits", "margin_softmax"]
+__all__ = ["CentreTerm", "MarginKind", "centre_cosines", "margin_logits", "margin_softmax"]
 
-Margin: TypeAlias = Literal["arc", "cos"]
+MarginKind: TypeAlias = Literal["arc", "cos"]
 
 
-def centre_cosines(embeddings: Tensor, centres: Tensor, *, unit: bool = False) -> Tensor:
+def centre_cosines(embeddings: Tensor, centres: Tensor) -> Tensor:
     """The cosines of embeddings (batch, features) and centres (identities, features): (batch, identities).
 
     No second matrix of centres is made: what is divided by their lengths are the products.
 
     Args:
         embeddings, centres: of any length; a zero vector has cosine 0.
-        unit: the centres are of length 1 already.
     """
-    products = l2_normalise(embeddings) @ centres.T
-    return products if unit else products / torch.linalg.vector_norm(centres, dim=1).clamp(min=1e-12)
+    lengths: Tensor = torch.linalg.vector_norm(centres, dim=1).clamp(min=1e-12)
+    return l2_normalise(embeddings) @ centres.T / lengths
 
 
 @full_precision
@@ -39,10 +39,9 @@ def margin_logits(
     centres: Tensor,
     *,
     labels: Tensor,
-    margin: Margin = "arc",
+    margin: MarginKind = "arc",
     m: float | Tensor = 0.5,
     s: float = 64.0,
-    unit: bool = False,
 ) -> Tensor:
     """`s` times the cosines to given centres, with a margin on the true one: (batch, identities).
 
@@ -56,9 +55,8 @@ def margin_logits(
         margin: "arc" on the angle, "cos" on the cosine.
         m: the margin; for "arc" also (batch,), one for each sample.
         s: the scale of the cosines.
-        unit: the centres are of length 1 already.
     """
-    cos = centre_cosines(student, centres, unit=unit)
+    cos = centre_cosines(student, centres)
     if margin == "arc":
         return arcface(cos, labels, m=m, s=s, monotone=False)
     if isinstance(m, Tensor):
@@ -120,16 +118,19 @@ class CentreTerm(Term):
                 f"term {self.name!r} needs embeddings (batch, {self.sizes[0]}) of the student, which is what its "
                 f"`embedding_size` says, got {tuple(x.shape)}."
             )
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.layers["map"](x) if "map" in self.layers else x
+        precise = torch.promote_types(x.dtype, torch.float32)
+        return self.layers["map"](x.to(precise)).to(precise) if "map" in self.layers else x.to(precise)
 
     def labels(self, run: Run) -> Tensor:
         """The identities, (batch,) int64.
 
         Raises:
-            TaskkdError: they are missing, or beyond the centres.
+            ShapeError: not one whole number for each sample.
+            DataError: one is beyond the centres: one look at the device in every step.
         """
-        value: Any = run.student[LABELS]
-        if not isinstance(value, Tensor):
-            raise TaskkdError(f"term {self.name!r} needs `labels` (batch,), got {type(value).__name__}.")
-        return check_labels(value, len(run.student[EMBEDDINGS]), self.identities, f"term {self.name!r}")
+        value, batch = run.student[LABELS], len(run.student[EMBEDDINGS])
+        if not isinstance(value, Tensor) or value.shape != (batch,) or value.is_floating_point():
+            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ShapeError(f"term {self.name!r} needs whole numbers `labels` ({batch},), got {got}.")
+        check_labels(value, self.identities, run.batch.get("id"))
+        return value.long()

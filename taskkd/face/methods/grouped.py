@@ -9,8 +9,9 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from taskkd.errors import ShapeError
+from taskkd.face.heads import cosines_to, frozen_weight
 from taskkd.face.methods.beside import EMBEDDINGS, centres_of
-from taskkd.face.methods.centre_term import CentreTerm, centre_cosines
+from taskkd.face.methods.centre_term import CentreTerm
 from taskkd.losses.primitives import check_same_shape, full_precision, l2_normalise, log_softmax, masked_mean
 from taskkd.stages import Method, Stage
 from taskkd.terms import Run, Weight
@@ -87,7 +88,7 @@ class GroupedLogits(CentreTerm):
     ) -> None:
         super().__init__(name, len(centres), (student_size, centres.shape[1]), weight=weight)
         self.s, self.options = s, {"tau": tau, "primary": primary, "binary": binary}
-        self.register_buffer("centres", l2_normalise(centres.detach()))
+        self.register_buffer("centres", frozen_weight(len(centres), centres.shape[1], 0, centres, "float32"))
 
     def forward(self, run: Run) -> Tensor:
         x, t = self.embeddings(run), run.teacher[EMBEDDINGS]
@@ -95,13 +96,13 @@ class GroupedLogits(CentreTerm):
             raise ShapeError(
                 f"term {self.name!r} needs embeddings {tuple(x.shape)} of the teacher, got {tuple(t.shape)}."
             )
-        logits = [self.s * _cosines(e.to(x.dtype), self.centres.to(x.dtype)) for e in (x, t)]
+        logits = [self.s * _cosines(e.to(x.dtype), self.centres) for e in (x, t)]
         return grouped_divergence(logits[0], logits[1], **self.options)
 
 
 @full_precision
 def _cosines(embeddings: Tensor, centres: Tensor) -> Tensor:
-    return centre_cosines(embeddings, centres, unit=True)
+    return cosines_to(l2_normalise(embeddings), centres)
 
 
 def grouped(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
+from taskkd.face.heads import Margin, MarginHead
 from taskkd.face.methods.beside import centres_of
-from taskkd.face.methods.centre_term import CentreTerm, Margin, margin_softmax
-from taskkd.losses.primitives import l2_normalise
+from taskkd.face.methods.centre_term import CentreTerm, MarginKind
 from taskkd.stages import Method, Stage
 from taskkd.terms import Run, Weight
 
@@ -25,10 +25,9 @@ class FrozenCentres(CentreTerm):
         name, weight: see `Term`.
         centres: (identities, features).
         student_size: of the student's embeddings.
-        margin, m, s: see `margin_softmax`.
+        margin, m, s: see `margin_logits`.
+        sample_rate, storage: see `MarginHead`.
     """
-
-    centres: Tensor
 
     def __init__(
         self,
@@ -36,29 +35,30 @@ class FrozenCentres(CentreTerm):
         centres: Tensor,
         student_size: int,
         *,
-        margin: Margin = "arc",
+        margin: MarginKind = "arc",
         m: float = 0.5,
         s: float = 64.0,
+        sample_rate: float = 1.0,
+        storage: Literal["float32", "float16"] = "float32",
         weight: Weight = 1.0,
     ) -> None:
         super().__init__(name, len(centres), (student_size, centres.shape[1]), weight=weight)
-        self.margin: Margin = margin
-        self.m, self.s = m, s
-        self.register_buffer("centres", l2_normalise(centres.detach()))
+        self.head = MarginHead(*centres.shape, centres=centres, trained=False, sample_rate=sample_rate, storage=storage)
+        self.head.margin = Margin("arcface" if margin == "arc" else "cosface", m=m, s=s, monotone=False)
 
     def forward(self, run: Run) -> Tensor:
-        x = self.embeddings(run)
-        centres, labels = self.centres.to(x.dtype), self.labels(run)
-        return margin_softmax(x, centres, labels=labels, margin=self.margin, m=self.m, s=self.s, unit=True)
+        return self.head.loss(self.embeddings(run), self.labels(run))
 
 
 def proxyless(
     student: nn.Module,
     teacher: nn.Module,
     *,
-    margin: Margin = "arc",
+    margin: MarginKind = "arc",
     m: Annotated[float, Ge(0)] | None = None,
     s: Annotated[float, Gt(0)] = 64.0,
+    sample_rate: Annotated[float, Gt(0), Le(1)] = 1.0,
+    storage: Literal["float32", "float16"] = "float32",
     weight: Annotated[float, Gt(0)] = 1.0,
     task_weight: Annotated[float, Ge(0)] = 0.0,
 ) -> Method:
@@ -75,11 +75,14 @@ def proxyless(
         margin: "arc" (ArcFace, without a fallback beyond `pi - m`) or "cos" (CosFace).
         m: the margin. None: 0.5 for "arc", 0.35 for "cos".
         s: the scale.
+        sample_rate: each step sees its own identities and a random share of the others: a fifth of the time at 0.1.
+        storage: of the centres: "float16" takes half the memory.
         weight: of the term.
         task_weight: of a margin softmax with trained weights beside it.
     """
     size = int(student.embedding_size)  # type: ignore[arg-type]
     chosen = m if m is not None else {"arc": 0.5, "cos": 0.35}[margin]
     centres = centres_of(student, teacher, "proxyless")
-    term = FrozenCentres("centres", centres, size, margin=margin, m=chosen, s=s, weight=weight)
+    options: dict[str, Any] = {"margin": margin, "m": chosen, "s": s, "sample_rate": sample_rate, "storage": storage}
+    term = FrozenCentres("centres", centres, size, weight=weight, **options)
     return Method("proxyless", [Stage("distil", [term], task_weight)], ("labels", "centres"))
