@@ -102,7 +102,8 @@ def _draw(z: Array, hard: float, size: int, rng: np.random.Generator) -> NDArray
 def _moved(size: int, angle: Array, dx: Array, dy: Array, shear: Array, scale: Array) -> tuple[Array, Array]:
     """The coordinates, in -1..1, of every image's pixels in the face's own frame."""
     line = np.linspace(-1, 1, size, dtype=np.float32)
-    x, y = line[None, None, :] - dx, line[None, :, None] - dy
+    x: Array = line[None, None, :] - dx
+    y: Array = line[None, :, None] - dy
     x, y = (np.cos(angle) * x + np.sin(angle) * y) / scale, (np.cos(angle) * y - np.sin(angle) * x) / scale
     return x + shear * y, y
 
