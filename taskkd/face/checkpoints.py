@@ -7,8 +7,8 @@ Nothing of a file is executed. The network is found by the names and shapes of t
   IR-18 to IR-101, the layout "ir";
 - AdaDistill, TFace: MobileFaceNet, the layout "gdc"; AdaDistill's iresnets are insightface's.
 
-Names and shapes are those of the authors' code; the files, which are for non-commercial use, were not at hand where this
-was written.
+Names and shapes are those of the authors' code; the files, which are for non-commercial use, were not at hand where
+this was written.
 """
 
 from __future__ import annotations
