@@ -353,8 +353,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     def _hand_rate_on(self) -> None:
         """Tell a task loss that trains rows of its own the learning rate of this step."""
         head: Any = self.distiller.task_loss
-        if hasattr(head, "auxiliary_step"):
-            head.present_rate = float(self.optimizer.param_groups[0]["lr"])
+        if getattr(head, "follows_trainer", False):
+            head.learning_rate = float(self.optimizer.param_groups[0]["lr"])
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """The engine's schedule; with `milestones` in `lr_scheduler_kwargs`, which it does not know, steps of 0.1.

@@ -48,14 +48,15 @@ class Stepping(Head):
 
     def __init__(self) -> None:
         super().__init__()
-        self.present_rate, self.rates, self.waiting = None, [], False
+        self.learning_rate, self.rates, self.waiting = None, [], False
+        self.follows_trainer = True
 
     def forward(self, output, batch) -> Tensor:
         self.waiting = True
         return super().forward(output, batch)
 
     def auxiliary_step(self, progress) -> None:
-        self.rates.append(self.present_rate)
+        self.rates.append(self.learning_rate)
         self.waiting = False
 
     def forget(self) -> None:

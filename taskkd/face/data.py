@@ -48,6 +48,11 @@ class VerificationTable(TwoViews):
         super().__init__(FaceDataset(pairs.faces, labels=False, held=held))
         self.pairs, self.side, self.gallery = pairs, side, gallery
 
+    @property
+    def counted(self) -> int:
+        """How many decisions the metric is of: pairs."""
+        return len(self.pairs)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = super().__getitem__(index)
         if self.side is None:

