@@ -147,6 +147,17 @@ def test_a_scaled_or_overflown_gradient() -> None:
     assert torch.equal(scaled.weight, before)
 
 
+def test_the_official_code_bounds_the_value_and_not_the_gradient() -> None:
+    (x, y), (other, _) = samples(), samples()
+    values = [PartialFC(20, 8, sample_rate=1.0, compat=c).loss(z, y) for c, z in ((None, x), ("official", other))]
+    assert values[1] < values[0]
+    for value in values:
+        value.backward()
+    assert torch.equal(x.grad, other.grad)
+    opposite = PartialFC(20, 8, centres=-torch.eye(20, 8), sample_rate=1.0, compat="official")
+    assert opposite.loss(torch.eye(1, 8), torch.tensor([0])).item() == pytest.approx(69.0776, abs=1e-3)
+
+
 def test_nobody_has_a_label() -> None:
     head, (x, _) = PartialFC(20, 8, kind="adaface", learning_rate=0.1), samples()
     for nobody in (x, torch.zeros(0, 8, requires_grad=True)):
@@ -276,6 +287,12 @@ def test_a_head_that_was_made_before_the_ranks_takes_its_shard(ranks: list[dict[
     assert [rank["late"]["rows"] for rank in ranks] == [11, 10]
     assert all(rank["late"]["same"] for rank in ranks)
     assert tuple(ranks[0]["late"]["collected"]) == (partial_fc_job.CLASSES, partial_fc_job.SIZE)
+
+
+@pytest.mark.slow
+def test_gathered_statistics_are_those_of_one_process(ranks: list[dict[str, Any]], single: dict[str, Any]) -> None:
+    for rank in ranks:
+        close(rank["statistics"], single["statistics"])
 
 
 @pytest.mark.slow
