@@ -113,14 +113,14 @@ class _Collate:
 
     Returns:
         `images` (N, 3, H, W), uint8 as the samples are, `id` (N,) int64 and, where the samples have them, `labels` and
-        `branch` (N,) int64.
+        `branch`, `identity` (N,) int64.
 
     Raises:
         DataError: the images differ in size.
     """
 
     #: what is needed of a sample, whatever a model takes: the trainer leaves these in
-    columns = ("images", "labels", "id", "branch", "file")
+    columns = ("images", "labels", "id", "branch", "identity", "file")
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Tensor]:
         flat: list[dict[str, Any]] = [s for entry in samples for s in (entry if isinstance(entry, list) else [entry])]
@@ -131,7 +131,7 @@ class _Collate:
                 f"the images of a batch are of {shown}: give a size, to which all are made square, or align them."
             )
         batch = {"images": torch.stack([s["images"] for s in flat])}
-        for column in ("labels", "id", "branch"):
+        for column in ("labels", "id", "branch", "identity"):
             if column in flat[0]:
                 batch[column] = torch.tensor([int(s[column]) for s in flat], dtype=torch.int64)
         return batch
