@@ -102,7 +102,7 @@ class Margin(nn.Module):
                 cosines, labels, z, m=self.m, s=self.s, variant=self.variant, filter_above=self.filter_above
             )
         if self.kind == "curricularface":
-            own = margins._own(cosines, labels) if targets is None else targets
+            own = margins.of_own_class(cosines, labels) if targets is None else targets
             self._take_in(own.detach(), known)
             return margins.curricularface(cosines, labels, self.t.clone(), m=self.m, s=self.s, targets=targets)
         if self.kind == "cosface":
