@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from taskkd.augmentation import Augmented, generator_for
 from taskkd.errors import DataError, RecipeError
+from taskkd.face import datasets
 from taskkd.face.datasets import FaceDataset, RandomFlip, TwoViews, collate
 from taskkd.face.readers import read_folder
 from taskkd.face.records import Faces
@@ -98,7 +99,7 @@ def test_a_mix_of_sizes_names_the_files(tmp_path: Path) -> None:
 
 
 def augmented(dataset: Any, config: Sequence[Any], seed: int = 0) -> Augmented:
-    return Augmented(dataset, build(config), seed=seed)
+    return datasets.augmented(dataset, config, flip=False, seed=seed)
 
 
 def test_augmentation_is_repeatable_and_has_no_views(faces: Faces) -> None:
@@ -117,6 +118,15 @@ def test_augmentation_is_repeatable_and_has_no_views(faces: Faces) -> None:
     assert all(type(image) is torch.Tensor and image.dtype == torch.uint8 for image in first)
     dataset.set_epoch(1)
     assert any((dataset[n]["images"] != first[n]).any() for n in range(5))
+
+
+def test_augmented_faces_are_flipped_too(faces: Faces) -> None:
+    flipped = datasets.augmented(FaceDataset(faces), [])
+    views, found = TwoViews(FaceDataset(faces)), []
+    for epoch in range(20):
+        flipped.set_epoch(epoch)
+        found += [int((flipped[n]["images"] == views[2 * n + 1]["images"]).all()) for n in range(5)]
+    assert 30 < sum(found) < 70
 
 
 def test_what_the_transforms_do() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from taskkd.errors import DataError
 from taskkd.face.readers import orl, read_folder, read_hub, read_images
-from taskkd.face.records import Faces, image_of, shared_identities, split, squared
+from taskkd.face.records import Faces, image_of, shared_identities, split, squared, with_unlabelled
 from taskkd.images import in_memory
 from tests.face.files import folder_of, png
 
@@ -73,6 +73,21 @@ def test_images_of_nobody_knows_whom(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="there are no images"):
         read_images(tmp_path / "empty")
+
+
+def test_unknown_people_beside_known_ones(tmp_path: Path) -> None:
+    folder_of(tmp_path / "known", {"a": 2, "b": 1})
+    folder_of(tmp_path / "others", {"c": 2})
+    known, others = read_folder(tmp_path / "known", size=8), read_folder(tmp_path / "others")
+    both = with_unlabelled(known, others)
+    assert both.labels.tolist() == [0, 0, 1, -1, -1]
+    assert both.summary() == "5 images of 2 identities (1 to 2 each, median 1.5), 2 of them without an identity"
+    assert [source.name for source in both.sources] == [face.source.name for face in (*known, *others)]
+    assert both.sources[-1].name == others[1].source.name
+    assert [source.name for source in both.sources[1:4:2]] == [known[1].source.name, others[0].source.name]
+    assert both.select([4, 0]).sources[0].name == others[1].source.name
+    with pytest.raises(IndexError):
+        both.sources[5]
 
 
 def test_labels_that_do_not_fit() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from taskkd.errors import DataError, TaskkdError
+from taskkd.face import verification
 from taskkd.face.verification import (
     THRESHOLDS,
     auc,
@@ -181,7 +182,7 @@ def test_identification_as_the_authors() -> None:
     assert [found["threshold@1e-02"], found["threshold@1e-01"]] == pytest.approx(given["out_threshold"])
 
 
-def test_open_set_identification_by_the_definition() -> None:
+def test_open_set_identification_by_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = np.random.default_rng(2)
     gallery = unit(draw.normal(size=(20, 8)))
     mates = np.where(np.arange(80) < 50, np.arange(80) % 20, -1)
@@ -196,6 +197,14 @@ def test_open_set_identification_by_the_definition() -> None:
     assert found["tpir@1e-01"] == pytest.approx(np.mean(first & (own > found["threshold@1e-01"])))
     assert found["tpir@1e+00"] == found["rank@1"] == pytest.approx(first.mean())
     assert 0 < found["tpir@1e-01"] < 1
+    monkeypatch.setattr(verification, "CHUNK", 60)  # three probes at a time
+    assert identify(probes, gallery, mates, fpir=[0.1, 1.0]) == pytest.approx(found)
+    known = mates >= 0
+    whole = identify(probes[known], gallery, mates[known], fpir=[0.1], legacy=True)
+    monkeypatch.undo()
+    assert identify(probes[known], gallery, mates[known], fpir=[0.1], legacy=True) == pytest.approx(whole)
+    with pytest.raises(DataError, match="FPIR 20 needs 1000 scores of different people, there are 950"):
+        identify(probes[known], gallery, mates[known], fpir=[20.0], legacy=True)
     with pytest.raises(DataError, match="FPIR needs probes without a mate"):
         identify(probes[:50], gallery, mates[:50], fpir=[0.1])
     with pytest.raises(DataError, match="every probe needs a mate"):
@@ -204,5 +213,7 @@ def test_open_set_identification_by_the_definition() -> None:
         identify(probes, gallery, np.where(mates == 3, 20, mates))
     with pytest.raises(DataError, match=r"expected .P, D., .G, D. and .P,."):
         identify(probes, gallery[:, :4], mates)
+    with pytest.raises(DataError, match="is not finite"):
+        identify(probes * np.nan, gallery, mates)
     with pytest.raises(DataError, match="there is no probe with a mate"):
         identify(probes, gallery, np.full(80, -1))
