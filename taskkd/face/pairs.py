@@ -21,7 +21,7 @@ from taskkd.images import Source, in_file
 __all__ = ["Pairs", "make_pairs", "read_bin", "read_csv", "read_lfw", "read_pairs"]
 
 SUFFIXES = ("jpg", "png", "jpeg", "bmp", "webp", "JPG", "PNG")
-TRUE, FALSE = ("1", "true", "same", "yes"), ("0", "-1", "false", "different", "no")
+TRUE, FALSE = ("1", "true", "yes"), ("0", "-1", "false", "no")
 
 
 class Pairs:

@@ -90,6 +90,8 @@ ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "ndarray"): _Bytes,
     ("numpy", "dtype"): _Type,
 }
+for _name in ("bytes", "bytearray"):
+    ALLOWED["__builtin__", _name] = _plain  # as Python 2 calls the module
 for _core in ("numpy.core", "numpy._core"):
     ALLOWED[f"{_core}.multiarray", "_reconstruct"] = _array
     ALLOWED[f"{_core}.multiarray", "scalar"] = _scalar

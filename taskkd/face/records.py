@@ -19,7 +19,7 @@ from taskkd.images import Source, decode
 from taskkd.problems import Problems
 from taskkd.splits import divided
 
-__all__ = ["Bad", "Face", "Faces", "checked", "image_of", "shared_identities", "split", "squared"]
+__all__ = ["Bad", "Face", "Faces", "checked", "image_of", "shared_identities", "split", "squared", "with_unlabelled"]
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +131,32 @@ class _Chosen(Sequence[Source]):
         if isinstance(number, slice):
             return _Chosen(self.sources, self.numbers[number])
         return self.sources[int(self.numbers[number])]
+
+
+class _Joined(Sequence[Source]):
+    """Some sources after others."""
+
+    def __init__(self, first: Sequence[Source], others: Sequence[Source]) -> None:
+        self.first, self.others = first, others
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.others)
+
+    @overload
+    def __getitem__(self, number: int) -> Source: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Source]: ...
+    def __getitem__(self, number: int | slice) -> Source | Sequence[Source]:
+        if isinstance(number, slice):
+            return _Chosen(self, np.arange(len(self))[number])
+        place = range(len(self))[number]
+        return self.first[place] if place < len(self.first) else self.others[place - len(self.first)]
+
+
+def with_unlabelled(faces: Faces, others: Faces) -> Faces:
+    """Faces and, after them, images of unknown people, whatever is said of these; the numbers of the first stay."""
+    labels = np.concatenate([faces.labels, np.full(len(others), -1)])
+    return replace(faces, sources=_Joined(faces.sources, others.sources), labels=labels, notes=[])
 
 
 def squared(image: Tensor, size: int | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -33,6 +34,8 @@ Array: TypeAlias = NDArray[Any]
 THRESHOLDS: Array = np.arange(0, 4, 0.01)
 #: below so many expected false accepts a TAR@FAR rests on a handful of pairs
 FEW = 10
+#: scores of a search that are held at once
+CHUNK = 1 << 24
 
 
 def unit(embeddings: ArrayLike) -> Array:
@@ -293,46 +296,65 @@ def identify(
             all scores of a probe and another's entry, and a mate above it counts whatever its rank. This is no FPIR.
 
     Raises:
-        DataError: shapes differ, a mate is no row, or the probes that a rate needs are missing.
+        DataError: shapes differ, a number is not finite, a mate is no row, or the probes that a rate needs are missing.
     """
     one, other, mate = np.asarray(probes), np.asarray(gallery), np.asarray(mates)
     if one.ndim != 2 or other.ndim != 2 or one.shape[1] != other.shape[1] or mate.shape != one.shape[:1]:
         raise DataError(
             f"probes {one.shape}, gallery {other.shape}, mates {mate.shape}: expected (P, D), (G, D) and (P,)."
         )
+    if not (np.isfinite(one).all() and np.isfinite(other).all()):
+        raise DataError("an embedding of the probes or the gallery is not finite.")
     if len(mate) and not -1 <= mate.min() <= mate.max() < len(other):
         raise DataError(f"mates are from {mate.min()} to {mate.max()}: expected rows of the gallery, or -1.")
     known = mate >= 0
     if not known.any() or (legacy and not known.all()):
         raise DataError("there is no probe with a mate." if not known.any() else "legacy: every probe needs a mate.")
-    scores = one @ other.T
-    own = scores[np.flatnonzero(known), mate[known]]
-    rivals = scores[known]  # a copy
-    rivals[np.arange(len(rivals)), mate[known]] = -np.inf
-    before = (rivals >= own[:, None]).sum(1)
-    found = {f"rank@{k}": float(np.mean(before < k)) for k in ranks}
-    for rate in fpir:
-        threshold = _legacy_threshold(rivals, rate) if legacy else _open_threshold(scores[~known], rate)
-        hits = own > threshold if legacy else (own > threshold) & (before == 0)
+    places = [max(1, math.ceil(len(one) * rate)) if legacy else 0 for rate in fpir]
+    own, before, highest, rivals = _searched(one, other, mate, max(places, default=0))
+    found = {f"rank@{k}": float(np.mean(before[known] < k)) for k in ranks}
+    for rate, place in zip(fpir, places, strict=True):
+        threshold = _nth(rivals, place, rate) if legacy else _open_threshold(highest[~known], rate)
+        hits = own[known] > threshold if legacy else (own[known] > threshold) & (before[known] == 0)
         found |= {f"tpir@{rate:.0e}": float(np.mean(hits)), f"threshold@{rate:.0e}": threshold}
     return found
 
 
-def _legacy_threshold(rivals: Array, rate: float) -> float:
-    flat = rivals[np.isfinite(rivals)]
-    place = max(1, int(np.ceil(len(rivals) * rate)))
-    if place > len(flat):
-        raise DataError(f"FPIR {rate:g} needs {place} scores of different people, there are {len(flat)}.")
-    return float(np.partition(flat, len(flat) - place)[len(flat) - place])
+def _searched(probes: Array, gallery: Array, mates: Array, keep: int) -> tuple[Array, Array, Array, Array]:
+    """For each probe its mate's score, how many others are as high, the highest of these; and the `keep` highest of all
+    scores but the mates'. Probes are searched some at a time.
+    """  # fmt: skip
+    own, before, highest = np.full(len(probes), -np.inf), np.zeros(len(probes), np.int64), np.empty(len(probes))
+    rivals = np.empty(0)
+    step = max(1, CHUNK // len(gallery))
+    for first in range(0, len(probes), step):
+        part = slice(first, first + step)
+        scores = probes[part] @ gallery.T
+        rows = np.flatnonzero(mates[part] >= 0)
+        own[part][rows] = scores[rows, mates[part][rows]]
+        scores[rows, mates[part][rows]] = -np.inf
+        before[part] = (scores >= own[part][:, None]).sum(1)
+        highest[part] = scores.max(1)
+        if keep:
+            rivals = np.concatenate([rivals, scores[np.isfinite(scores)]])
+            rivals = np.sort(np.partition(rivals, -keep)[-keep:]) if len(rivals) > keep else np.sort(rivals)
+    return own, before, highest, rivals
 
 
-def _open_threshold(scores: Array, rate: float) -> float:
+def _nth(rivals: Array, place: int, rate: float) -> float:
+    """The `place`-th highest of ascending scores."""
+    if place > len(rivals):
+        raise DataError(f"FPIR {rate:g} needs {place} scores of different people, there are {len(rivals)}.")
+    return float(rivals[-place])
+
+
+def _open_threshold(highest: Array, rate: float) -> float:
     """The lowest score above which not more than a share of the probes without a mate find somebody."""
-    if not len(scores):
+    if not len(highest):
         raise DataError("FPIR needs probes without a mate (-1), and there is none.")
-    highest = np.sort(scores.max(1))[::-1]
-    allowed = int(np.floor(rate * len(highest) + 1e-9))
-    return float(highest[allowed]) if allowed < len(highest) else -np.inf
+    ordered = np.sort(highest)[::-1]
+    allowed = math.floor(rate * len(ordered) + 1e-9)
+    return float(ordered[allowed]) if allowed < len(ordered) else -np.inf
 
 
 def _summed(rows: Array, groups: Array, count: int) -> Array:
