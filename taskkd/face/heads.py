@@ -21,7 +21,7 @@ __all__ = ["Margin", "MarginHead", "initial_weight", "sample_classes"]
 #: m where none is given
 MARGINS = {"arcface": 0.5, "cosface": 0.4, "adaface": 0.4, "curricularface": 0.5}
 #: how many rows of a large weight are made or converted at a time
-ROWS = 8192
+ROWS = 2048
 
 
 class Margin(nn.Module):
@@ -213,8 +213,9 @@ class MarginHead(nn.Module):
             ema=ema,
             gather=gather,
         )
-        #: how often classes were sampled; checkpointed
-        self.draws = 0
+        #: how often classes were sampled, on which the next sample depends
+        self.draws: Tensor
+        self.register_buffer("draws", torch.tensor(0))
         if trained:
             self.weight = nn.Parameter(start_weight(identities, embedding_size, seed, centres))
         else:
@@ -273,7 +274,7 @@ class MarginHead(nn.Module):
         elif isinstance(self.weight, nn.Parameter):
             cosines = unit @ l2_normalise(self.weight.to(unit.dtype)).T
         elif self.sample_rate < 1 and self.training:
-            index = sample_classes(labels, classes, self.sample_rate, self._generator(labels.device))
+            index = sample_classes(labels, classes, self.sample_rate, next_generator(self.seed, self.draws, 0))
             labels = within(labels, index)
             cosines = cosines_to(unit, self.weight[index])
         else:
@@ -282,18 +283,6 @@ class MarginHead(nn.Module):
         values = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
         values = values.masked_fill(wrong, torch.nan)
         return masked_mean(values, known if mask is None else known * mask)
-
-    def _generator(self, device: torch.device) -> torch.Generator:
-        self.draws += 1
-        return draw_generator(self.seed, self.draws, 0, device)
-
-    def get_extra_state(self) -> Tensor:
-        """How often classes were sampled."""
-        return torch.tensor([self.draws])
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Restore what `get_extra_state` gave."""
-        self.draws = int(state.item())
 
     def extra_repr(self) -> str:
         """Sizes, and whether the weight is trained."""
@@ -385,9 +374,10 @@ def within(labels: Tensor, index: Tensor) -> Tensor:
     return torch.where(labels >= 0, torch.searchsorted(index, labels), labels)
 
 
-def draw_generator(seed: int, draw: int, rank: int, device: torch.device) -> torch.Generator:
-    """A generator on a device that is a function of these three numbers alone."""
-    return torch.Generator(device).manual_seed(generator_for(seed, draw, rank).initial_seed())
+def next_generator(seed: int, draws: Tensor, rank: int) -> torch.Generator:
+    """Count a draw; the generator for it, on the counter's device, is a function of these three numbers alone."""
+    draws += 1
+    return torch.Generator(draws.device).manual_seed(generator_for(seed, int(draws), rank).initial_seed())
 
 
 # ---- what heads read, and refuse

@@ -17,11 +17,11 @@ from taskkd.face.heads import (
     check_embeddings,
     check_labels,
     check_size,
-    draw_generator,
     embeddings_of,
     full,
     initial_weight,
     labels_of,
+    next_generator,
     sample_classes,
     within,
 )
@@ -116,8 +116,9 @@ class PartialFC(nn.Module):
         self.margin = Margin(
             kind, s=s, m=m, variant=variant, easy_margin=easy_margin, filter_above=filter_above, h=h, ema=ema
         )
-        #: how often classes were sampled; checkpointed
-        self.draws = 0
+        #: how often classes were sampled, on which the next sample depends
+        self.draws: Tensor
+        self.register_buffer("draws", torch.tensor(0))
         self.rank, self.ranks = (dist.get_rank() if dist.is_initialized() else 0), world_size()
         self.first, count = shard(identities, self.rank, self.ranks)
         if centres is None:
@@ -161,8 +162,7 @@ class PartialFC(nn.Module):
         known, local = labels >= 0, labels - self.first
         local = torch.where((local >= 0) & (local < len(self.weight)) & known, local, torch.full_like(local, -1))
         if index is None and self.sample_rate < 1 and self.training:
-            self.draws += 1
-            generator = draw_generator(self.seed, self.draws, self.rank, local.device)
+            generator = next_generator(self.seed, self.draws, self.rank)
             index = sample_classes(local, len(self.weight), self.sample_rate, generator)
         if index is not None:
             local = within(local, index)
@@ -271,14 +271,6 @@ class PartialFC(nn.Module):
         if self.ranks == 1:
             return {k: v.detach() for k, v in tensors.items()}
         return {k: joined(v, self.identities, keep) for k, v in tensors.items()}
-
-    def get_extra_state(self) -> Tensor:
-        """How often classes were sampled."""
-        return torch.tensor([self.draws])
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Restore what `get_extra_state` gave."""
-        self.draws = int(state.item())
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
