@@ -25,6 +25,7 @@ from taskkd.face.recordio import read_recordio
 from taskkd.face.records import Array, Faces, shared_identities, split
 from taskkd.face.schema import Balanced, Data, Sample, Verification
 from taskkd.face.transforms import build
+from taskkd.face.verification import few_negatives
 from taskkd.images import header_size, in_memory
 from taskkd.splits import share_of
 
@@ -92,6 +93,9 @@ class FaceData:
         self.everything: Any = (
             self.train if self.unlabelled is None else self._batched(_joined(self.faces, self.unlabelled))
         )
+        for name, pairs in self.pairs.items():
+            if sentence := few_negatives(int((~pairs.same).sum()), self.config.far):
+                logger.info("%s: %s", name, sentence)
         self._tables = {name: VerificationTable(pairs, held=held) for name, pairs in self.pairs.items()}
 
     #: nothing is saved beside a student, which says itself what it is

@@ -63,6 +63,7 @@ class Margin(nn.Module):
             ("m", self.m >= 0, "at least 0"),
             ("h", h > 0, "positive"),
             ("ema", 0 < ema <= 1, "in (0, 1]"),
+            ("monotone", monotone or (kind, variant) == ("arcface", "exact"), "True but for exact ArcFace"),
             ("easy_margin", not easy_margin or (kind, variant) == ("arcface", "exact"), "False but for exact ArcFace"),
             ("filter_above", filter_above is None or kind != "curricularface", "None for CurricularFace"),
         ):
