@@ -64,6 +64,7 @@ _MODULES = (
     "adapters",
     "detection",
     "errors",
+    "face",
     "gates",
     "layer_maps",
     "losses",

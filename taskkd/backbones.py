@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,16 @@ from taskkd.caches import file_sha256
 from taskkd.errors import DataError, RecipeError, nearest
 from taskkd.packages import PACKAGE, locate
 
-__all__ = ["Body", "TimmMaps", "read_weights", "timm_body", "torchvision_body", "torchvision_classifier", "with_norm"]
+__all__ = [
+    "Body",
+    "TimmMaps",
+    "read_saved",
+    "read_weights",
+    "timm_body",
+    "torchvision_body",
+    "torchvision_classifier",
+    "with_norm",
+]
 
 TIMM = "timm:"
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -91,6 +101,21 @@ def read_weights(source: str, sha256: str | None = None) -> dict[str, Tensor]:
     Raises:
         DataError: no such file, another digest, or not a file of tensors by name.
     """
+    state = read_saved(source, sha256)
+    for key in ("state_dict", "model"):  # as training scripts save them
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise DataError(f"weights {source!r}: expected tensors by name, got {type(state).__name__}.")
+    return dict(state)
+
+
+def read_saved(source: str, sha256: str | None = None) -> Any:
+    """What a file holds: tensors by name, or what a training script saved around them; see `read_weights`.
+
+    Raises:
+        DataError: no such file, another digest, or nothing that can be read without executing it.
+    """
     path = locate(source) if source.startswith(PACKAGE) else Path(source)
     if not path.is_file():
         raise DataError(
@@ -102,19 +127,14 @@ def read_weights(source: str, sha256: str | None = None) -> dict[str, Tensor]:
         raise DataError(f"weights {source!r}: the file has not the expected sha256 {sha256[:16]}…; it was changed.")
     try:
         if path.suffix == ".safetensors":
-            tensors: dict[str, Tensor] = load_file(str(path))
-            return tensors
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(str(path))
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, SafetensorError, EOFError, KeyError) as error:
         raise DataError(f"weights {source!r} cannot be read: {_first_line(error)}") from None
     except Exception as error:  # pickle.UnpicklingError, which names what it refused
-        raise DataError(f"weights {source!r}: refused, not plain tensors: {_first_line(error)}") from None
-    for key in ("state_dict", "model"):  # as training scripts save them
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise DataError(f"weights {source!r}: expected tensors by name, got {type(state).__name__}.")
-    return dict(state)
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"it asks for {asked[1]}, which would be executed" if asked else _first_line(error)
+        raise DataError(f"weights {source!r}: refused, not plain tensors: {why}.") from None
 
 
 def _first_line(error: BaseException) -> str:

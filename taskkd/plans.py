@@ -15,7 +15,7 @@ from taskkd.distiller import Distiller
 from taskkd.errors import RecipeError
 from taskkd.preparation import Preparation
 from taskkd.schema import Training
-from taskkd.session import Record, Session
+from taskkd.session import Record, Session, of_items
 from taskkd.stages import Method, Stage
 
 __all__ = ["Plan", "build_method", "check", "look"]
@@ -64,7 +64,7 @@ def check(recipe: Any, *, evaluate: int = 200) -> Plan:
         plan.warnings.append("values and gradients are those of a teacher that is not fine-tuned yet.")
     if recipe.method is None and not recipe.terms:
         return plan
-    training = recipe.training
+    training = of_items(recipe.training, data.everything)
     plan.stages = look(recipe, task, data, student, teacher)
     plan.warnings += [sentence for preparation in plan.stages.values() for sentence in preparation.advice]
     method = build_method(recipe, task, data, student, teacher)
@@ -113,7 +113,10 @@ def look(recipe: Any, task: Any, data: Any, student: nn.Module, teacher: nn.Modu
         TaskkdError: a tap, shape or option does not work out.
     """
     found = {}
-    rows = [data.everything[i] for i in range(min(recipe.training.batch_size, len(data.everything)))]
+    rows = [
+        data.everything[i]
+        for i in range(min(of_items(recipe.training, data.everything).batch_size, len(data.everything)))
+    ]
     method = build_method(recipe, task, data, student, teacher)
     collator = data.full_length_collator if "full_length" in method.needs else data.collator
     batch = dict(collator(rows))
@@ -124,7 +127,7 @@ def look(recipe: Any, task: Any, data: Any, student: nn.Module, teacher: nn.Modu
             task.supplier(recipe, student, teacher),
             stage.terms,
             task_weight=stage.task_weight,
-            task_loss=task.loss(recipe),
+            task_loss=task.loss(recipe, student, recipe.seeds[0]),
             perturbation=stage.perturbation,
         )
         try:

@@ -28,6 +28,7 @@ __all__ = ["distill", "dump_recipe", "load_recipe", "packaged_recipes", "parse_o
 
 TASKS = {
     "detection": "taskkd.detection.task",
+    "face": "taskkd.face.task",
     "nlp": "taskkd.nlp.task",
     "segmentation": "taskkd.segmentation.task",
 }

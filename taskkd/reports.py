@@ -80,6 +80,9 @@ def rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "standard_error": error,
                 "gain": mean - alone if alone is not None and kind == "student" and title != alone_title else None,
                 "kept": mean / top if top else math.nan,
+                "further": {
+                    t: statistics.fmean(r["test"][f"{t}_{name}"] for r in runs.values()) for t in _further(report)
+                },
                 "validation": statistics.fmean(r["validation"][name] for r in runs.values()),
                 "seconds": sum(r.get("seconds", 0.0) for r in runs.values()),
                 **models[kind],
@@ -87,6 +90,12 @@ def rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _further(report: Mapping[str, Any]) -> list[str]:
+    """The test sets beside the first that have the metric."""
+    own = report["teacher"]["test"]
+    return [t for t in report.get("further_tests", ()) if f"{t}_{report['metric']}" in own]
 
 
 def table(report: Mapping[str, Any]) -> Any:
@@ -100,7 +109,8 @@ def table(report: Mapping[str, Any]) -> Any:
     title = f"{report['recipe']}: {name} on {report['test_samples']} test samples, {over}"
     shown = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     short = {"accuracy": "acc", "pairwise_spearman": "pairwise"}.get(name, name)
-    for column in ("", short, "± s.e.", "gain", "kept", "params", "size", "ms", "speed"):
+    further = _further(report)
+    for column in ("", short, "± s.e.", "gain", "kept", *further, "params", "size", "ms", "speed"):
         shown.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for row in rows(report):
         shown.add_row(
@@ -109,12 +119,17 @@ def table(report: Mapping[str, Any]) -> Any:
             "" if math.isnan(row["standard_error"]) else f"{row['standard_error']:.4f}",
             "" if row["gain"] is None else f"{row['gain']:+.4f}",
             f"{row['kept']:.1%}",
-            f"{row['parameters'] / 1e6:.1f} M",
+            *(f"{row['further'][t]:.4f}" for t in further),
+            _millions(row["parameters"]),
             f"{row['bytes'] / 1e6:.1f} MB",
             f"{row['latency_ms']:.1f}",
             f"{row['speed_up']:.1f}x",
         )
     return shown
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count / 1e6:.3f} M"
 
 
 def curves(report: Mapping[str, Any], path: Path) -> None:

@@ -134,7 +134,8 @@ def run_recipe(
             "recipe": recipe.name,
             "metric": session.metric,
             "data": session.data.summary(),
-            "test_samples": len(session.data.test),
+            "test_samples": getattr(session.data.test, "counted", len(session.data.test)),
+            "further_tests": list(session.data.further_tests),
             "teacher": {**finished["teacher"], "test": finished["teacher/test"]},
             "seeds": recipe.seeds,
             "alone": {},
@@ -229,6 +230,8 @@ def _teacher(session: Session) -> nn.Module:
         )
     source = str(session.folder / "teacher" / "model") if finetune is not None else None
     teacher: nn.Module = task.teacher(recipe, data, source).eval()
+    if (ready := getattr(task, "ready", None)) is not None:
+        ready(session, teacher)
     session.tested("teacher/test", lambda: teacher)
     return teacher
 
@@ -294,6 +297,9 @@ def _distilled(session: Session, teacher: nn.Module, seed: int, name: str) -> di
     base = f"seed-{seed}/{name}"
     student = session.student(teacher, seed)
     method = build_method(session.recipe, session.task, session.data, student, teacher)
+    complete = getattr(session.task, "complete", None)
+    if complete is not None and complete(session, method, teacher):
+        method = build_method(session.recipe, session.task, session.data, student, teacher)
     outcome: dict[str, Any] = {}
     seconds, steps, model = 0.0, 0, ""
     full_length = "full_length" in method.needs

@@ -27,7 +27,7 @@ from taskkd.stages import Method, Stage
 from taskkd.teachers import Teacher
 from taskkd.trainer import Trainer
 
-__all__ = ["ADAPTERS", "Record", "Say", "Session", "locked", "strip", "training_arguments"]
+__all__ = ["ADAPTERS", "Record", "Say", "Session", "locked", "of_items", "strip", "training_arguments"]
 
 Say = Callable[[str], None]
 ADAPTERS = "adapters.safetensors"
@@ -129,6 +129,11 @@ def _most_steps(training: Training, stage: Stage, samples: int, ranks: int) -> i
     return training.max_steps if training.max_steps is not None and training.max_steps < steps else -1
 
 
+def of_items(training: Training, table: Any) -> Training:
+    """The training in items of a data set: where these are whole batches already, a batch is one item."""
+    return training.model_copy(update={"batch_size": 1}) if getattr(table, "whole_batches", False) else training
+
+
 def set_dropout(model: nn.Module, rate: float) -> None:
     """Give every dropout of a model this rate. The config that is saved keeps its own."""
     for module in model.modules():
@@ -199,18 +204,21 @@ class Session:
             table = self.data.train if train is None else train
             if isinstance(table, Augmented):
                 table = table.with_seed(seed)
-            args = training_arguments(folder, training, seed, metric if judged else None, self.task.sampling)
-            args.max_steps = _most_steps(training, stage, len(table), args.world_size)
+            own = of_items(training, table)
+            args = training_arguments(folder, own, seed, metric if judged else None, self.task.sampling)
+            # A batch of one sample has no statistics for the normalisation of a vector.
+            args.dataloader_drop_last = getattr(self.task, "drop_last", False) and len(table) >= own.batch_size
+            args.max_steps = _most_steps(own, stage, len(table), args.world_size)
             # Short epochs, and short trainings, are logged as well: at least once each.
-            often = min(10, len(table) // (training.batch_size * training.accumulation), training.max_steps or 10)
+            often = min(10, len(table) // (own.batch_size * own.accumulation), own.max_steps or 10)
             args.logging_steps = max(1, often)
             bar = ProgressBar(f"{title}, seed {seed}", self.metric)
             trainer = Trainer(
                 student,
                 teacher=teacher,
                 method=Method(stage.name, [stage]),
-                task_loss=self.task.loss(self.recipe),
-                metric=self.task.metric(self.data),
+                task_loss=self.task.loss(self.recipe, student, seed),
+                metric=self.task.metric(self.data, self.data.validation),
                 args=args,
                 train_dataset=table,
                 eval_dataset=self.data.validation,
@@ -246,7 +254,7 @@ class Session:
         """The metrics of a model on a table."""
         trainer = Trainer(
             model,
-            metric=self.task.metric(self.data),
+            metric=self.task.metric(self.data, table),
             args=training_arguments(self.folder, self.recipe.training, 0, None, self.task.sampling),
             processing_class=self.data.processing,
             data_collator=self.data.collator,

@@ -86,6 +86,7 @@ class _Drive(transformers.TrainerCallback):  # type: ignore[misc]
             set_epoch(int(state.epoch or 0))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._hand_rate_on()
         self.trainer._stop_or_skip()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -227,9 +228,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             self.data_collator = collator
         return loader
 
-    def _collated(self, indices: Sequence[int]) -> dict[str, Any]:
-        """These samples of the training set as one batch."""
-        dataset: Any = self.train_dataset
+    def _collated(self, indices: Sequence[int], dataset: Any = None) -> dict[str, Any]:
+        """These samples of the training set, or of another, as one batch."""
+        dataset = self.train_dataset if dataset is None else dataset
         if isinstance(dataset, torch.utils.data.IterableDataset):
             iterator = iter(dataset)
             samples = [next(iterator) for _ in indices]
@@ -244,7 +245,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
                 self._build(cached)
 
     def _build(self, cached: Cached) -> None:
-        dataset = self.train_dataset
+        # All that the training can see of a data set whose augmentation has finitely many outcomes (flips).
+        dataset: Any = getattr(self.train_dataset, "views", self.train_dataset)
         if isinstance(dataset, Augmented):
             raise CacheError(
                 "a cached teacher cannot follow random augmentation: use `Frozen`, or train without `Augmented`."
@@ -264,7 +266,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
                 lengths = _lengths(dataset)
                 order = sorted(range(len(dataset)), key=lengths.__getitem__) if lengths else list(range(len(dataset)))
                 size = self.args.eval_batch_size
-                batches = (self._collated(order[i : i + size]) for i in range(0, len(order), size))
+                batches = (self._collated(order[i : i + size], dataset) for i in range(0, len(order), size))
                 with track("teacher cache", len(order)) as advance:
                     cached.build(
                         batches,
@@ -338,6 +340,23 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             options = {k: v for k, v in self._adapter_options.items() if v is not None}
             optimizer.add_param_group({"params": missing, **options})
         return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """As the engine's; a classifier that the task loss trains is not clipped, nor does it add to the norm."""
+        head = self.distiller.task_loss
+        if not isinstance(head, nn.Module):
+            return super()._clip_grad_norm(model)
+        own = {id(p) for p in head.parameters()}
+        kept = [p for p in model.parameters() if id(p) not in own]
+        return self.accelerator.clip_grad_norm_(kept, self.args.max_grad_norm)
+
+    def _hand_rate_on(self) -> None:
+        """Tell a task loss that trains rows of its own the learning rate of this step."""
+        head: Any = self.distiller.task_loss
+        if getattr(head, "follows_trainer", False):
+            head.learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        if hasattr(head, "gradient_scale") and (scaler := self.accelerator.scaler) is not None:
+            head.gradient_scale = scaler.get_scale()
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """The engine's schedule; with `milestones` in `lr_scheduler_kwargs`, which it does not know, steps of 0.1.
@@ -509,6 +528,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
     def _eval_loss(self, output: Any, batch: Mapping[str, Any]) -> Any:
         """The task loss of an output in eval mode, or None where it has none (a detector's list of boxes)."""
+        if getattr(self.distiller.task_loss, "training_only", False):  # of classes that only the training data has
+            return None
         if self.distiller.task_loss is not None and isinstance(output, Tensor | Mapping):
             return self.distiller.task_loss(output, batch)
         return output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
@@ -546,6 +567,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             staging.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         self._save(str(staging / STUDENT))
+        if hasattr(self.distiller.task_loss, "collect"):  # each rank has a part of it
+            self.distiller.task_loss.collect()
         if self.args.should_save:
             save_state(self.distiller, staging / STATE)
         if not self.args.save_only_model:

@@ -232,11 +232,11 @@ class DetectionTask:
     ) -> None:
         """Terms say themselves what they cannot do."""
 
-    def loss(self, recipe: DetectionRecipe) -> Any:
+    def loss(self, recipe: DetectionRecipe, student: nn.Module | None = None, seed: int = 0) -> Any:
         """The task loss: the sum of the detector's own."""
 
-    def metric(self, data: DetectionData) -> Any:
-        """A fresh metric."""
+    def metric(self, data: DetectionData, table: Any) -> Any:
+        """A fresh metric for a table of the data."""
         return _metric(data.config, data.classes)
 
     def metric_of(self, recipe: DetectionRecipe, student: nn.Module, table: Any) -> Any:

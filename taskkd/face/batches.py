@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from taskkd.augmentation import Augmented, generator_for
 from taskkd.errors import DataError
+from taskkd.face.datasets import TwoViews, maybe_flipped
 from taskkd.face.difficulty import Members, members_of, split_easy_hard
-
-if TYPE_CHECKING:
-    from taskkd.face.datasets import TwoViews
 
 __all__ = ["EasyHard", "GeneralPlusBalanced", "IdentityBalanced", "split_easy_hard"]
 
@@ -63,8 +61,6 @@ class _Batches(Augmented):
     @property
     def views(self) -> TwoViews:
         """All samples that may come, which is what a cache is built over."""
-        from taskkd.face.datasets import TwoViews
-
         return TwoViews(self.dataset)
 
     def __len__(self) -> int:
@@ -81,10 +77,7 @@ class _Batches(Augmented):
     def _sample(self, image: int, **more: int) -> dict[str, Any]:
         """An image's view of this epoch."""
         sample = {**self.dataset[int(image)], **more}
-        generator = generator_for(self.seed, int(self._epoch), int(sample["id"]))
-        if float(torch.rand((), generator=generator)) < 0.5:
-            sample |= {"images": sample["images"].flip(-1), "id": int(sample["id"]) ^ 1}
-        return sample
+        return maybe_flipped(sample, generator_for(self.seed, int(self._epoch), int(sample["id"])))
 
     def _distinct(self, number: int, stream: int, size: int, count: int) -> NDArray[np.int64]:
         """`size` different ones of `count`; none comes again before all others, but for less than `size`, have come."""

@@ -316,12 +316,12 @@ class NlpTask:
         """What is to be known of a pair of models before they are distilled."""
         return describe_pair(data, student, teacher)
 
-    def loss(self, recipe: NlpRecipe) -> Any:
+    def loss(self, recipe: NlpRecipe, student: nn.Module | None = None, seed: int = 0) -> Any:
         """The task loss, `(output, batch) -> scalar`."""
         return recipe.data.kind.loss
 
-    def metric(self, data: NlpData) -> Any:
-        """A fresh metric."""
+    def metric(self, data: NlpData, table: Any) -> Any:
+        """A fresh metric for a table of the data."""
         return data.kind.metric(data.labels, [data.validation, data.test])
 
     def metric_of(self, recipe: NlpRecipe, student: nn.Module, table: Any) -> Any:
@@ -342,7 +342,9 @@ class NlpTask:
         if name == data.kind.main_metric(data.labels):
             return data.kind.chance(data.labels, data.validation)
         known = data.kind is CLASSIFICATION
-        return metrics.best_constant(name, self.metric(data), data.validation["labels"]) if known else 0.0
+        return (
+            metrics.best_constant(name, self.metric(data, data.validation), data.validation["labels"]) if known else 0.0
+        )
 
     def latency_batches(self, data: NlpData, count: int) -> list[dict[str, Any]]:
         """Real test samples, one by one, as the models' keyword arguments."""

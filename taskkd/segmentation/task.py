@@ -219,12 +219,12 @@ class SegmentationTask:
                 "compared askew; end data.augment with a crop to such a size.", width, height, divisor,
             )  # fmt: skip
 
-    def loss(self, recipe: SegmentationRecipe) -> Any:
+    def loss(self, recipe: SegmentationRecipe, student: nn.Module | None = None, seed: int = 0) -> Any:
         """The task loss."""
         return PixelCrossEntropy(aux_weight=recipe.loss.aux_weight, class_weights=recipe.loss.class_weights)
 
-    def metric(self, data: SegmentationData) -> Any:
-        """A fresh metric."""
+    def metric(self, data: SegmentationData, table: Any) -> Any:
+        """A fresh metric for a table of the data."""
         return SegmentationMetric(data.classes, absent=data.config.absent)
 
     def metric_of(self, recipe: SegmentationRecipe, student: nn.Module, table: Any) -> Any:

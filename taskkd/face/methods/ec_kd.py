@@ -31,6 +31,7 @@ def weight_exclusivity(weight: Tensor) -> Tensor:
         ShapeError: it has no dimension of filters.
 
     Example:
+        >>> import torch
         >>> weight_exclusivity(torch.tensor([[1.0, 0.0], [2.0, 3.0]]))  # 1 * 2, in both orders
         tensor(4.)
     """
@@ -55,6 +56,7 @@ def hardness_aware_consistency(student: Tensor, teacher: Tensor, *, normalise: b
         ShapeError: the shapes differ or are not (N, features).
 
     Example:
+        >>> import torch
         >>> hardness_aware_consistency(torch.eye(2), torch.eye(2).flip(0))
         tensor(2.)
     """
