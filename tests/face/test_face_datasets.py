@@ -85,7 +85,7 @@ def test_batches(faces: Faces) -> None:
     assert flat["branch"].tolist() == [0, 1, 3]
     assert flat["labels"].tolist() == [0, 0, 1]
     assert "labels" not in collate([FaceDataset(faces, labels=False)[0]])
-    assert {"images", "labels", "id", "branch", "file"} == set(collate.columns)
+    assert {"images", "labels", "id", "branch", "identity", "file"} == set(collate.columns)
 
 
 def test_a_mix_of_sizes_names_the_files(tmp_path: Path) -> None:
