@@ -255,8 +255,7 @@ def test_a_cache_of_all_views_follows_random_ones(tmp_path) -> None:
 
 
 def test_what_is_evaluated_is_all_of_it_where_training_drops_its_last_batch(tmp_path) -> None:
-    args = arguments(tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=5)
+    args = arguments(tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=5, per_device_train_batch_size=5)
     trainer = kd.Trainer(Embedder(), task_loss=Head(), args=args, train_dataset=Points(), eval_dataset=Points())
     assert sum(len(batch["x"]) for batch in trainer.get_eval_dataloader()) == 12
-    trainer.args.per_device_train_batch_size = 5
     assert sum(len(batch["x"]) for batch in trainer.get_train_dataloader()) == 10
