@@ -6,6 +6,9 @@ Nothing of a file is executed. The network is found by the names and shapes of t
 - TFace, CVLface (`model.pt`; the hub's `model.safetensors`, "model.net."), AdaFace (Lightning's `.ckpt`, "model."):
   IR-18 to IR-101, the layout "ir";
 - AdaDistill, TFace: MobileFaceNet, the layout "gdc"; AdaDistill's iresnets are insightface's.
+
+Names and shapes are those of the authors' code; the files, which are for non-commercial use, were not at hand where
+this was written.
 """
 
 from __future__ import annotations
@@ -72,7 +75,8 @@ class Checkpoint:
         """
         own = self.config
         is_of = f"weights {self.source!r} are of {_in_words(own)}"
-        if asked.architecture is not None and (asked.family, layers_of(asked)) != (own.family, layers_of(own)):
+        other = asked.architecture is not None and asked.family != own.family
+        if other or layers_of(asked) not in ((), layers_of(own)):
             raise RecipeError(f"{is_of}, not of {_in_words(asked)}.")
         found = {key: getattr(own, key) for key in ("layout", "width", "embedding_size", "size", "layers")}
         for key, value in found.items():
@@ -120,7 +124,7 @@ def _in_words(config: FaceConfig) -> str:
     parts = [f"layers {list(config.layers)}"] if config.layers is not None else []
     parts += [f"{key} {value}" for key, value in said.items() if value is not None]
     details = f" ({', '.join(parts)})" if parts else ""
-    return f"{config.architecture}{layout}{details}"
+    return f"{config.architecture or 'a network'}{layout}{details}"
 
 
 def _shape(value: Tensor) -> str:
@@ -311,7 +315,8 @@ def read_centres(sources: str | Sequence[str], size: int) -> Tensor:
     found = []
     for source in [sources] if isinstance(sources, str) else sources:
         with _shells(source):
-            tensors, head = _sorted_out(read_saved(source), source)
+            raw = read_saved(source)
+        tensors, head = _sorted_out({"weight": raw} if isinstance(raw, Tensor) else raw, source)
         bare = {f"classifier.{k}": v for k, v in tensors.items() if k.rpartition(".")[2] in ("weight", "kernel")}
         part = _centres(head | tensors | bare, size)
         if part is None:

@@ -21,9 +21,10 @@ from taskkd.face.datasets import FaceDataset, RandomFlip, TwoViews, collate
 from taskkd.face.pairs import Pairs, make_pairs, read_pairs
 from taskkd.face.procedural import drawn_faces
 from taskkd.face.readers import orl, read_folder, read_hub, read_images
-from taskkd.face.records import Array, Faces, shared_identities, split
 from taskkd.face.recordio import read_recordio
+from taskkd.face.records import Array, Faces, shared_identities, split
 from taskkd.face.schema import Balanced, Data, Sample, Verification
+from taskkd.face.transforms import build
 from taskkd.images import header_size, in_memory
 from taskkd.splits import share_of
 
@@ -88,7 +89,9 @@ class FaceData:
         held = self.config.hold
         self.train: Any = self._batched(self.faces)
         #: all that is distilled on
-        self.everything: Any = self.train if self.unlabelled is None else self._batched(_joined(self.faces, self.unlabelled))
+        self.everything: Any = (
+            self.train if self.unlabelled is None else self._batched(_joined(self.faces, self.unlabelled))
+        )
         self._tables = {name: VerificationTable(pairs, held=held) for name, pairs in self.pairs.items()}
 
     #: nothing is saved beside a student, which says itself what it is
@@ -99,22 +102,26 @@ class FaceData:
     def _batched(self, faces: Faces) -> Any:
         """The training's samples: flipped, augmented, in balanced batches, as the recipe says."""
         own: Any = FaceDataset(faces, held=self.config.hold)
-        batches = self.config.batches
+        batches, labels = self.config.batches, faces.labels
         if batches is None:
             if self.config.augment:
-                from taskkd.face.datasets import augmented
-
-                return augmented(own, self.config.augment, flip=self.config.flip)
+                flip = ["RandomHorizontalFlip"] if self.config.flip else []
+                return Augmented(own, build([*flip, *self.config.augment]))
             return RandomFlip(own) if self.config.flip else own
-        labels, flip = faces.labels, self.config.flip
         if isinstance(batches, Balanced):
             if batches.general == 0:
-                size = batches.identities * batches.images
-                return IdentityBalanced(own, labels, size, batches.images, flip=flip)
-            return GeneralPlusBalanced(own, labels, batches.general, batches.identities, batches.images, flip=flip)
+                return IdentityBalanced(own, labels, batches.identities * batches.images, batches.images)
+            return GeneralPlusBalanced(
+                own,
+                labels,
+                batches.general,
+                batches.identities,
+                batches.images,
+                label_balanced=batches.label_balanced,
+            )
         if self.hard is None:
             raise RecipeError("data.batches: nothing tells which images are hard; give `hard` (a list) or `below`.")
-        return EasyHard(own, labels, self.hard, batches.identity, batches.pairs, flip=flip)
+        return EasyHard(own, labels, self.hard, batches.identity, batches.pairs)
 
     @property
     def identities(self) -> list[str]:
@@ -240,7 +247,9 @@ def from_faces(
 
 
 def _paired(part: Pairs | Faces, config: Data) -> Pairs:
-    return part if isinstance(part, Pairs) else make_pairs(part, config.pairs, seed=config.split_seed, folds=config.folds)
+    return (
+        part if isinstance(part, Pairs) else make_pairs(part, config.pairs, seed=config.split_seed, folds=config.folds)
+    )
 
 
 def _train(config: Data, size: int | None) -> Faces:
@@ -324,7 +333,8 @@ def _procedural(config: Data, sample: Sample) -> FaceData:
     first, others = count, max(2, count // 3)
     validation = _both(*(_drawn(first, others, 12, hard, seed) for hard in (0.0, sample.hard)))
     tests = {
-        name: _drawn(first + others, 2 * others, 12, hard, seed) for name, hard in (("test", 0.0), ("hard", sample.hard))
+        name: _drawn(first + others, 2 * others, 12, hard, seed)
+        for name, hard in (("test", 0.0), ("hard", sample.hard))
     }
     marks = np.arange(len(train[0]) + len(train[1])) >= len(train[0])
     pairs = {name: _paired(part, config) for name, part in {"validation": validation, **tests}.items()}

@@ -13,7 +13,7 @@ from taskkd.augmentation import Augmented
 from taskkd.errors import DataError
 from taskkd.face.records import Faces, image_of
 
-__all__ = ["FaceDataset", "RandomFlip", "TwoViews", "augmented", "collate", "flipped"]
+__all__ = ["FaceDataset", "RandomFlip", "TwoViews", "collate", "flipped"]
 
 
 class FaceDataset(Dataset[Any]):
@@ -108,38 +108,19 @@ def maybe_flipped(sample: Mapping[str, Any], generator: torch.Generator) -> dict
     return flipped(sample) if float(torch.rand((), generator=generator)) < 0.5 else dict(sample)
 
 
-def augmented(
-    dataset: Any, config: Sequence[str | Mapping[str, Any]], *, flip: bool = True, seed: int = 0
-) -> Augmented:
-    """Faces augmented by more than flips. No cache can hold a teacher's embeddings of them: there are no `views`.
-
-    Args:
-        dataset: a `FaceDataset` or one like it.
-        config: as `taskkd.face.transforms.build` takes it.
-        flip: flip images by even chance before.
-        seed: default 0.
-
-    Raises:
-        RecipeError: as `build`.
-    """
-    from taskkd.face.transforms import build
-
-    return Augmented(dataset, build(["RandomHorizontalFlip", *config] if flip else config), seed=seed)
-
-
 class _Collate:
     """A batch of samples, or of lists of samples, as keyword arguments of a model.
 
     Returns:
         `images` (N, 3, H, W), uint8 as the samples are, `id` (N,) int64 and, where the samples have them, `labels` and
-        `branch` (N,) int64.
+        `branch`, `identity` (N,) int64.
 
     Raises:
         DataError: the images differ in size.
     """
 
     #: what is needed of a sample, whatever a model takes: the trainer leaves these in
-    columns = ("images", "labels", "id", "branch", "file")
+    columns = ("images", "labels", "id", "branch", "identity", "file")
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Tensor]:
         flat: list[dict[str, Any]] = [s for entry in samples for s in (entry if isinstance(entry, list) else [entry])]
@@ -150,7 +131,7 @@ class _Collate:
                 f"the images of a batch are of {shown}: give a size, to which all are made square, or align them."
             )
         batch = {"images": torch.stack([s["images"] for s in flat])}
-        for column in ("labels", "id", "branch"):
+        for column in ("labels", "id", "branch", "identity"):
             if column in flat[0]:
                 batch[column] = torch.tensor([int(s[column]) for s in flat], dtype=torch.int64)
         return batch

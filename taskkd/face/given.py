@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +13,14 @@ from torch import nn
 from taskkd.caches import weights_sha256
 from taskkd.errors import DataError, RecipeError
 from taskkd.face import models
+from taskkd.face.config import FaceConfig
 from taskkd.face.data import FaceData, from_faces
 from taskkd.face.pairs import Pairs, read_pairs
 from taskkd.face.readers import orl, read_folder, read_hub, read_images
-from taskkd.face.records import Faces
 from taskkd.face.recordio import read_recordio
+from taskkd.face.records import Faces
 from taskkd.face.schema import Data, FaceRecipe
-from taskkd.face.task import SIDE, FaceTask
+from taskkd.face.task import FaceTask
 
 __all__ = ["GivenFace"]
 
@@ -29,8 +31,8 @@ class GivenFace(FaceTask):
     Every training starts from a copy of the given student.
 
     Args:
-        student: a `FaceModel`, any network (N, 3, 112, 112) -> (N, D) (it is wrapped: RGB, mean and std 0.5), or a saved
-            folder or a file of weights.
+        student: a `FaceModel`, any network (N, 3, 112, 112) -> (N, D) (it is wrapped: RGB, mean and std 0.5), or a
+            saved folder or a file of weights.
         teacher: the same, trained.
         train: a folder of aligned crops, one folder in them for each identity; a folder with `train.rec` and
             `train.idx`; "orl"; an HF data set with columns `image` and `label`; or `Faces`.
@@ -69,7 +71,7 @@ class GivenFace(FaceTask):
     ) -> None:
         self._student, self._teacher = _model(student), _model(teacher)
         models.check_student(self._student)
-        side = size or getattr(self._student, "size", SIDE)
+        side: int = size or self._student.size
         own = {"batches": batches, "asymmetric": asymmetric, "flip": flip, "metric": metric, "pairs": pairs, "far": far}
         config = _config(folder={"train": "given"}, size=side, bad=bad, **own)
         faces = _faces(train, side, bad)
@@ -98,30 +100,35 @@ class GivenFace(FaceTask):
         return weights_sha256(self._teacher)
 
     def load(self, recipe: FaceRecipe, folder: Path | None = None) -> FaceData:
-        """The given data."""
+        """The given data, in the batches that the method wants."""
+        if recipe.data.batches != self._data.config.batches:
+            config = self._data.config.model_copy(update={"batches": recipe.data.batches})
+            self._data = replace(self._data, config=config)
         return self._data
 
     def teacher(self, recipe: FaceRecipe, data: FaceData, source: str | None = None) -> nn.Module:
         """The given teacher, with class centres if it has as many as there are identities."""
-        model = self._teacher
+        model: Any = self._teacher
         model.identities = len(data.identities)
         if model.centres is not None and len(model.centres) != model.identities:
             model = copy.copy(model)
             model.centres = None
-        return model
+        chosen: nn.Module = model
+        return chosen
 
     def student(self, recipe: FaceRecipe, data: FaceData, teacher: nn.Module, seed: int) -> nn.Module:
         """A copy of the given student."""
         own = copy.deepcopy(self._student)
         own.identities, own.centres = len(data.identities), None
-        return own
+        student: nn.Module = own
+        return student
 
 
 def _model(given: nn.Module | str | Path) -> Any:
     if isinstance(given, nn.Module):
         return models.wrap(given)
     if Path(given).is_dir():
-        return models.existing(models.FaceConfig(model=str(given)))
+        return models.existing(FaceConfig(model=str(given)))
     return models.load_checkpoint(given)
 
 

@@ -29,7 +29,7 @@ class Margin(nn.Module):
 
     Args:
         kind, variant: see `taskkd.face.margins`.
-        m, s, easy_margin, filter_above, h: see there. `m=None`: 0.5; 0.4 of CosFace and AdaFace.
+        m, s, easy_margin, monotone, filter_above, h: see there. `m=None`: 0.5; 0.4 of CosFace and AdaFace.
         ema: what the present batch counts in AdaFace's running mean and deviation of norms (they start at 20 and 100)
             and in CurricularFace's t (0). Default 0.01, as CVLface and CurricularFace; TFace's t has 0.1, AdaFace's
             first code 1.0.
@@ -51,9 +51,11 @@ class Margin(nn.Module):
         h: float = 0.333,
         ema: float = 0.01,
         gather: bool = False,
+        monotone: bool = True,
     ) -> None:
         super().__init__()
         margins.check_variant(kind, variant)
+        self.monotone = monotone
         self.kind, self.variant, self.easy_margin, self.filter_above = kind, variant, easy_margin, filter_above
         self.s, self.m, self.h, self.ema, self.gather = s, MARGINS[kind] if m is None else m, h, ema, gather
         for option, fits, wanted in (
@@ -114,6 +116,7 @@ class Margin(nn.Module):
             s=self.s,
             variant=self.variant,
             easy_margin=self.easy_margin,
+            monotone=self.monotone,
             filter_above=self.filter_above,
         )
 

@@ -51,10 +51,11 @@ def arcface(
     cosines: Tensor,
     labels: Tensor,
     *,
-    m: float = 0.5,
+    m: float | Tensor = 0.5,
     s: float = 64.0,
     variant: Variant = "exact",
     easy_margin: bool = False,
+    monotone: bool = True,
     filter_above: float | None = None,
 ) -> Tensor:
     """ArcFace: the angle to the own class is widened by `m` radians.
@@ -68,10 +69,11 @@ def arcface(
 
     Args:
         cosines, labels: see the module.
-        m: the margin in radians. Default 0.5.
+        m: the margin in radians, or (N,) one for each sample. Default 0.5.
         s: scale of the logits. Default 64.
         variant: see above.
         easy_margin: of "exact": a margin only where `theta < pi / 2`, nothing beyond.
+        monotone: of "exact": False is `cos(theta + m)` everywhere (AdaDistill, MarginDistillation).
         filter_above: cosines to other classes above it become 0, without gradient: probably the same person under
             another label (insightface's `interclass_filtering_threshold`). Default None: none.
 
@@ -83,7 +85,7 @@ def arcface(
     if variant == "adaface_repo":
         cosines = cosines.clamp(REPO_EPS - 1, 1 - REPO_EPS)
     changes: dict[str, Callable[[Tensor], Tensor]] = {
-        "exact": lambda c: torch.where(c > 0, _widened(c, m), c) if easy_margin else _monotone(c, m),
+        "exact": lambda c: _eased(c, m) if easy_margin else _monotone(c, m) if monotone else _widened(c, m),
         "insightface": lambda c: _straight_through((_angle(c) + m).cos(), c),
         "adaface_repo": lambda c: (c.acos() + m).clamp(REPO_EPS, math.pi - REPO_EPS).cos(),
     }
@@ -212,15 +214,25 @@ def _filtered(cosines: Tensor, labels: Tensor, above: float | None) -> Tensor:
     return cosines.masked_fill((cosines > above) & other, 0.0)
 
 
-def _widened(c: Tensor, m: float) -> Tensor:
+def _turn(m: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """Cosine and sine of a margin."""
+    return (m.cos(), m.sin()) if isinstance(m, Tensor) else (math.cos(m), math.sin(m))
+
+
+def _widened(c: Tensor, m: float | Tensor) -> Tensor:
     """`cos(acos(c) + m)` with its gradient, which is kept finite where the sine is 0."""
-    sine = ((1 - c) * (1 + c)).clamp(min=torch.finfo(c.dtype).eps).sqrt()
-    return c * math.cos(m) - sine * math.sin(m)
+    (cos_m, sin_m), sine = _turn(m), ((1 - c) * (1 + c)).clamp(min=torch.finfo(c.dtype).eps).sqrt()
+    return c * cos_m - sine * sin_m
 
 
-def _monotone(c: Tensor, m: float) -> Tensor:
+def _monotone(c: Tensor, m: float | Tensor) -> Tensor:
     """`_widened` as far as it falls with the angle, a shifted cosine beyond."""
-    return torch.where(c > -math.cos(m), _widened(c, m), c - m * math.sin(m))
+    cos_m, sin_m = _turn(m)
+    return torch.where(c > -cos_m, _widened(c, m), c - m * sin_m)
+
+
+def _eased(c: Tensor, m: float | Tensor) -> Tensor:
+    return torch.where(c > 0, _widened(c, m), c)
 
 
 def _angle(c: Tensor) -> Tensor:

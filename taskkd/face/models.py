@@ -20,7 +20,18 @@ from taskkd.face.description import FACE, Description
 from taskkd.face.model import FaceModel
 from taskkd.face.timm_networks import timm_face
 
-__all__ = ["Description", "build", "check_student", "describe", "existing", "load", "load_checkpoint", "save", "wrap"]
+__all__ = [
+    "Description",
+    "FaceConfig",
+    "build",
+    "check_student",
+    "describe",
+    "existing",
+    "load",
+    "load_checkpoint",
+    "save",
+    "wrap",
+]
 
 WEIGHTS = "model.safetensors"
 EMBEDDING = 512

@@ -40,7 +40,9 @@ def draw(sets: Mapping[str, tuple[Pairs, Mapping[str, Tensor]]], path: Path) -> 
         row[0].legend(fontsize="small")
         row[0].set_ylabel(f"{title}\npairs")
         least = 1 / max(2, int((~pairs.same).sum()))
-        row[-1].set(xscale="log", xlim=(least, 1), ylim=(0, 1.02), xlabel="false accept rate", ylabel="true accept rate")
+        row[-1].set(
+            xscale="log", xlim=(least, 1), ylim=(0, 1.02), xlabel="false accept rate", ylabel="true accept rate"
+        )
         row[-1].set_title("ROC")
         row[-1].grid(alpha=0.3)
         row[-1].legend(fontsize="small", loc="lower right")

@@ -7,13 +7,15 @@ ones, at a low resolution. Telling identities apart takes what face recognition 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["LATENT", "drawn_faces"]
 
 LATENT = 24
-Array = NDArray[np.float32]
+Array = NDArray[Any]
 
 
 def drawn_faces(
@@ -42,21 +44,24 @@ def drawn_faces(
 
 def _soft(x: Array, sharpness: float) -> Array:
     """1 where x is positive, 0 where it is negative, smooth between."""
-    return 1 / (1 + np.exp(-np.clip(sharpness * x, -30, 30)))
+    covered: Array = 1 / (1 + np.exp(-np.clip(sharpness * x, -30, 30)))
+    return covered
 
 
 def _draw(z: Array, hard: float, size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     n = len(z)
 
     def draw(spread: float) -> Array:
-        return rng.uniform(-spread, spread, (n, 1, 1)).astype(np.float32)
+        drawn: Array = rng.uniform(-spread, spread, (n, 1, 1)).astype(np.float32)
+        return drawn
 
     def of(index: int, low: float, high: float) -> Array:
         """A trait of the identity."""
         return (low + (high - low) * (z[:, index] + 1) / 2)[:, None, None]
 
     def colour(index: int, centre: tuple[float, float, float], spread: float) -> Array:
-        return np.array(centre, np.float32) + spread * z[:, index : index + 3]
+        chosen: Array = np.array(centre, np.float32) + spread * z[:, index : index + 3]
+        return chosen
 
     strength = 1 + 1.2 * hard
     x, y = _moved(size, draw(0.25 * strength), draw(0.12 * strength), draw(0.12 * strength), draw(0.15 * strength),
@@ -74,7 +79,7 @@ def _draw(z: Array, hard: float, size: int, rng: np.random.Generator) -> NDArray
     hair = of(15, -0.65, -0.3) - y + 0.25 * z[:, 16, None, None] * x
 
     skin, hairs = colour(17, (0.72, 0.56, 0.46), 0.07), colour(20, (0.35, 0.27, 0.2), 0.1)
-    image = np.broadcast_to(0.5 + draw(0.35)[:, None], (n, 3, size, size)).astype(np.float32)  # what is behind
+    image: Array = np.broadcast_to(0.5 + draw(0.35)[:, None], (n, 3, size, size)).astype(np.float32)  # what is behind
     lips, eye_colour = of(23, 0.5, 0.85)[:, 0], np.float32(0.12)
     layers = (
         (_soft(head, edge / 2), skin),
@@ -97,7 +102,8 @@ def _draw(z: Array, hard: float, size: int, rng: np.random.Generator) -> NDArray
 def _moved(size: int, angle: Array, dx: Array, dy: Array, shear: Array, scale: Array) -> tuple[Array, Array]:
     """The coordinates, in -1..1, of every image's pixels in the face's own frame."""
     line = np.linspace(-1, 1, size, dtype=np.float32)
-    x, y = line[None, None, :] - dx, line[None, :, None] - dy
+    x: Array = line[None, None, :] - dx
+    y: Array = line[None, :, None] - dy
     x, y = (np.cos(angle) * x + np.sin(angle) * y) / scale, (np.cos(angle) * y - np.sin(angle) * x) / scale
     return x + shear * y, y
 
@@ -107,7 +113,7 @@ def _coarse(images: Array, shares: NDArray[np.float64], size: int) -> Array:
     import torch
     from torch.nn import functional as F
 
-    found = np.empty_like(images)
+    found: Array = np.empty_like(images)
     sizes = np.clip((shares * size).round().astype(int), 4, size)
     for own in np.unique(sizes):
         rows = np.flatnonzero(sizes == own)

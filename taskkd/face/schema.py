@@ -74,13 +74,15 @@ class Verification(Model):
 class Balanced(Model):
     """Batches of `general` images at random and, of each of `identities` people at random, `images` (Huang 2022, EKD).
 
-    `general: 0`: balanced batches alone.
+    `general: 0`: balanced batches alone. `label_balanced: false`: the task loss looks at the random ones only, as in
+    EKD.
     """
 
     kind: Literal["balanced"] = "balanced"
     general: int = Field(32, ge=0)
     identities: int = Field(8, ge=1)
     images: int = Field(4, ge=2)
+    label_balanced: bool = True
 
 
 class EasyHard(Model):
@@ -145,6 +147,10 @@ class Data(Model):
                 f"pairs: expected a multiple of {2 * self.folds}, so that each of {self.folds} folds has as many pairs "
                 f"of one person as of two, got {self.pairs}"
             )
+        if self.batches is not None and (self.augment or not self.flip):
+            raise ValueError(
+                "batches: their images are flipped by even chance and nothing else; leave out augment, flip"
+            )
         known = ["accuracy", "auc", *(f"tar@{far:.0e}" for far in self.far)]
         if self.metric not in known:
             raise ValueError(f"metric: expected one of {', '.join(known)}, got {self.metric!r}")
@@ -208,6 +214,11 @@ class FaceRecipe(Recipe):
 
     @model_validator(mode="after")
     def _check(self) -> FaceRecipe:
+        if self.method is not None and self.data.batches is None:
+            if self.method.name == "ekd":
+                self.data.batches = Balanced()
+            elif self.method.name == "ddl":
+                self.data.batches = EasyHard()
         if self.data.augment and self.teacher.cache is not None:
             raise ValueError("teacher.cache: embeddings cannot follow data.augment; write `cache: null`")
         if self.baseline is not None:  # the student alone is trained as the distilled one is, if nothing else is said

@@ -197,7 +197,9 @@ class FaceTask:
                 f"data.asymmetric: the student's embeddings have {student.embedding_size} numbers, the teacher's "
                 f"{teacher.embedding_size}: give the student `projector: {teacher.embedding_size}`."
             )
-        return [(f"{who}'s images and embeddings", _shown(m)) for who, m in (("teacher", teacher), ("student", student))]
+        return [
+            (f"{who}'s images and embeddings", _shown(m)) for who, m in (("teacher", teacher), ("student", student))
+        ]
 
     # ---- training and evaluation
 
@@ -262,7 +264,9 @@ class FaceTask:
             DataError: there are fewer than two images, or one cannot be read.
         """
         if len(inputs) < 2:
-            raise DataError(f"{len(inputs)} image to compare: expected two or more, the first is compared with the others.")
+            raise DataError(
+                f"{len(inputs)} image to compare: expected two or more, the first is compared with the others."
+            )
         missing = next((path for path in inputs if not Path(path).is_file()), None)
         if missing is not None:
             what = f"is a folder; name its images ({missing}/*)" if Path(missing).is_dir() else "no such file"
@@ -278,7 +282,10 @@ class FaceTask:
         from taskkd.face.pictures import draw
 
         sets = {name: pairs for name, pairs in data.pairs.items() if name != "validation"}
-        draw({name: (pairs, {who: embedded(m, pairs) for who, m in networks.items()}) for name, pairs in sets.items()}, path)
+        draw(
+            {name: (pairs, {who: embedded(m, pairs) for who, m in networks.items()}) for name, pairs in sets.items()},
+            path,
+        )
 
 
 # ---- embeddings

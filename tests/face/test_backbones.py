@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from taskkd.errors import RecipeError
-from taskkd.face import FaceModel, build
+from taskkd.face import FaceModel, build, load, save
 from taskkd.face.iresnet import IR, Block, IRBlock, IResNet
 from taskkd.face.mobilefacenet import MobileFaceNet
 
@@ -196,6 +197,22 @@ def test_a_stem_of_several_branches_keeps_its_stride() -> None:
     model = build({"architecture": "timm:fastvit_t8", "size": 64, "embedding_size": 8}).eval()
     assert model(torch.rand(1, 3, 64, 64))["embeddings"].shape == (1, 8)
     assert model.views.stages
+
+
+def test_weights_of_timm_are_loaded_by_its_names(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(3)
+    theirs = timm.create_model("test_resnet")
+    torch.save(theirs.state_dict(), tmp_path / "a.pth")
+    config = {"architecture": "timm:test_resnet", "size": 64, "embedding_size": 8}
+    model = build({**config, "weights": str(tmp_path / "a.pth")})
+    own = model.backbone.get_submodule("net").state_dict()
+    assert own and all(torch.equal(v, theirs.state_dict()[k]) for k, v in own.items())
+    save(model, tmp_path / "model")
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(load(tmp_path / "model").embed(images), model.embed(images))
+    with pytest.raises(RecipeError, match="another architecture"):
+        build({**config, "architecture": "timm:test_vit", "weights": str(tmp_path / "a.pth")})
 
 
 def test_an_unknown_network_of_timm_is_named() -> None:

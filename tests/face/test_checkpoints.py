@@ -137,6 +137,7 @@ def test_published_layers_have_their_names(tmp_path: Path) -> None:
         ({"size": 112}, "`size` is 32, got 112"),
         ({"architecture": "iresnet18", "layout": "ir", "layers": [1] * 4}, "`layout` is insightface, got ir"),
         ({"architecture": "iresnet18", "layers": [1, 1, 1]}, "not of iresnet18 .*layers"),
+        ({"layers": [1, 1, 2, 1]}, r"not of a network \(layers \[1, 1, 2, 1\]\)"),
     ],
 )
 def test_weights_of_another_shape_than_asked_for_are_named(asked: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -249,5 +250,9 @@ def test_a_classifier_in_files_of_its_own(tmp_path: Path) -> None:
     weights = {"weights": str(tmp_path / "backbone.pth")}
     shards = [str(tmp_path / f"softmax_fc_gpu_{rank}.pt") for rank in range(2)]
     assert torch.equal(build({**weights, "centres": shards}).centres, CENTRES)  # type: ignore[arg-type]
+    torch.save(CENTRES, tmp_path / "rank_0_softmax_weight.pt")
+    torch.save({"kernel": CENTRES.T.clone()}, tmp_path / "header.pth")
+    for name in ("rank_0_softmax_weight.pt", "header.pth"):
+        assert torch.equal(build({**weights, "centres": str(tmp_path / name)}).centres, CENTRES)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=r"expected a `weight` \(identities, 24\).*got weight \(4 x 16\)"):
         build({**weights, "projector": 24, "centres": shards[0]})
