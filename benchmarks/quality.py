@@ -4,6 +4,7 @@
                                      [--methods logits,patient_kd] [--out runs/quality] [--search]
     python benchmarks/quality.py detection --help       (see quality_detection.py)
     python benchmarks/quality.py segmentation --help    (see quality_segmentation.py)
+    python benchmarks/quality.py face --help            (see quality_face.py)
 
 The teacher is all-MiniLM-L6-v2 (6 layers of 384), fine-tuned on the labels of the table. The student has 2 or 3 of its
 layers as they were before, and a fresh head from the seed. All trainings of a table share start, labels, batch size,
@@ -347,12 +348,11 @@ def publish(job: Any, text: str, path: Path = RESULTS, *, heading: str = "## NLP
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run or go on with a table."""
     given = sys.argv[1:] if arguments is None else arguments
-    if given[:1] in (["detection"], ["segmentation"]):
-        sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-        from benchmarks import quality_detection, quality_segmentation
+    if given[:1] in (["detection"], ["segmentation"], ["face"]):
+        import importlib
 
-        other = quality_detection if given[0] == "detection" else quality_segmentation
-        return other.main(given[1:])
+        sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+        return int(importlib.import_module(f"benchmarks.quality_{given[0]}").main(given[1:]))
     parser = argparse.ArgumentParser(description="Quality tables on real data.")
     parser.add_argument("task", choices=["nlp"])
     parser.add_argument("--data", choices=sorted(TABLES), default="movie")

@@ -206,6 +206,8 @@ class Session:
                 table = table.with_seed(seed)
             own = of_items(training, table)
             args = training_arguments(folder, own, seed, metric if judged else None, self.task.sampling)
+            # A batch of one sample has no statistics for the normalisation of a vector.
+            args.dataloader_drop_last = getattr(self.task, "drop_last", False) and len(table) >= own.batch_size
             args.max_steps = _most_steps(own, stage, len(table), args.world_size)
             # Short epochs, and short trainings, are logged as well: at least once each.
             often = min(10, len(table) // (own.batch_size * own.accumulation), own.max_steps or 10)

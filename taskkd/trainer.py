@@ -355,6 +355,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         head: Any = self.distiller.task_loss
         if getattr(head, "follows_trainer", False):
             head.learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        if hasattr(head, "gradient_scale") and (scaler := self.accelerator.scaler) is not None:
+            head.gradient_scale = scaler.get_scale()
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """The engine's schedule; with `milestones` in `lr_scheduler_kwargs`, which it does not know, steps of 0.1.
@@ -565,6 +567,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             staging.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         self._save(str(staging / STUDENT))
+        if hasattr(self.distiller.task_loss, "collect"):  # each rank has a part of it
+            self.distiller.task_loss.collect()
         if self.args.should_save:
             save_state(self.distiller, staging / STATE)
         if not self.args.save_only_model:

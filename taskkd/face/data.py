@@ -25,6 +25,7 @@ from taskkd.face.recordio import read_recordio
 from taskkd.face.records import Array, Faces, shared_identities, split
 from taskkd.face.schema import Balanced, Data, Sample, Verification
 from taskkd.face.transforms import build
+from taskkd.face.verification import few_negatives
 from taskkd.images import header_size, in_memory
 from taskkd.splits import share_of
 
@@ -92,6 +93,9 @@ class FaceData:
         self.everything: Any = (
             self.train if self.unlabelled is None else self._batched(_joined(self.faces, self.unlabelled))
         )
+        for name, pairs in self.pairs.items():
+            if sentence := few_negatives(int((~pairs.same).sum()), self.config.far):
+                logger.info("%s: %s", name, sentence)
         self._tables = {name: VerificationTable(pairs, held=held) for name, pairs in self.pairs.items()}
 
     #: nothing is saved beside a student, which says itself what it is
@@ -121,7 +125,7 @@ class FaceData:
             )
         if self.hard is None:
             raise RecipeError("data.batches: nothing tells which images are hard; give `hard` (a list) or `below`.")
-        return EasyHard(own, labels, self.hard, batches.identity, batches.pairs)
+        return EasyHard(own, labels, self.hard, batches.identity, batches.pairs, label_pairs=batches.label_pairs)
 
     @property
     def identities(self) -> list[str]:
@@ -329,13 +333,14 @@ def _both(easy: Faces, hard: Faces) -> Faces:
 def _procedural(config: Data, sample: Sample) -> FaceData:
     """People who are nobody: to train on, to validate on, and to test on, hard images apart from easy ones."""
     seed, count = config.split_seed, sample.identities
-    train = [_drawn(0, count, sample.images, hard, seed) for hard in (0.0, sample.hard)]
+    easy = _drawn(0, count, sample.images, 0.0, seed)
+    train = easy if sample.train_on == "easy" else _both(easy, _drawn(0, count, sample.images, sample.hard, seed))
     first, others = count, max(2, count // 3)
     validation = _both(*(_drawn(first, others, 12, hard, seed) for hard in (0.0, sample.hard)))
     tests = {
         name: _drawn(first + others, 2 * others, 12, hard, seed)
         for name, hard in (("test", 0.0), ("hard", sample.hard))
     }
-    marks = np.arange(len(train[0]) + len(train[1])) >= len(train[0])
+    marks = np.arange(len(train)) >= len(easy)
     pairs = {name: _paired(part, config) for name, part in {"validation": validation, **tests}.items()}
-    return FaceData(_both(*train), pairs, config, hard=marks)
+    return FaceData(train, pairs, config, hard=marks)

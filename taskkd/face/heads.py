@@ -63,6 +63,7 @@ class Margin(nn.Module):
             ("m", self.m >= 0, "at least 0"),
             ("h", h > 0, "positive"),
             ("ema", 0 < ema <= 1, "in (0, 1]"),
+            ("monotone", monotone or (kind, variant) == ("arcface", "exact"), "True but for exact ArcFace"),
             ("easy_margin", not easy_margin or (kind, variant) == ("arcface", "exact"), "False but for exact ArcFace"),
             ("filter_above", filter_above is None or kind != "curricularface", "None for CurricularFace"),
         ):
@@ -102,7 +103,7 @@ class Margin(nn.Module):
                 cosines, labels, z, m=self.m, s=self.s, variant=self.variant, filter_above=self.filter_above
             )
         if self.kind == "curricularface":
-            own = margins._own(cosines, labels) if targets is None else targets
+            own = margins.of_own_class(cosines, labels) if targets is None else targets
             self._take_in(own.detach(), known)
             return margins.curricularface(cosines, labels, self.t.clone(), m=self.m, s=self.s, targets=targets)
         if self.kind == "cosface":

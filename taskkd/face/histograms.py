@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from taskkd.losses.primitives import safe_divide
 
@@ -56,7 +59,7 @@ def soft_histogram(
         bins: the number of nodes. A hundred give the same KL within a tenth of a per cent.
         low, high: the range of the nodes, the upper end excluded; values outside count with their tails.
         sigma: of the Gaussian.
-        weight: of the values, (..., N), 0: not counted; None: 1 each.
+        weight: of the values, (..., N), constants, 0: not counted; None: 1 each.
 
     Returns:
         (..., bins), which sums to 1; 0 of no values.
@@ -65,17 +68,52 @@ def soft_histogram(
         >>> soft_histogram(torch.tensor([0.0, 0.0]), bins=2, sigma=0.5)
         tensor([0.6225, 0.3775])
     """
-    width, middle = (high - low) / bins, (low + high) / 2
-    furthest = max(abs(1.0 - middle), abs(-1.0 - middle), high - middle)
-    inside = max(1, min(math.isqrt(bins), int(2 * REACH * sigma**2 / (furthest * width))))
-    offsets = torch.arange(inside, dtype=values.dtype, device=values.device).sub((inside - 1) / 2).mul(width)
-    centres = torch.arange(-(-bins // inside), dtype=values.dtype, device=values.device).mul(inside * width)
-    centres = centres + (low + (inside - 1) / 2 * width)
-    scale = 1 / sigma**2
-    near = (values[..., None] - centres).square().mul(-scale / 2).exp()
-    if weight is not None:
-        near = near * weight[..., None]
-    tilt = ((values - middle)[..., None] * (offsets * scale)).exp()
-    constant = ((centres[:, None] - middle) * offsets + offsets.square() / 2).mul(-scale).exp()
-    counts = ((near.mT @ tilt) * constant).flatten(-2)[..., :bins]
+    blocks = _blocks(bins, low, high, sigma, values.dtype, values.device)
+    weight = torch.ones((), dtype=values.dtype, device=values.device) if weight is None else weight
+    counts = _Counts.apply(values, weight, *blocks, (low + high) / 2, sigma).flatten(-2)[..., :bins]
     return safe_divide(counts, counts.sum(-1, keepdim=True))
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _blocks(
+    bins: int, low: float, high: float, sigma: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Middles of blocks (B,), offsets in them over `sigma^2` (J,), and the constant of each node, (B, J)."""
+    width, middle = (high - low) / bins, (low + high) / 2
+    furthest = max(1.0 + abs(middle), high - middle)
+    inside = max(1, min(math.isqrt(bins), int(2 * REACH * sigma**2 / (furthest * width))))
+    offsets = (torch.arange(inside, dtype=torch.float64) - (inside - 1) / 2) * width
+    centres = low + (torch.arange(-(-bins // inside), dtype=torch.float64) * inside + (inside - 1) / 2) * width
+    constant = (((centres[:, None] - middle) * offsets + offsets.square() / 2) / -(sigma**2)).exp()
+    return tuple(x.to(device, dtype) for x in (centres, offsets / sigma**2, constant))  # type: ignore[return-value]
+
+
+class _Counts(torch.autograd.Function):
+    """The histogram before it is divided by its sum, (..., B, J), keeping B + J numbers of each value."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        weight: Tensor,
+        centres: Tensor,
+        offsets: Tensor,
+        constant: Tensor,
+        middle: float,
+        sigma: float,
+    ) -> Tensor:
+        near = (values[..., None] - centres).square_().mul_(-0.5 / sigma**2).exp_().mul_(weight[..., None])
+        tilt = ((values[..., None] - middle) * offsets).exp_()
+        ctx.save_for_backward(values, near, tilt, centres, offsets, constant)
+        ctx.sigma = sigma
+        return (near.mT @ tilt) * constant
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        values, near, tilt, centres, offsets, constant = ctx.saved_tensors
+        gradient = gradient * constant
+        by_block, by_offset = (tilt @ gradient.mT).mul_(near), (near @ gradient).mul_(tilt)
+        slope = (by_block @ centres - values * by_block.sum(-1)) / ctx.sigma**2 + by_offset @ offsets
+        return slope, *[None] * 6

@@ -17,7 +17,17 @@ from torch import Tensor
 from taskkd.errors import TaskkdError, nearest
 from taskkd.losses.primitives import full_precision
 
-__all__ = ["VARIANTS", "Kind", "Variant", "adaface", "arcface", "cosface", "curricularface", "image_quality"]
+__all__ = [
+    "VARIANTS",
+    "Kind",
+    "Variant",
+    "adaface",
+    "arcface",
+    "cosface",
+    "curricularface",
+    "image_quality",
+    "of_own_class",
+]
 
 Kind: TypeAlias = Literal["arcface", "cosface", "adaface", "curricularface"]
 Variant: TypeAlias = Literal["exact", "insightface", "adaface_repo", "cvlface"]
@@ -184,25 +194,25 @@ def curricularface(
         t: how far training is: the running mean of the cosines to the own classes, this batch's included.
         targets: (N,) the cosines to the own classes, where those may be on other ranks; default: from `cosines`.
     """
-    own = _own(cosines, labels) if targets is None else targets
+    own = of_own_class(cosines, labels) if targets is None else targets
     limit = _widened(own.detach(), m)
     if targets is None:
         limit = limit.masked_fill(labels < 0, math.inf)
     others = torch.where(cosines > limit[:, None], cosines * (t + cosines), cosines)
-    return _with_target(others, labels, lambda _: _monotone(_own(cosines, labels), m)) * s
+    return _with_target(others, labels, lambda _: _monotone(of_own_class(cosines, labels), m)) * s
 
 
 # ---- parts
 
 
-def _own(cosines: Tensor, labels: Tensor) -> Tensor:
+def of_own_class(cosines: Tensor, labels: Tensor) -> Tensor:
     """(N,): the cosines to the own classes; that of the first column where there is none."""
     return cosines.gather(1, labels.clamp(min=0)[:, None])[:, 0]
 
 
 def _with_target(cosines: Tensor, labels: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """`cosines` with `change(c)` in the place of the own class's `c`."""
-    own = _own(cosines, labels)
+    own = of_own_class(cosines, labels)
     changed = torch.where(labels >= 0, change(own), own)
     return cosines.scatter(1, labels.clamp(min=0)[:, None], changed[:, None])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,11 +11,9 @@ from torch import Tensor
 
 from taskkd.errors import DataError, NonFiniteError, TaskkdError
 from taskkd.face.pairs import Pairs
-from taskkd.face.verification import auc, few_negatives, squared_distances, tar_at_far, unit, verify
+from taskkd.face.verification import auc, squared_distances, tar_at_far, unit, verify
 
 __all__ = ["VerificationMetric"]
-
-logger = logging.getLogger(__name__)
 
 
 class VerificationMetric:
@@ -29,8 +26,8 @@ class VerificationMetric:
     Args:
         pairs: the verification set; batches come from `pairs.table`.
         folds: see `verify`.
-        far: false accept rates at which `tar@...` are given (strictly: the rate is not exceeded). A warning says where
-            there are too few pairs for one.
+        far: false accept rates at which `tar@...` are given (strictly: the rate is not exceeded). Where fewer
+            than ten false accepts are expected, see `few_negatives`, the figure rests on chance.
         flip: False: the view that is not flipped alone.
         gallery: (M, D) embeddings by image number, of another model: asymmetric search, where the left image of a pair
             is embedded by the model that is measured (the query) and the right one by that of the gallery (say, a
@@ -61,8 +58,6 @@ class VerificationMetric:
                 f"the gallery is {tuple(gallery.shape)}: expected ({len(pairs.faces)}, D), an embedding for each image."
             )
         self.gallery = None if gallery is None else unit(gallery.detach().cpu().double().numpy())
-        if sentence := few_negatives(int((~pairs.same).sum()), self.far):
-            logger.warning(sentence)
         self.reset()
 
     def reset(self) -> None:

@@ -25,7 +25,7 @@ from taskkd.face.heads import (
     sample_classes,
     within,
 )
-from taskkd.face.margins import Kind, Variant
+from taskkd.face.margins import Kind, Variant, of_own_class
 from taskkd.losses.primitives import l2_normalise, masked_mean
 from taskkd.ranks import gather_ranks, world_size
 from taskkd.schedules import Progress, Schedule
@@ -167,12 +167,12 @@ class PartialFC(nn.Module):
         if index is not None:
             local = within(local, index)
         cosines = l2_normalise(embeddings) @ l2_normalise(self._rows(index).to(embeddings.dtype)).T
-        targets = summed(torch.where(local >= 0, own(cosines.detach(), local), 0.0))
+        targets = summed(torch.where(local >= 0, of_own_class(cosines.detach(), local), 0.0))
         logits = self.margin(cosines, local, embeddings.detach().norm(dim=1), known=known, targets=targets)
         values = cross_entropy(logits, local)
         if self.compat == "official":
             values = values - (values - values.clamp(max=-torch.tensor(FLOOR).log())).detach()
-        return masked_mean(values, known)
+        return masked_mean(values.masked_fill(labels >= self.identities, torch.nan), known)  # not checked if compiled
 
     def _rows(self, index: Tensor | None) -> Tensor:
         """Rows of the weight as a leaf, whose gradient waits for the next step."""
@@ -313,11 +313,6 @@ def shard(classes: int, rank: int, ranks: int) -> tuple[int, int]:
     return rank * each + min(rank, more), each + (rank < more)
 
 
-def own(cosines: Tensor, labels: Tensor) -> Tensor:
-    """(N,): the entries of the labels; of the first column where there is none."""
-    return cosines.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-
-
 def put(rows: Tensor, index: Tensor | None, values: Tensor) -> None:
     """Change rows in place."""
     if index is None:
@@ -393,7 +388,7 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         dist.all_reduce(peak, dist.ReduceOp.MAX)
         shares = (logits - peak[:, None]).exp()
         total = summed(shares.sum(1))
-        target = summed(torch.where(labels >= 0, own(logits, labels) - peak, 0.0))
+        target = summed(torch.where(labels >= 0, of_own_class(logits, labels) - peak, 0.0))
         ctx.save_for_backward(shares.div_(total[:, None]), labels)
         return total.log() - target
 

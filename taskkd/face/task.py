@@ -52,6 +52,8 @@ class FaceTask:
     #: what a term of a recipe becomes
     term = Match
     sampling = "random"
+    #: a last batch may have one image, which batch normalisation of embeddings cannot do with
+    drop_last = True
 
     # ---- data
 

@@ -136,8 +136,7 @@ def build(config: Sequence[str | Mapping[str, Any]]) -> Augmentation:
 
     Args:
         config: in the order they are applied, names in `TRANSFORMS` and `OWN`, or mappings of `name` and that
-            transform's options as torchvision.transforms.v2 has them. RandomHorizontalFlip is listed where it is
-            wanted.
+            transform's options as torchvision.transforms.v2 has them. No flip is made that is not listed.
 
     Raises:
         RecipeError: a name or an option is unknown, or a value is refused by the transform.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from taskkd.face.heads import MarginHead
 from taskkd.face.partial_fc import PartialFC
 from taskkd.schedules import Progress
 
@@ -120,6 +121,10 @@ def everything(folder: Path) -> dict[str, Any]:
     late.collect()
     if RANK == 0:
         found["late"]["collected"] = late.state_dict()["weight"].shape  # nobody else is asked
+    head = MarginHead(CLASSES, 4, kind="adaface", gather=True, ema=0.5)
+    for step in range(2):
+        head.loss(*samples(step))
+    found["statistics"] = {"mean": head.margin.norm_mean, "std": head.margin.norm_std}
     if (folder / "other.pt").exists():  # what another number of ranks saved
         run = Run()
         run.load(torch.load(folder / "other.pt", weights_only=True))

@@ -22,7 +22,7 @@ from taskkd.face.methods.grouped import grouped_divergence
 from taskkd.face.methods.margin_distillation import teacher_margins
 from taskkd.face.methods.triplet_distillation import batch_triplet_loss, batch_triplets, triplet_margin_loss
 from taskkd.terms import Run
-from tests.engine import weights
+from tests.engine import StopAfter, arguments, changed, distance, weights
 from tests.face.embedders import IDENTITIES, Embedder, batch, no_task, pair
 
 CENTRES = ["ada_distill", "proxyless", "margin_distillation", "grouped"]
@@ -345,6 +345,47 @@ class TestGrouped:
             value = grouped_divergence(student, teacher, tau=tau)
             assert value.isfinite()
             assert torch.autograd.grad(value, student)[0].isfinite().all()
+
+
+class Faces(torch.utils.data.Dataset[Any]):
+    """Twelve of six identities."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: value[0] for name, value in batch([index % IDENTITIES], seed=index).items()} | {"id": 2 * index}
+
+
+def trainer(folder: Path, *callbacks: Any) -> kd.Trainer:
+    """With all that has a state of its own, or draws."""
+    student, teacher = pair(6, 8)
+    methods: dict[str, dict[str, Any]] = {
+        "ada_distill": {},
+        "margin_distillation": {},
+        "proxyless": {"sample_rate": 0.5, "storage": "float16"},
+        "triplet_distillation": {"negatives": "random"},
+    }
+    terms = [t for name, given in methods.items() for t in METHODS[name](student, teacher, **given).stages[0].terms]
+    for number, term in enumerate(terms):
+        term.name = f"{number}-{term.name}"
+    args = arguments(folder, per_device_train_batch_size=4, num_train_epochs=2)
+    options: dict[str, Any] = {"train_dataset": Faces(), "task_loss": no_task, "callbacks": list(callbacks)}
+    return kd.Trainer(student, teacher=teacher, terms=terms, args=args, **options)
+
+
+def test_resuming_is_bit_exact(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    first = trainer(tmp_path / "run", StopAfter(2))
+    first.train()
+    assert distance(weights(first.distiller), weights(whole.distiller)) > 1e-3
+    again = trainer(tmp_path / "run")
+    again.train(resume_from_checkpoint=True)
+    state = weights(again.distiller)
+    assert {"terms.0-centres.centres", "terms.2-centres.head.weight"} <= state.keys()
+    assert changed(weights(whole.distiller), state) == set()
+    assert again.state.global_step == 6
 
 
 def test_options_are_those_of_recipes() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import taskkd as kd
+from taskkd.checkpoints import load_state, save_state
 from taskkd.errors import DataError, ShapeError, TaskkdError
 from taskkd.face import margins
 from taskkd.face.heads import MarginHead, initial_weight, sample_classes
@@ -176,6 +179,22 @@ def test_an_interrupted_training_goes_on_bit_for_bit(options: dict[str, Any]) ->
         assert torch.equal(value, second.state_dict()[key]), key
 
 
+def test_in_a_distiller_it_is_trained_and_saved_beside_the_student(tmp_path: Path) -> None:
+    def distiller() -> kd.Distiller:
+        return kd.Distiller(nn.Linear(5, 8), None, task_loss=MarginHead(20, 8, kind="adaface", seed=1))
+
+    one = distiller()
+    x, y = samples(size=5)
+    one(input=x, labels=y)["loss"].backward()
+    assert sum(p.grad is not None for p in one.parameters()) == 3
+    assert set(one.student.state_dict()) == {"weight", "bias"}
+    save_state(one, tmp_path / "state.safetensors")
+    other = distiller()
+    assert other.task_loss.margin.norm_mean == 20
+    load_state(other, tmp_path / "state.safetensors")
+    assert other.task_loss.margin.norm_mean == one.task_loss.margin.norm_mean != 20
+
+
 def test_errors_are_sentences() -> None:
     head, (x, y) = MarginHead(20, 8), samples()
     wrong = y.where(torch.arange(6) != 4, 20)
@@ -222,27 +241,30 @@ def test_default_margins_are_the_papers() -> None:
 
 
 MEMORY = """
-import gc, json, sys, torch
+import gc, json, torch
 from taskkd.face.heads import MarginHead
 torch.set_num_threads(1)
 def resident():
     gc.collect()
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
-centres, x, y = torch.randn(100_000, 512), torch.randn(8, 512, requires_grad=True), torch.arange(8)
-MarginHead(9, 512, centres=centres[:9], trained=False, storage="float16").loss(x, y).backward()
-before = resident()
-head = MarginHead(100_000, 512, centres=centres, trained=False, storage=sys.argv[1])
-built = resident() - before
-head.loss(x, y).backward()
-print(json.dumps([built, resident() - before, len(list(head.parameters()))]))
+centres, x, y = torch.ones(100_000, 512), torch.randn(8, 512, requires_grad=True), torch.arange(8)
+found = {}
+for storage in ("float16", "float32"):
+    MarginHead(9, 512, centres=centres[:9], trained=False, storage=storage).loss(x, y).backward()
+    before = resident()
+    head = MarginHead(100_000, 512, centres=centres, trained=False, storage=storage)
+    built = resident() - before
+    head.loss(x, y).backward()
+    found[storage] = [built, resident() - before, len(list(head.parameters()))]
+    del head
+print(json.dumps(found))
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize(("storage", "most"), [("float32", 250), ("float16", 130)])
-def test_frozen_centres_of_100k_identities_take_their_own_memory_only(storage: str, most: float) -> None:
-    done = subprocess.run([sys.executable, "-c", MEMORY, storage], capture_output=True, text=True, check=True)
-    built, trained, parameters = json.loads(done.stdout)
-    assert built < most
-    assert trained < most
-    assert parameters == 0
+def test_frozen_centres_of_100k_identities_take_their_own_memory_only() -> None:
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    for storage, (built, trained, parameters) in json.loads(done.stdout).items():
+        assert 90 < built < {"float32": 250, "float16": 130}[storage]
+        assert trained < {"float32": 250, "float16": 130}[storage]
+        assert parameters == 0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import taskkd as kd
 from taskkd import losses
@@ -91,3 +94,39 @@ def test_beside_the_labels(name: str) -> None:
     found = distiller(**batch())
     assert found.keys() >= {"loss", "task"}
     assert found["loss"].isfinite()
+
+
+def test_a_teacher_is_untouched_and_a_cache_takes_its_place(tmp_path: Path) -> None:
+    """Acceptance A9."""
+    student, teacher = pair()
+    teacher.backbone.insert(2, nn.BatchNorm1d(16))
+    before = {n: v.clone() for n, v in teacher.state_dict().items()}
+    terms = [*METHODS["embedding_mimic"](student, teacher).stages[0].terms]
+    terms += METHODS["ada_distill"](student, teacher).stages[0].terms
+    data = [batch(seed=step) | {"id": 16 * step + torch.arange(8)} for step in range(3)]
+
+    def train(source: Any) -> list[float]:
+        torch.manual_seed(0)
+        distiller = kd.Distiller(pair()[0], source, copy.deepcopy(terms), task_loss=no_task)
+        distiller.prepare(data[0])
+        optimizer, seen = torch.optim.SGD(distiller.parameters(), lr=0.01), []
+        distiller.train()
+        for step in data:
+            found = distiller(**step)
+            optimizer.zero_grad()
+            found["loss"].backward()
+            optimizer.step()
+            assert not teacher.training
+            seen.append(found["embedding"].item())
+        distiller.close()
+        return seen
+
+    live = train(kd.Frozen(teacher))
+    cached = kd.Cached(teacher, tmp_path, dtype="float16")
+    cached.attach(["out.embeddings"])
+    cached.build(data, total=24, announce=lambda _: None)
+    calls: list[Any] = []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    assert train(kd.Cached(teacher, tmp_path, dtype="float16")) == pytest.approx(live, abs=2e-3)
+    assert not calls
+    assert all(torch.equal(v, teacher.state_dict()[n]) for n, v in before.items())

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+import taskkd as kd
 from taskkd.errors import CheckpointError, DataError, ShapeError, TaskkdError
 from taskkd.face.heads import MarginHead
 from taskkd.face.partial_fc import PartialFC, shard
 from taskkd.schedules import Progress, cosine
-from tests.engine import run_job
+from tests.engine import StopAfter, arguments, distance, run_job, weights
 from tests.face import partial_fc_job
 
 STEP = Progress(0)
@@ -147,6 +149,17 @@ def test_a_scaled_or_overflown_gradient() -> None:
     assert torch.equal(scaled.weight, before)
 
 
+def test_the_official_code_bounds_the_value_and_not_the_gradient() -> None:
+    (x, y), (other, _) = samples(), samples()
+    values = [PartialFC(20, 8, sample_rate=1.0, compat=c).loss(z, y) for c, z in ((None, x), ("official", other))]
+    assert values[1] < values[0]
+    for value in values:
+        value.backward()
+    assert torch.equal(x.grad, other.grad)
+    opposite = PartialFC(20, 8, centres=-torch.eye(20, 8), sample_rate=1.0, compat="official")
+    assert opposite.loss(torch.eye(1, 8), torch.tensor([0])).item() == pytest.approx(69.0776, abs=1e-3)
+
+
 def test_nobody_has_a_label() -> None:
     head, (x, _) = PartialFC(20, 8, kind="adaface", learning_rate=0.1), samples()
     for nobody in (x, torch.zeros(0, 8, requires_grad=True)):
@@ -185,6 +198,40 @@ def test_an_interrupted_training_goes_on_bit_for_bit(kind: str) -> None:
     for key, value in straight.state_dict().items():
         assert torch.equal(value, second.state_dict()[key]), key
     assert {"head.weight", "head.momentum", "head.draws"} < saved.keys()
+
+
+class Net(nn.Linear):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"embeddings": super().forward(x)}
+
+
+class Identities(Dataset):
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        x = torch.randn(8, generator=torch.Generator().manual_seed(index))
+        return {"x": x, "labels": index % 20, "id": index}
+
+
+def test_the_trainer_steps_saves_and_resumes_it_bit_for_bit(tmp_path: Path) -> None:
+    def run(name: str, *stop: Any) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        student, head = Net(8, 8), PartialFC(20, 8, kind="adaface", sample_rate=0.5)
+        options = {"num_train_epochs": 5, "save_strategy": "steps", "save_steps": 10, "optim": "sgd"}
+        kd.Trainer(
+            student,
+            task_loss=head,
+            args=arguments(tmp_path / name, **options),
+            train_dataset=Identities(),
+            callbacks=list(stop),
+        ).train(resume_from_checkpoint=True)
+        assert (head.velocity != 0).any()
+        return weights(nn.ModuleDict({"student": student, "head": head}))
+
+    straight = run("straight")
+    run("parts", StopAfter(10))
+    assert distance(run("parts"), straight) == 0.0
 
 
 def test_errors_are_sentences() -> None:
@@ -276,6 +323,12 @@ def test_a_head_that_was_made_before_the_ranks_takes_its_shard(ranks: list[dict[
     assert [rank["late"]["rows"] for rank in ranks] == [11, 10]
     assert all(rank["late"]["same"] for rank in ranks)
     assert tuple(ranks[0]["late"]["collected"]) == (partial_fc_job.CLASSES, partial_fc_job.SIZE)
+
+
+@pytest.mark.slow
+def test_gathered_statistics_are_those_of_one_process(ranks: list[dict[str, Any]], single: dict[str, Any]) -> None:
+    for rank in ranks:
+        close(rank["statistics"], single["statistics"])
 
 
 @pytest.mark.slow

@@ -68,13 +68,12 @@ def _rows(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return values, pad_sequence([w.to(values.dtype) for _, w in found], batch_first=True)
 
 
-def _divergence(rows: Tensor, weight: Tensor, histogram: Tensor, detach: bool) -> Tensor:
+def _divergence(histogram: Tensor, there: Tensor, detach: bool) -> Tensor:
     """The sum of `KL(easy || hard)` over the hard branches; those without similarities add 0."""
     easy = (histogram[:1].detach() if detach else histogram[:1]) + FLOOR
     hard = histogram[1:] + FLOOR
     each = (easy * (easy.log() - hard.log())).sum(1)
-    there = weight.sum(1) > 0
-    return torch.where(there[:1] & there[1:], each, torch.zeros_like(each)).sum() + 0 * rows.sum()
+    return torch.where(there[:1] & there[1:], each, torch.zeros_like(each)).sum()
 
 
 def ddl_parts(
@@ -104,21 +103,22 @@ def ddl_parts(
     kept = [v > 0 if compat == "tface" else torch.ones_like(v, dtype=torch.bool) for v in pos]
     own = [None] * len(identities) if labels is None else list(labels)
     neg = [hardest_negatives(x, y, compat=compat) for x, y in zip(identities, own, strict=True)]
-    rows = {"pos": _rows(list(zip(pos, kept, strict=True))), "neg": _rows(neg)}
     detach = compat != "tface" if detach_easy is None else detach_easy
+    values, weight = _rows([*zip(pos, kept, strict=True), *neg])  # all at once
+    if compat == "tface":  # nodes in single precision
+        nodes = torch.arange(low, high, (high - low) / bins, dtype=torch.float32, device=values.device)
+        histogram = dense_histogram(values, nodes.to(values.dtype), sigma=sigma, weight=weight)
+    else:
+        histogram = soft_histogram(values, bins=bins, low=low, high=high, sigma=sigma, weight=weight)
+    count = weight.sum(1)
+    means, there = safe_divide((values * weight).sum(1), count), count > 0
     parts: dict[str, Tensor] = {}
-    means, there = {}, {}
-    for name, (values, weight) in rows.items():
-        if compat == "tface":  # single precision nodes
-            nodes = torch.arange(low, high, (high - low) / bins, dtype=torch.float32, device=values.device)
-            histogram = dense_histogram(values, nodes.to(values.dtype), sigma=sigma, weight=weight)
-        else:
-            histogram = soft_histogram(values, bins=bins, low=low, high=high, sigma=sigma, weight=weight)
-        parts[f"kl_{name}"] = _divergence(values, weight, histogram, detach)
-        parts |= {name: values, f"{name}_weight": weight, f"{name}_hist": histogram}
-        means[name], there[name] = safe_divide((values * weight).sum(1), weight.sum(1)), weight.sum(1) > 0
-    apart = means["neg"][:, None] - means["pos"]
-    parts["order"] = torch.where(there["neg"][:, None] & there["pos"], apart, torch.zeros_like(apart)).sum()
+    for name, rows in (("pos", slice(len(pos))), ("neg", slice(len(pos), None))):
+        parts[f"kl_{name}"] = _divergence(histogram[rows], there[rows], detach)
+        parts |= {name: values[rows], f"{name}_weight": weight[rows], f"{name}_hist": histogram[rows]}
+    apart = means[len(pos) :, None] - means[: len(pos)]
+    some = there[len(pos) :, None] & there[: len(pos)]
+    parts["order"] = torch.where(some, apart, torch.zeros_like(apart)).sum()
     return parts
 
 

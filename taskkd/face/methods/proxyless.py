@@ -44,7 +44,8 @@ class FrozenCentres(CentreTerm):
     ) -> None:
         super().__init__(name, len(centres), (student_size, centres.shape[1]), weight=weight)
         self.head = MarginHead(*centres.shape, centres=centres, trained=False, sample_rate=sample_rate, storage=storage)
-        self.head.margin = Margin("arcface" if margin == "arc" else "cosface", m=m, s=s, monotone=False)
+        arc = margin == "arc"
+        self.head.margin = Margin("arcface" if arc else "cosface", m=m, s=s, monotone=not arc)
 
     def forward(self, run: Run) -> Tensor:
         return self.head.loss(self.embeddings(run), self.labels(run))
