@@ -228,6 +228,15 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             self.data_collator = collator
         return loader
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """All samples: `dataloader_drop_last`, which the engine applies here too, is for training."""
+        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            loader: DataLoader[Any] = super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop
+        return loader
+
     def _collated(self, indices: Sequence[int], dataset: Any = None) -> dict[str, Any]:
         """These samples of the training set, or of another, as one batch."""
         dataset = self.train_dataset if dataset is None else dataset
@@ -567,8 +576,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             staging.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         self._save(str(staging / STUDENT))
-        if hasattr(self.distiller.task_loss, "collect"):  # each rank has a part of it
-            self.distiller.task_loss.collect()
+        head: Any = self.distiller.task_loss
+        if hasattr(head, "collect"):  # each rank has a part of it
+            head.collect()
         if self.args.should_save:
             save_state(self.distiller, staging / STATE)
         if not self.args.save_only_model:

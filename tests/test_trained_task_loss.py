@@ -252,3 +252,10 @@ def test_a_cache_of_all_views_follows_random_ones(tmp_path) -> None:
         train_dataset=RandomSign(Points()),
     ).train()
     assert torch.allclose(live.body.weight, student.body.weight, atol=1e-6)
+
+
+def test_what_is_evaluated_is_all_of_it_where_training_drops_its_last_batch(tmp_path) -> None:
+    args = arguments(tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=5, per_device_train_batch_size=5)
+    trainer = kd.Trainer(Embedder(), task_loss=Head(), args=args, train_dataset=Points(), eval_dataset=Points())
+    assert sum(len(batch["x"]) for batch in trainer.get_eval_dataloader()) == 12
+    assert sum(len(batch["x"]) for batch in trainer.get_train_dataloader()) == 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,15 @@ import xxhash
 from torch import Tensor
 from torch.nn import functional as F
 
-from taskkd.augmentation import Augmented
 from taskkd.errors import DataError, RecipeError
 from taskkd.face.batches import EasyHard, GeneralPlusBalanced, IdentityBalanced
-from taskkd.face.datasets import FaceDataset, RandomFlip, TwoViews, collate
+from taskkd.face.datasets import FaceDataset, RandomFlip, TwoViews, augmented, collate
 from taskkd.face.pairs import Pairs, make_pairs, read_pairs
 from taskkd.face.procedural import drawn_faces
 from taskkd.face.readers import orl, read_folder, read_hub, read_images
 from taskkd.face.recordio import read_recordio
-from taskkd.face.records import Array, Faces, shared_identities, split
+from taskkd.face.records import Array, Faces, shared_identities, split, with_unlabelled
 from taskkd.face.schema import Balanced, Data, Sample, Verification
-from taskkd.face.transforms import build
 from taskkd.face.verification import few_negatives
 from taskkd.images import header_size, in_memory
 from taskkd.splits import share_of
@@ -91,7 +89,7 @@ class FaceData:
         self.train: Any = self._batched(self.faces)
         #: all that is distilled on
         self.everything: Any = (
-            self.train if self.unlabelled is None else self._batched(_joined(self.faces, self.unlabelled))
+            self.train if self.unlabelled is None else self._batched(with_unlabelled(self.faces, self.unlabelled))
         )
         for name, pairs in self.pairs.items():
             if sentence := few_negatives(int((~pairs.same).sum()), self.config.far):
@@ -109,8 +107,7 @@ class FaceData:
         batches, labels = self.config.batches, faces.labels
         if batches is None:
             if self.config.augment:
-                flip = ["RandomHorizontalFlip"] if self.config.flip else []
-                return Augmented(own, build([*flip, *self.config.augment]))
+                return augmented(own, self.config.augment, flip=self.config.flip)
             return RandomFlip(own) if self.config.flip else own
         if isinstance(batches, Balanced):
             if batches.general == 0:
@@ -170,7 +167,8 @@ class FaceData:
         for part in (*parts, *(p.faces for p in self.pairs.values())):
             digest.update(part.labels.tobytes())
             for source in part.sources if len(part) <= 200_000 else [part.sources[0], part.sources[-1]]:
-                size = Path(source.name).stat().st_size if Path(source.name).is_file() else 0
+                file = Path(source.name.partition(", ")[0])  # of a container: "train.rec, key 5"
+                size = file.stat().st_size if file.is_file() else 0
                 digest.update(f"{source.name} {size};".encode())
         for name, pairs in self.pairs.items():
             digest.update(name.encode() + pairs.left.tobytes() + pairs.right.tobytes() + pairs.same.tobytes())
@@ -274,12 +272,6 @@ def _hub(config: Data, part: str, size: int | None) -> Faces:
 
 def _verification(own: Verification, size: int | None) -> Pairs:
     return read_pairs(own.bin or own.pairs or "", own.folder, size=size)
-
-
-def _joined(labelled: Faces, unlabelled: Faces) -> Faces:
-    """All images; those without an identity come last, so that the numbers of the others stay."""
-    sources = [*labelled.sources, *unlabelled.sources]
-    return replace(labelled, sources=sources, labels=np.concatenate([labelled.labels, unlabelled.labels]), notes=[])
 
 
 def _hard(config: Data, train: Faces) -> Array | None:

@@ -13,7 +13,7 @@ from taskkd.augmentation import Augmented
 from taskkd.errors import DataError
 from taskkd.face.records import Faces, image_of
 
-__all__ = ["FaceDataset", "RandomFlip", "TwoViews", "augmented", "collate", "flipped"]
+__all__ = ["FaceDataset", "RandomFlip", "TwoViews", "collate", "flipped"]
 
 
 class FaceDataset(Dataset[Any]):
@@ -106,25 +106,6 @@ class RandomFlip(Augmented):
 def maybe_flipped(sample: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
     """The sample or, by even chance, its other view."""
     return flipped(sample) if float(torch.rand((), generator=generator)) < 0.5 else dict(sample)
-
-
-def augmented(
-    dataset: Any, config: Sequence[str | Mapping[str, Any]], *, flip: bool = True, seed: int = 0
-) -> Augmented:
-    """Faces augmented by more than flips. No cache can hold a teacher's embeddings of them: there are no `views`.
-
-    Args:
-        dataset: a `FaceDataset` or one like it.
-        config: as `taskkd.face.transforms.build` takes it.
-        flip: flip images by even chance before.
-        seed: default 0.
-
-    Raises:
-        RecipeError: as `build`.
-    """
-    from taskkd.face.transforms import build
-
-    return Augmented(dataset, build(["RandomHorizontalFlip", *config] if flip else config), seed=seed)
 
 
 class _Collate:

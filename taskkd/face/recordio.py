@@ -351,7 +351,7 @@ def _scanned(file: RecordFile, positions: Array) -> Array:
     if len(positions) > 1_000_000:
         logger.info("%s: the labels of all %d images are read once.", file.path, len(positions))
     labels = np.asarray([file.header(position).labels[0] for position in positions], dtype=np.float64)
-    if (wrong := np.flatnonzero(~(np.isfinite(labels) & (labels == np.round(labels))))).size:
+    if (wrong := np.flatnonzero(~((np.abs(labels) < 2**53) & (labels == np.round(labels))))).size:
         raise DataError(
             f"{file.path}, key {file.keys[positions[wrong[0]]]}: the label is {labels[wrong[0]]}, expected a whole "
             "number."

@@ -137,11 +137,9 @@ def test_a_model_that_gives_zeros_is_at_chance() -> None:
     assert (found["accuracy"], found["auc"], found["norm"]) == (0.5, 0.5, 0)
 
 
-def test_pairs_that_cannot_be_measured(caplog: pytest.LogCaptureFixture) -> None:
+def test_pairs_that_cannot_be_measured() -> None:
     with pytest.raises(DataError, match="expected pairs of both kinds, and one for each of 10 folds"):
         VerificationMetric(pairs_of(4))
     images = [in_memory("a", b""), in_memory("b", b"")]
     with pytest.raises(DataError, match="expected pairs of both kinds"):
         VerificationMetric(Pairs(images, [0] * 10, [1] * 10, [True] * 10))
-    VerificationMetric(pairs_of(20), far=(1e-1,))
-    assert "10 pairs of different people are few for FAR 0.1" in caplog.text

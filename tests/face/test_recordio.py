@@ -138,9 +138,10 @@ def test_images_without_identity(tmp_path: Path) -> None:
     assert faces.labels.tolist() == [-1, 0]
 
 
-def test_a_label_that_is_no_whole_number(tmp_path: Path) -> None:
-    rec = rec_of(tmp_path, [labelled(0.0, png(0)), labelled(0.5, png(1))])
-    with pytest.raises(DataError, match=r"train.rec, key 1: the label is 0.5, expected a whole number"):
+@pytest.mark.parametrize("label", [0.5, float("nan"), float("inf"), 1e30])
+def test_a_label_that_is_no_whole_number(tmp_path: Path, label: float) -> None:
+    rec = rec_of(tmp_path, [labelled(0.0, png(0)), labelled(label, png(1))])
+    with pytest.raises(DataError, match=r"train.rec, key 1: the label is .*, expected a whole number"):
         read_recordio(rec)
 
 
