@@ -14,15 +14,17 @@ import xxhash
 from torch import Tensor
 from torch.nn import functional as F
 
+from taskkd.augmentation import Augmented
 from taskkd.errors import DataError, RecipeError
 from taskkd.face.batches import EasyHard, GeneralPlusBalanced, IdentityBalanced
-from taskkd.face.datasets import FaceDataset, RandomFlip, TwoViews, augmented, collate
+from taskkd.face.datasets import FaceDataset, RandomFlip, TwoViews, collate
 from taskkd.face.pairs import Pairs, make_pairs, read_pairs
 from taskkd.face.procedural import drawn_faces
 from taskkd.face.readers import orl, read_folder, read_hub, read_images
 from taskkd.face.recordio import read_recordio
 from taskkd.face.records import Array, Faces, shared_identities, split, with_unlabelled
 from taskkd.face.schema import Balanced, Data, Sample, Verification
+from taskkd.face.transforms import build
 from taskkd.face.verification import few_negatives
 from taskkd.images import header_size, in_memory
 from taskkd.splits import share_of
@@ -107,7 +109,8 @@ class FaceData:
         batches, labels = self.config.batches, faces.labels
         if batches is None:
             if self.config.augment:
-                return augmented(own, self.config.augment, flip=self.config.flip)
+                flip = ["RandomHorizontalFlip"] if self.config.flip else []
+                return Augmented(own, build([*flip, *self.config.augment]))
             return RandomFlip(own) if self.config.flip else own
         if isinstance(batches, Balanced):
             if batches.general == 0:
