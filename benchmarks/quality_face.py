@@ -93,7 +93,7 @@ class Drawn(FaceTable):
     )
     finetune: Mapping[str, Any] = {"epochs": 12, "learning_rate": 0.1, "batch_size": 128}
     training: Mapping[str, Any] = {"epochs": 8, "learning_rate": 0.1, "batch_size": 128}
-    rates = (0.025, 0.05, 0.1, 0.2)
+    rates: Sequence[float] = (0.025, 0.05, 0.1, 0.2)
 
 
 class Orl(FaceTable):
