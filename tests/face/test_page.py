@@ -97,6 +97,7 @@ def test_the_recipe_is_ten_lines_and_its_commands_run(
 
 def test_the_recipes_from_names_are_right(folder: Path) -> None:
     (command,) = NAMED
+    assert command in (DOCS.parent / "README.md").read_text()
     loaded = recipes.load_recipe("face", shlex.split(command)[3:])
     assert (loaded.teacher.weights, loaded.student.architecture) == ("models/r50.pth", "mobilefacenet")
     assert loaded.method.name == FaceTask.default_method == "embedding_mimic"
