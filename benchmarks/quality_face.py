@@ -34,16 +34,17 @@ BALANCED = {
     "training.epochs": 4,
     "baseline.epochs": 4,
 }
+RATES = {"training.learning_rate": [0.0125, 0.025, 0.05, 0.1]}
 ROWS = {
-    "mimic": Row("cosine mimic beside ArcFace", {"name": "embedding_mimic"}, {"method.weight": [8.0, 64.0, 256.0]}),
-    "mimic-free": Row("cosine mimic without labels", {"name": "embedding_mimic", "task_weight": 0.0}),
+    "mimic": Row("cosine mimic beside ArcFace", {"name": "embedding_mimic"}, RATES),
+    "mimic-free": Row("cosine mimic without labels", {"name": "embedding_mimic", "task_weight": 0.0}, RATES),
     "mse": Row("mean squared error (FitNet)", {"name": "embedding_mimic", "kind": "mse"}),
-    "proxyless": Row("ProxylessKD (Shi 2020)", {"name": "proxyless", "s": 32.0, "m": 0.3}),
-    "ada_distill": Row("AdaDistill (Boutros 2024)", {"name": "ada_distill", "s": 32.0, "m": 0.3}),
+    "proxyless": Row("ProxylessKD (Shi 2020)", {"name": "proxyless", "s": 32.0, "m": 0.3}, RATES),
+    "ada_distill": Row("AdaDistill (Boutros 2024)", {"name": "ada_distill", "s": 32.0, "m": 0.3}, RATES),
     "margin": Row("MarginDistillation (Svitov 2020)", {"name": "margin_distillation", "s": 32.0}),
     "angular": Row("angular distillation", {"name": "angular_distillation"}),
     "triplet": Row("triplet distillation", {"name": "triplet_distillation"}),
-    "similarity": Row("similarity preserving (Tung 2019)", {"name": "relational", "kind": "similarity"}),
+    "similarity": Row("similarity preserving (Tung 2019)", {"name": "relational", "kind": "similarity"}, RATES),
     "rkd": Row("RKD (Park 2019)", {"name": "relational", "kind": "rkd"}),
     "alone-balanced": Row("student alone, EKD's batches", None, changes=BALANCED),
     "ekd": Row("EKD (Huang 2022), against that", {"name": "ekd"}, changes=BALANCED, against="alone-balanced"),
@@ -92,8 +93,8 @@ class Drawn(FaceTable):
         {**SMALL, "layers": [1, 1], "width": 6},
     )
     finetune: Mapping[str, Any] = {"epochs": 12, "learning_rate": 0.1, "batch_size": 128}
-    training: Mapping[str, Any] = {"epochs": 8, "learning_rate": 0.1, "batch_size": 128}
-    rates: Sequence[float] = (0.025, 0.05, 0.1, 0.2)
+    training: Mapping[str, Any] = {"epochs": 8, "learning_rate": 0.025, "batch_size": 128}
+    rates: Sequence[float] = (0.00625, 0.0125, 0.025, 0.05)
 
 
 class Orl(FaceTable):
