@@ -6,7 +6,6 @@ class with its own keys, or `TransformersDetector`, and takes `model(images, tar
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from taskkd.backbones import check_fit, downloaded, read_weights
+from taskkd.descriptions import read_description, write_description
 from taskkd.detection.architectures import assemble, builder_of
 from taskkd.detection.config import Architecture, DetectorConfig
 from taskkd.errors import CheckpointError, DataError, RecipeError, nearest
@@ -26,7 +26,6 @@ __all__ = ["Description", "build", "class_count", "class_names", "describe", "lo
 
 DETECTOR = "detector.json"
 WEIGHTS = "model.safetensors"
-FORMAT = 1
 # The last layers, whose size depends on the number of classes.
 CLASSIFIERS = (
     "roi_heads.box_predictor.",
@@ -54,10 +53,8 @@ class Description:
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Write `detector.json`."""
-        config = None if self.config is None else self.config.model_dump(exclude_defaults=True)
-        data = {"format": FORMAT, "kind": self.kind, "names": list(self.names), "config": config}
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / DETECTOR).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        names = list(self.names)
+        write_description(Path(folder) / DETECTOR, self.kind, self.config, names=names)
 
     @classmethod
     def read(cls, folder: str | Path) -> Description:
@@ -65,16 +62,14 @@ class Description:
 
         Raises:
             DataError: it is not there, not readable, or of a newer version.
+            RecipeError: the config in it was changed to what cannot be.
         """
-        path = Path(folder) / DETECTOR
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            version, names, kind, config = data["format"], data["names"], data["kind"], data["config"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is not a detector's description: {type(error).__name__}: {error}.") from None
-        if version != FORMAT:
-            raise DataError(f"{path} has format {version}, this version of taskkd reads {FORMAT}.")
-        return cls(None if config is None else DetectorConfig.of(config), tuple(map(str, names)), str(kind))
+        return read_description(Path(folder) / DETECTOR, "a detector", cls._made)
+
+    @classmethod
+    def _made(cls, data: Mapping[str, Any]) -> Description:
+        config = None if data["config"] is None else DetectorConfig.of(data["config"])
+        return cls(config, tuple(map(str, data["names"])), str(data["kind"]))
 
 
 def build(config: DetectorConfig | Mapping[str, Any], classes: int | Sequence[str], *, seed: int = 0) -> nn.Module:

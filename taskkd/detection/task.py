@@ -25,7 +25,7 @@ from taskkd.detection.families import family_of
 from taskkd.detection.hub import read_hub
 from taskkd.detection.methods import METHODS
 from taskkd.detection.metrics import CocoMetric, VocMetric
-from taskkd.detection.records import Annotations, shared_images
+from taskkd.detection.records import Annotations
 from taskkd.detection.schema import Data, DetectionRecipe
 from taskkd.detection.teacher import DetectorTeacher
 from taskkd.detection.tiles import split, tiles
@@ -33,7 +33,7 @@ from taskkd.detection.transforms import build
 from taskkd.detection.voc import read_voc
 from taskkd.errors import DataError
 from taskkd.images import decode, in_file
-from taskkd.splits import share_of
+from taskkd.splits import shared_images, shares_of
 from taskkd.teachers import Teacher
 from taskkd.terms import Match, Term
 
@@ -135,7 +135,7 @@ class DetectionTask:
         """
         parts = _read(recipe.data)
         for name in ("validation", "test"):
-            if line := shared_images(parts["train"], parts[name]):
+            if line := shared_images(parts["train"].records, parts[name].records):
                 logger.warning("%s: %s", name, line)
         for part in parts.values():
             for note in part.notes:
@@ -333,10 +333,8 @@ def _read(config: Data) -> dict[str, Annotations]:
     sizes = {"validation": config.validation_size, "test": config.test_size}
     missing = [name for name in sizes if given[name] is None]
     if missing:
-        shares = [share_of(sizes[name], len(train), name) for name in missing]
-        if sum(shares) >= 1:
-            raise DataError(f"data.{' and data.'.join(missing)}: nothing is left of {len(train)} images to train on.")
-        train, *held = split(train, [1 - sum(shares), *shares], seed=config.split_seed)
+        shares = shares_of({name: sizes[name] for name in missing}, len(train))
+        train, *held = split(train, shares, seed=config.split_seed)
         given |= dict(zip(missing, held, strict=True))
     if config.train_size is not None and config.train_size < len(train):
         share = config.train_size / len(train)

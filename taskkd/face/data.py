@@ -27,7 +27,7 @@ from taskkd.face.schema import Balanced, Data, Sample, Verification
 from taskkd.face.transforms import build
 from taskkd.face.verification import few_negatives
 from taskkd.images import header_size, in_memory
-from taskkd.splits import share_of
+from taskkd.splits import shares_of
 
 __all__ = ["FaceData", "VerificationTable", "from_faces", "load"]
 
@@ -236,10 +236,8 @@ def from_faces(
     parts: dict[str, Pairs | Faces] = {name: part for name, part in given.items() if part is not None}
     if missing:
         count = len(np.unique(train.labels[train.labels >= 0]))
-        shares = [share_of(sizes[name], count, name) for name in missing]
-        if sum(shares) >= 1:
-            raise DataError(f"data.{' and data.'.join(missing)}: nothing is left of {count} identities to train on.")
-        train, *held = split(train, [1 - sum(shares), *shares], seed=config.split_seed)
+        shares = shares_of({name: sizes[name] for name in missing}, count, "identities")
+        train, *held = split(train, shares, seed=config.split_seed)
         parts |= dict(zip(missing, held, strict=True))
     if config.train_size is not None and config.train_size < len(train.identities):
         share = config.train_size / len(train.identities)
