@@ -129,7 +129,7 @@ class FaceTask:
                 if name != "validation":
                     session.data.galleries[name] = embedded(teacher, pairs)
 
-    def complete(self, session: Any, method: Method, teacher: nn.Module) -> bool:
+    def equip(self, session: Any, method: Method, teacher: nn.Module) -> bool:
         """Give the teacher the class centres that a method needs, if it has none.
 
         They are the classifier that it was trained with in this run, else the means of its embeddings of every identity
