@@ -177,6 +177,8 @@ def test_the_data_sections_are_right(folder: Path) -> None:
     assert {kind for entry in found for kind in kinds if getattr(entry, kind) is not None} == set(kinds)
     drawn = next(entry for entry in found if entry.sample is not None)
     assert len(data.load(drawn).train[0]) == 2 * 8 + 4 * 8
+    nobody = next(entry for entry in found if all(getattr(entry, kind) is None for kind in kinds))
+    assert "5 unlabelled" in data.load(nobody, size=24).summary()
     section = PAGE.partition("## Data")[2].partition("## Methods")[0]
     assert [name for name in schema.Data.model_fields if f"`{name}" not in section] == []
     for part in (schema.Balanced, schema.EasyHard):
