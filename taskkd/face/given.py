@@ -20,7 +20,7 @@ from taskkd.face.readers import orl, read_folder, read_hub, read_images
 from taskkd.face.recordio import read_recordio
 from taskkd.face.records import Faces
 from taskkd.face.schema import Data, FaceRecipe
-from taskkd.face.task import FaceTask
+from taskkd.face.task import FaceTask, check_gallery
 
 __all__ = ["GivenFace"]
 
@@ -119,6 +119,7 @@ class GivenFace(FaceTask):
     def student(self, recipe: FaceRecipe, data: FaceData, teacher: nn.Module, seed: int) -> nn.Module:
         """A copy of the given student."""
         own = copy.deepcopy(self._student)
+        check_gallery(data, own, teacher)
         own.identities, own.centres = len(data.identities), None
         student: nn.Module = own
         return student
