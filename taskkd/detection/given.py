@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from taskkd.caches import weights_sha256
 from taskkd.detection import models
 from taskkd.detection.data import read
 from taskkd.detection.hub import read_hub
@@ -19,11 +18,12 @@ from taskkd.detection.task import DetectionData, DetectionTask
 from taskkd.detection.tiles import split
 from taskkd.errors import DataError, RecipeError
 from taskkd.schema import options_of
+from taskkd.tasks import GivenModels
 
 __all__ = ["GivenDetection"]
 
 
-class GivenDetection(DetectionTask):
+class GivenDetection(GivenModels, DetectionTask):
     """The detection task with a given student and teacher; data as paths, HF data sets, or `Annotations`.
 
     Every training starts from a copy of the given student.
@@ -88,15 +88,12 @@ class GivenDetection(DetectionTask):
     def describe(self) -> dict[str, Any]:
         """What of this run goes into its resolved recipe, so that a run of other models or data is noticed."""
         data = self._data.config.model_dump(exclude={"coco"}, exclude_unset=True)
-        return {
+        found = {
             "data": {"coco": {"train": f"given:{self._data.fingerprint()[:16]}"}, **data},
-            "teacher": {"model": f"given:{weights_sha256(self._teacher)[:16]}", "size": self._size},
-            "student": {"model": f"given:{weights_sha256(self._student)[:16]}"},
+            **self.described_models(),
         }
-
-    def fingerprint(self, recipe: Any) -> str:
-        """The digest of the given teacher."""
-        return weights_sha256(self._teacher)
+        found["teacher"]["size"] = self._size
+        return found
 
     def load(self, recipe: Any, folder: Path | None = None) -> DetectionData:
         """The given data."""

@@ -15,8 +15,6 @@ from torch import nn
 from torch.utils.data import Subset
 
 from taskkd.augmentation import Augmented
-from taskkd.caches import file_sha256
-from taskkd.checkpoints import load_student
 from taskkd.detection import models
 from taskkd.detection.architectures import COCO
 from taskkd.detection.config import Architecture, DetectorConfig
@@ -34,8 +32,8 @@ from taskkd.detection.voc import read_voc
 from taskkd.errors import DataError
 from taskkd.images import decode, in_file
 from taskkd.splits import shared_images, shares_of
+from taskkd.tasks import VisionTask
 from taskkd.teachers import Teacher
-from taskkd.terms import Match, Term
 
 __all__ = ["TASK", "DetectionData", "DetectionTask"]
 
@@ -111,19 +109,13 @@ class DetectionData:
         return f"{'; '.join(shown)}; {len(self.classes)} classes ({names})"
 
 
-class DetectionTask:
+class DetectionTask(VisionTask):
     """The glue between recipes and this package."""
 
     name = "detection"
     recipe = DetectionRecipe
     methods = METHODS
-    #: recipes of detection have no `by_task`
-    task_key = "name"
-    task_names: tuple[str, ...] = ()
-    #: what a term of a recipe becomes
-    term = Match
     default_method = "auto"
-    sampling = "random"
 
     # ---- data
 
@@ -162,26 +154,11 @@ class DetectionTask:
         classes = models.class_names(student) or None
         return DetectionDataset(read(path, classes=classes, bad=recipe.data.bad), ignored=True)
 
-    def has_labels(self, data: DetectionData) -> bool:
-        """Whether a student can be trained without a teacher."""
-        return True
-
-    def teacher_data(self, data: DetectionData) -> DetectionData:
-        """The data for what runs the teacher alone."""
-        return data
-
     def latency_batches(self, data: DetectionData, count: int) -> list[dict[str, Any]]:
         """Real test images, one by one, as the models' keyword arguments."""
         return [{"images": [data.test[i]["images"]]} for i in range(min(count, 16, len(data.test)))]
 
     # ---- models
-
-    def fingerprint(self, recipe: DetectionRecipe) -> str:
-        """What tells that the teacher's files are the ones a run was started with; "" for what is downloaded."""
-        own = recipe.teacher
-        paths = [Path(p) for p in (own.model, own.weights) if p is not None and Path(p).exists()]
-        files = [f for p in paths for f in (sorted(p.glob("*.safetensors")) if p.is_dir() else [p])]
-        return " ".join(file_sha256(f) for f in files)
 
     def teacher(self, recipe: DetectionRecipe, data: DetectionData, source: str | None = None) -> nn.Module:
         """The teacher (from `source`, a folder of this run, once it is fine-tuned)."""
@@ -190,11 +167,6 @@ class DetectionTask:
     def student(self, recipe: DetectionRecipe, data: DetectionData, teacher: nn.Module, seed: int) -> nn.Module:
         """The student at its start; the same for a seed, whatever it is then trained with."""
         return models.build(recipe.student.detector, data.classes, seed=seed)
-
-    def reload(self, student: nn.Module, folder: Path) -> nn.Module:
-        """Load a trained student of this run into one of the same architecture."""
-        load_student(student, folder)
-        return student
 
     def given(self, *args: Any, **options: Any) -> DetectionTask:
         """This task with models and data that the caller holds; see `GivenDetection`."""
@@ -223,15 +195,6 @@ class DetectionTask:
 
     # ---- training and evaluation
 
-    def fit_terms(self, data: DetectionData, terms: Sequence[Term]) -> list[Term]:
-        """A stage's terms as they are."""
-        return list(terms)
-
-    def check_terms(
-        self, data: DetectionData, terms: Sequence[Term], student: nn.Module, batch: Mapping[str, Any]
-    ) -> None:
-        """Terms say themselves what they cannot do."""
-
     def loss(self, recipe: DetectionRecipe, student: nn.Module | None = None, seed: int = 0) -> Any:
         """The task loss: the sum of the detector's own."""
 
@@ -246,10 +209,6 @@ class DetectionTask:
     def collator(self, recipe: DetectionRecipe, processing: Any) -> Any:
         """Makes a batch."""
         return collate
-
-    def main_metric(self, data: DetectionData) -> str:
-        """The metric that models are selected by."""
-        return data.config.metric
 
     def chance(self, data: DetectionData) -> float:
         """Average precision without looking at the image."""

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from taskkd.caches import weights_sha256
 from taskkd.errors import DataError
 from taskkd.face import models
 from taskkd.face.config import FaceConfig
@@ -19,13 +18,14 @@ from taskkd.face.readers import orl, read_folder, read_hub, read_images
 from taskkd.face.recordio import read_recordio
 from taskkd.face.records import Faces
 from taskkd.face.schema import Data, FaceRecipe
-from taskkd.face.task import FaceTask
+from taskkd.face.task import FaceTask, check_gallery
 from taskkd.schema import options_of
+from taskkd.tasks import GivenModels
 
 __all__ = ["GivenFace"]
 
 
-class GivenFace(FaceTask):
+class GivenFace(GivenModels, FaceTask):
     """The face task with a given student and teacher; data as paths, HF data sets, `Faces` or `Pairs`.
 
     Every training starts from a copy of the given student.
@@ -50,6 +50,8 @@ class GivenFace(FaceTask):
         DataError: data are of another kind, or wrong.
         RecipeError: a path is no model's folder or file, or an option has no such value.
     """
+
+    _student: Any
 
     def __init__(
         self,
@@ -89,15 +91,7 @@ class GivenFace(FaceTask):
         """What of this run goes into its resolved recipe, so that a run of other models or data is noticed."""
         data = self._data.config.model_dump(exclude_unset=True)
         data["folder"] = {"train": f"given:{self._data.fingerprint()[:16]}"}
-        return {
-            "data": data,
-            "teacher": {"model": f"given:{weights_sha256(self._teacher)[:16]}"},
-            "student": {"model": f"given:{weights_sha256(self._student)[:16]}"},
-        }
-
-    def fingerprint(self, recipe: FaceRecipe) -> str:
-        """The digest of the given teacher."""
-        return weights_sha256(self._teacher)
+        return {"data": data, **self.described_models()}
 
     def load(self, recipe: FaceRecipe, folder: Path | None = None) -> FaceData:
         """The given data, in the batches that the method wants."""
@@ -119,6 +113,7 @@ class GivenFace(FaceTask):
     def student(self, recipe: FaceRecipe, data: FaceData, teacher: nn.Module, seed: int) -> nn.Module:
         """A copy of the given student."""
         own = copy.deepcopy(self._student)
+        check_gallery(data, own, teacher)
         own.identities, own.centres = len(data.identities), None
         student: nn.Module = own
         return student

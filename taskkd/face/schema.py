@@ -189,7 +189,7 @@ class Head(Model):
     """
 
     kind: Literal["arcface", "cosface", "adaface", "curricularface"] = "arcface"
-    variant: Literal["exact", "insightface", "adaface_repo"] = "exact"
+    variant: Literal["exact", "insightface", "adaface_repo", "cvlface"] = "exact"
     s: float = Field(64.0, gt=0)
     m: float | None = Field(None, ge=0)
     sample_rate: float = Field(1.0, gt=0, le=1)

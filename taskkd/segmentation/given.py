@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from taskkd.caches import weights_sha256
 from taskkd.errors import DataError
 from taskkd.schema import options_of
 from taskkd.segmentation import models
@@ -17,12 +16,14 @@ from taskkd.segmentation.labels import labels_of
 from taskkd.segmentation.readers import read_hub
 from taskkd.segmentation.records import Annotations
 from taskkd.segmentation.schema import Data, SegmentationRecipe
+from taskkd.segmentation.segmenter import Segmenter
 from taskkd.segmentation.task import SegmentationTask, read_path
+from taskkd.tasks import GivenModels
 
 __all__ = ["GivenSegmentation"]
 
 
-class GivenSegmentation(SegmentationTask):
+class GivenSegmentation(GivenModels, SegmentationTask):
     """The segmentation task with a given student and teacher; data as paths, HF data sets, or `Annotations`.
 
     Every training starts from a copy of the given student.
@@ -47,6 +48,8 @@ class GivenSegmentation(SegmentationTask):
         RecipeError: a path is no network's folder, the networks tell other numbers of classes apart, or an option has
             no such value.
     """
+
+    _student: Segmenter
 
     def __init__(
         self,
@@ -89,13 +92,8 @@ class GivenSegmentation(SegmentationTask):
         held = {**data.pop("folder"), "train": f"given:{self._data.fingerprint()[:16]}"}
         return {
             "data": {"folder": held, **data},
-            "teacher": {"model": f"given:{weights_sha256(self._teacher)[:16]}"},
-            "student": {"model": f"given:{weights_sha256(self._student)[:16]}"},
+            **self.described_models(),
         }
-
-    def fingerprint(self, recipe: SegmentationRecipe) -> str:
-        """The digest of the given teacher."""
-        return weights_sha256(self._teacher)
 
     def load(self, recipe: SegmentationRecipe, folder: Path | None = None) -> SegmentationData:
         """The given data."""
