@@ -1,4 +1,4 @@
-"""What a model's folder says beside its weights: a json file that says what the model is."""
+"""A model's own folder: its weights, and beside them a json file that says what it is."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from taskkd.errors import DataError
+from safetensors import SafetensorError
+from safetensors.torch import load_model
+from torch import nn
+
+from taskkd.errors import CheckpointError, DataError
 from taskkd.schema import Model
 
-__all__ = ["read_description", "write_description"]
+__all__ = ["WEIGHTS", "load_weights", "read_description", "write_description"]
+
+WEIGHTS = "model.safetensors"
 
 FORMAT = 1
 D = TypeVar("D")
@@ -49,3 +55,16 @@ def read_description(path: Path, title: str, make: Callable[[Mapping[str, Any]],
         return make(data)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not {title}'s description: {type(error).__name__}: {error}.") from None
+
+
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Load a folder's weights into a model that was built as its description says.
+
+    Raises:
+        CheckpointError: they are missing, unreadable, or of another model.
+    """
+    try:
+        load_model(model, str(Path(folder) / WEIGHTS))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        lines = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise CheckpointError(f"{folder}: {WEIGHTS} does not load: {lines[:300]}") from None

@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from taskkd.backbones import check_fit, downloaded, read_weights
-from taskkd.descriptions import read_description, write_description
+from taskkd.descriptions import WEIGHTS, load_weights, read_description, write_description
 from taskkd.detection.architectures import assemble, builder_of
 from taskkd.detection.config import Architecture, DetectorConfig
-from taskkd.errors import CheckpointError, DataError, RecipeError, nearest
+from taskkd.errors import DataError, RecipeError, nearest
 
 __all__ = ["Description", "build", "class_count", "class_names", "describe", "load", "save"]
 
 DETECTOR = "detector.json"
-WEIGHTS = "model.safetensors"
 # The last layers, whose size depends on the number of classes.
 CLASSIFIERS = (
     "roi_heads.box_predictor.",
@@ -285,9 +283,5 @@ def load(folder: str | Path) -> nn.Module:
         )
     with torch.random.fork_rng([]):
         model, config = assemble(described.config, len(described.names), None, load=_load_whole)
-    try:
-        load_model(model, str(Path(folder) / WEIGHTS))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        lines = " ".join(line.strip() for line in str(error).splitlines()[:2])
-        raise CheckpointError(f"{folder}: {WEIGHTS} does not load: {lines[:300]}") from None
+    load_weights(model, folder)
     return _described(model, config, described.names).eval()
