@@ -94,7 +94,7 @@ class Drawn(FaceTable):
     )
     finetune: Mapping[str, Any] = {"epochs": 12, "learning_rate": 0.1, "batch_size": 128}
     training: Mapping[str, Any] = {"epochs": 8, "learning_rate": 0.025, "batch_size": 128}
-    rates = (0.00625, 0.0125, 0.025, 0.05)
+    rates: Sequence[float] = (0.00625, 0.0125, 0.025, 0.05)
 
 
 class Orl(FaceTable):

@@ -18,6 +18,7 @@ from taskkd.detection.schema import Data
 from taskkd.detection.task import DetectionData, DetectionTask
 from taskkd.detection.tiles import split
 from taskkd.errors import DataError, RecipeError
+from taskkd.schema import options_of
 
 __all__ = ["GivenDetection"]
 
@@ -43,7 +44,8 @@ class GivenDetection(DetectionTask):
 
     Raises:
         DataError: data of another kind, or wrong.
-        RecipeError: a path is no detector's folder.
+        RecipeError: a path is no detector's folder, the student tells too few classes apart, or an option has no such
+            value.
     """
 
     def __init__(
@@ -71,8 +73,7 @@ class GivenDetection(DetectionTask):
             parts["test"] = parts["validation"]
         if test is not None:
             parts["test"] = _annotations(test, images, first.classes, bad)
-        options = {} if augment is None else {"augment": augment}
-        config = Data.model_validate({"coco": {"train": "given"}, "metric": metric, "bad": bad, **options})
+        config = options_of(Data, coco={"train": "given"}, metric=metric, bad=bad, augment=augment)
         self._data = DetectionData(parts, config)
         own = models.class_count(self._student)
         if own is not None and own < len(first.classes):
