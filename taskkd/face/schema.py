@@ -114,7 +114,7 @@ class Data(Model):
 
     What is validated and tested on are pairs of images: of people who are held out (`pairs` are made, half of them of
     one person), or the sets named in `validation` and `tests`, of which the first is the test and the others are
-    reported beside it.
+    reported beside it. With `unlabelled` alone the student learns from the teacher and not from labels.
     """
 
     folder: Folder | None = None
@@ -144,7 +144,11 @@ class Data(Model):
     @model_validator(mode="after")
     def _check(self) -> Data:
         kinds = ("folder", "recordio", "hub", "sample")
-        if sum(getattr(self, kind) is not None for kind in kinds) != 1:
+        count = sum(getattr(self, kind) is not None for kind in kinds)
+        if count == 0 and self.unlabelled is not None:
+            if self.validation is None or not self.tests:
+                raise ValueError("faces without identities can be distilled on; `validation` and `tests` must be given")
+        elif count != 1:
             raise ValueError("exactly one of folder, recordio, hub and sample must be given")
         if self.pairs is not None and self.pairs % (2 * self.folds):
             raise ValueError(

@@ -221,6 +221,8 @@ class FaceTask:
         if student is None:
             return None
         assert isinstance(student, FaceModel)
+        if not student.identities:  # nobody is known
+            return None
         own = recipe.head
         shape = (student.identities or 0, student.embedding_size)
         options: dict[str, Any] = {"kind": own.kind, "variant": own.variant, "s": own.s, "m": own.m, "seed": seed}
