@@ -21,7 +21,7 @@ from taskkd.detection.architectures import assemble, builder_of
 from taskkd.detection.config import Architecture, DetectorConfig
 from taskkd.errors import DataError, RecipeError, nearest
 
-__all__ = ["Description", "build", "class_count", "class_names", "describe", "load", "save"]
+__all__ = ["Description", "build", "class_count", "class_names", "describe", "existing", "load", "save"]
 
 DETECTOR = "detector.json"
 # The last layers, whose size depends on the number of classes.
@@ -128,8 +128,20 @@ def _load_whole(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     model.load_state_dict({k: v for k, v in state.items() if k in own and v.shape == own[k].shape}, strict=False)
 
 
-def _existing(config: DetectorConfig, classes: int | Sequence[str], seed: int) -> nn.Module:
-    """A folder of ours, or a detector of `transformers`, for these classes."""
+def existing(config: DetectorConfig) -> nn.Module:
+    """The trained detector that `config` names, with the classes that it has: `model`, or torchvision's of COCO.
+
+    Raises:
+        RecipeError: as `build`.
+        DataError: as `build`.
+    """
+    if config.model is None:
+        return build(config, builder_of(config).classes())
+    return _existing(config, None, 0)
+
+
+def _existing(config: DetectorConfig, classes: int | Sequence[str] | None, seed: int) -> nn.Module:
+    """A folder of ours, or a detector of `transformers`, for these classes; None: for its own."""
     source = config.model or ""
     if not (Path(source) / DETECTOR).is_file():
         return _of_transformers(config, classes, seed)
@@ -137,8 +149,7 @@ def _existing(config: DetectorConfig, classes: int | Sequence[str], seed: int) -
         raise RecipeError(f"the detector {source!r} has its own size of images; leave out `min_size` and `max_size`.")
     model = load(source).train()
     found = class_names(model)
-    fits = classes == len(found) if isinstance(classes, int) else list(classes) == found
-    if not fits:
+    if classes is not None and classes != (len(found) if isinstance(classes, int) else found):
         raise _other_classes(source, found, classes)
     return model
 
@@ -196,7 +207,9 @@ def _check_order(source: str, classes: Sequence[str]) -> None:
 def _other_classes(source: str, found: Sequence[str], classes: int | Sequence[str]) -> RecipeError:
     given = str(classes) if isinstance(classes, int) else f"{len(classes)} ({', '.join(classes[:8])})"
     same = not isinstance(classes, int) and sorted(found) == sorted(classes)
-    hint = "; name them in the detector's order as `data: {classes: [...]}`" if same else ""
+    hint = "; a teacher of other classes takes a `label_map`"
+    if same:
+        hint = "; name them in the detector's order as `data: {classes: [...]}`"
     return RecipeError(
         f"the detector {source!r} is for {len(found)} classes ({', '.join(found[:8])}), the data has {given}: expected "
         f"the same, in the same order{hint}."

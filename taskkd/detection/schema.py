@@ -104,9 +104,14 @@ class DetectionFinetune(Finetune):
 
 
 class Teacher(DetectorConfig, TeacherConfig):
-    """The teacher: a detector, how much larger its images are (`size`), and how it is fine-tuned first."""
+    """The teacher: a detector, how much larger its images are, and which of the student's classes its own are.
+
+    `label_map` (the teacher's class: the student's) is for a trained teacher of other classes, by `model` or with
+    `weights: coco`, which is then not fine-tuned.
+    """
 
     size: float = Field(1.0, gt=0)
+    label_map: dict[int | str, str] | None = None
     finetune: DetectionFinetune | None = None
     cache: CacheConfig | None = None
 
@@ -114,6 +119,10 @@ class Teacher(DetectorConfig, TeacherConfig):
     def _never_cached(self) -> Teacher:
         if self.cache is not None:
             raise ValueError("a detector's maps depend on the student's random resizing and are large; leave out cache")
+        if self.label_map is not None and (self.finetune is not None or (self.model or self.weights) is None):
+            raise ValueError("`label_map` is for a trained teacher, by `model` or `weights: coco`, not fine-tuned")
+        if self.label_map is not None and self.model is None and self.weights != "coco":
+            raise ValueError(f"`label_map`: the classes of `weights: {self.weights}` are not known; use `model`")
         return self
 
 

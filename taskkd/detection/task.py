@@ -21,6 +21,7 @@ from taskkd.detection.config import Architecture, DetectorConfig
 from taskkd.detection.data import DetectionDataset, collate, read, tree_crowns
 from taskkd.detection.families import family_of
 from taskkd.detection.hub import read_hub
+from taskkd.detection.mapped import mapped
 from taskkd.detection.methods import METHODS
 from taskkd.detection.metrics import CocoMetric, VocMetric
 from taskkd.detection.records import Annotations
@@ -162,7 +163,12 @@ class DetectionTask(VisionTask):
 
     def teacher(self, recipe: DetectionRecipe, data: DetectionData, source: str | None = None) -> nn.Module:
         """The teacher (from `source`, a folder of this run, once it is fine-tuned)."""
-        return models.load(source) if source is not None else models.build(recipe.teacher.detector, data.classes)
+        if source is not None:
+            return models.load(source)
+        own = recipe.teacher
+        if own.label_map is not None:
+            return mapped(models.existing(own.detector), own.label_map, data.classes)
+        return models.build(own.detector, data.classes)
 
     def student(self, recipe: DetectionRecipe, data: DetectionData, teacher: nn.Module, seed: int) -> nn.Module:
         """The student at its start; the same for a seed, whatever it is then trained with."""

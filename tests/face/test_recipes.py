@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +76,12 @@ def overrides(name: str) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A teacher that knows nothing will do, and nothing is drawn or timed."""
     monkeypatch.setattr(FaceTask, "chance", lambda *_: -1.0)
     for name, value in (("draw", None), ("latency_batches", [])):
         monkeypatch.setattr(FaceTask, name, lambda *_, value=value: value)
     monkeypatch.setattr("taskkd.reports.curves", lambda *_: None)
-    yield
 
 
 @pytest.mark.parametrize("name", PAPERS)
