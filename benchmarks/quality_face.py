@@ -93,8 +93,8 @@ class Drawn(FaceTable):
         {**SMALL, "layers": [1, 1], "width": 6},
     )
     finetune: Mapping[str, Any] = {"epochs": 12, "learning_rate": 0.1, "batch_size": 128}
-    training: Mapping[str, Any] = {"epochs": 8, "learning_rate": 0.025, "batch_size": 128}
-    rates = (0.00625, 0.0125, 0.025, 0.05)
+    training: Mapping[str, Any] = {"epochs": 8, "learning_rate": 0.1, "batch_size": 128}
+    rates: Sequence[float] = (0.00625, 0.0125, 0.025, 0.05)
 
 
 class Orl(FaceTable):

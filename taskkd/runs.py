@@ -297,8 +297,8 @@ def _distilled(session: Session, teacher: nn.Module, seed: int, name: str) -> di
     base = f"seed-{seed}/{name}"
     student = session.student(teacher, seed)
     method = build_method(session.recipe, session.task, session.data, student, teacher)
-    complete = getattr(session.task, "complete", None)
-    if complete is not None and complete(session, method, teacher):
+    equip = getattr(session.task, "equip", None)
+    if equip is not None and equip(session, method, teacher):
         method = build_method(session.recipe, session.task, session.data, student, teacher)
     outcome: dict[str, Any] = {}
     seconds, steps, model = 0.0, 0, ""

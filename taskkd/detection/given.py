@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
 from torch import nn
 
 from taskkd.caches import weights_sha256
@@ -21,6 +20,7 @@ from taskkd.detection.schema import Data
 from taskkd.detection.task import DetectionData, DetectionTask
 from taskkd.detection.tiles import split
 from taskkd.errors import DataError, RecipeError
+from taskkd.schema import options_of
 
 __all__ = ["GivenDetection"]
 
@@ -48,7 +48,8 @@ class GivenDetection(DetectionTask):
 
     Raises:
         DataError: data of another kind, or wrong.
-        RecipeError: a path is no detector's folder, an option has no such value, or `label_map` does not fit.
+        RecipeError: a path is no detector's folder, the student tells too few classes apart, an option has no such
+            value, or `label_map` does not fit.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class GivenDetection(DetectionTask):
         label_map: Mapping[Any, str] | None = None,
         bad: Literal["error", "skip", "skip_boxes"] = "error",
     ) -> None:
-        config = _config(augment=augment, metric=metric, bad=bad)
+        config = options_of(Data, coco={"train": "given"}, metric=metric, bad=bad, augment=augment)
         self._student, self._teacher, self._size = _detector(student), _detector(teacher), size
         named = self._teacher if label_map is None else self._student
         first = _annotations(train, images, classes or models.class_names(named) or None, bad)
@@ -136,22 +137,6 @@ def _detector(source: nn.Module | str | Path) -> nn.Module:
     from taskkd.detection.transformers_models import TransformersDetector, is_transformers
 
     return TransformersDetector(source) if is_transformers(source) else source
-
-
-def _config(**given: Any) -> Data:
-    """A recipe's data section, of what is not None.
-
-    Raises:
-        RecipeError: a value is none that it takes.
-    """
-    try:
-        return Data.model_validate(
-            {"coco": {"train": "given"}, **{key: value for key, value in given.items() if value is not None}}
-        )
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    raise RecipeError(f"distill: {where}: {first['msg']}, got {first['input']!r}.")
 
 
 def _annotations(source: Any, images: Any, classes: Any, bad: Any) -> Annotations:

@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
 from torch import nn
 
 from taskkd.caches import weights_sha256
-from taskkd.errors import DataError, RecipeError
+from taskkd.errors import DataError
 from taskkd.face import models
 from taskkd.face.config import FaceConfig
 from taskkd.face.data import FaceData, from_faces
@@ -20,7 +19,8 @@ from taskkd.face.readers import orl, read_folder, read_hub, read_images
 from taskkd.face.recordio import read_recordio
 from taskkd.face.records import Faces
 from taskkd.face.schema import Data, FaceRecipe
-from taskkd.face.task import FaceTask
+from taskkd.face.task import FaceTask, check_gallery
+from taskkd.schema import options_of
 
 __all__ = ["GivenFace"]
 
@@ -73,7 +73,7 @@ class GivenFace(FaceTask):
         models.check_student(self._student)
         side: int = size or self._student.size
         own = {"batches": batches, "asymmetric": asymmetric, "flip": flip, "metric": metric, "pairs": pairs, "far": far}
-        config = _config(folder={"train": "given"}, size=side, bad=bad, **own)
+        config = options_of(Data, folder={"train": "given"}, size=side, bad=bad, **own)
         faces = _faces(train, side, bad)
         given: dict[str, Any] = {"validation": None, "test": None}
         if eval is not None:
@@ -119,6 +119,7 @@ class GivenFace(FaceTask):
     def student(self, recipe: FaceRecipe, data: FaceData, teacher: nn.Module, seed: int) -> nn.Module:
         """A copy of the given student."""
         own = copy.deepcopy(self._student)
+        check_gallery(data, own, teacher)
         own.identities, own.centres = len(data.identities), None
         student: nn.Module = own
         return student
@@ -155,17 +156,3 @@ def _verified(source: Any, size: int, bad: Literal["error", "skip"]) -> Pairs | 
     if isinstance(source, str | Path) and Path(source).is_file():
         return read_pairs(source, size=size)
     return _faces(source, size, bad)
-
-
-def _config(**given: Any) -> Data:
-    """A recipe's data section, of what is not None.
-
-    Raises:
-        RecipeError: a value is none that it takes.
-    """
-    try:
-        return Data.model_validate({key: value for key, value in given.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    raise RecipeError(f"distill: {where}: {first['msg']}, got {first['input']!r}.")

@@ -129,7 +129,7 @@ class FaceTask:
                 if name != "validation":
                     session.data.galleries[name] = embedded(teacher, pairs)
 
-    def complete(self, session: Any, method: Method, teacher: nn.Module) -> bool:
+    def equip(self, session: Any, method: Method, teacher: nn.Module) -> bool:
         """Give the teacher the class centres that a method needs, if it has none.
 
         They are the classifier that it was trained with in this run, else the means of its embeddings of every identity
@@ -164,6 +164,7 @@ class FaceTask:
         """
         student = models.build(recipe.student.face, seed=seed)
         models.check_student(student)
+        check_gallery(data, student, teacher)
         student.identities, student.centres = len(data.identities), None
         return student
 
@@ -187,18 +188,9 @@ class FaceTask:
         return Frozen(teacher, dtype=recipe.teacher.dtype)
 
     def pair(self, data: FaceData, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
-        """What is to be known of a pair of models before they are distilled.
-
-        Raises:
-            RecipeError: the student's embeddings are to be searched among the teacher's, but have another size.
-        """
+        """What is to be known of a pair of models before they are distilled."""
         assert isinstance(student, FaceModel)
         assert isinstance(teacher, FaceModel)
-        if data.config.asymmetric and student.embedding_size != teacher.embedding_size:
-            raise RecipeError(
-                f"data.asymmetric: the student's embeddings have {student.embedding_size} numbers, the teacher's "
-                f"{teacher.embedding_size}: give the student `projector: {teacher.embedding_size}`."
-            )
         return [
             (f"{who}'s images and embeddings", _shown(m)) for who, m in (("teacher", teacher), ("student", student))
         ]
@@ -225,6 +217,8 @@ class FaceTask:
             return None
         own = recipe.head
         shape = (student.identities or 0, student.embedding_size)
+        if shape[0] < 2:
+            return _Nobody(shape[0])
         options: dict[str, Any] = {"kind": own.kind, "variant": own.variant, "s": own.s, "m": own.m, "seed": seed}
         if own.sample_rate == 1:
             return MarginHead(*shape, **options)
@@ -289,6 +283,36 @@ class FaceTask:
         draw(
             {name: (pairs, {who: embedded(m, pairs) for who, m in networks.items()}) for name, pairs in sets.items()},
             path,
+        )
+
+
+class _Nobody:
+    """The task loss where there are no two people to tell apart: an error, but where its weight is 0."""
+
+    training_only = True
+
+    def __init__(self, identities: int) -> None:
+        self.identities = identities
+
+    def __call__(self, output: Any, batch: Mapping[str, Any]) -> Tensor:
+        raise DataError(
+            f"the training data has {self.identities} identity: expected two or more, to tell them apart by their "
+            "labels. A method whose `task_weight` is 0 does without labels, if the teacher is trained already."
+        )
+
+
+def check_gallery(data: FaceData, student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a student whose embeddings are to be searched among the teacher's, but have another size.
+
+    Raises:
+        RecipeError: it is so.
+    """
+    assert isinstance(student, FaceModel)
+    assert isinstance(teacher, FaceModel)
+    if data.config.asymmetric and student.embedding_size != teacher.embedding_size:
+        raise RecipeError(
+            f"data.asymmetric: the student's embeddings have {student.embedding_size} numbers, the teacher's "
+            f"{teacher.embedding_size}: give the student `projector: {teacher.embedding_size}`."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import re
@@ -177,6 +178,8 @@ def test_the_data_sections_are_right(folder: Path) -> None:
     assert {kind for entry in found for kind in kinds if getattr(entry, kind) is not None} == set(kinds)
     drawn = next(entry for entry in found if entry.sample is not None)
     assert len(data.load(drawn).train[0]) == 2 * 8 + 4 * 8
+    nobody = next(entry for entry in found if all(getattr(entry, kind) is None for kind in kinds))
+    assert "5 unlabelled" in data.load(nobody, size=24).summary()
     section = PAGE.partition("## Data")[2].partition("## Methods")[0]
     assert [name for name in schema.Data.model_fields if f"`{name}" not in section] == []
     for part in (schema.Balanced, schema.EasyHard):
@@ -210,6 +213,14 @@ def test_the_pages_links_lead_somewhere_and_methods_are_complete() -> None:
             re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", own_text, re.M)
         }
         assert anchor in headings, (target, anchor)
+
+
+def test_parity_is_shown_of_documented_names() -> None:
+    text = "".join(page.read_text() for page in (DOCS / "methods").glob("face-*.md"))
+    for adapters in (Path(__file__).parents[1] / "parity" / "face").glob("*.py"):
+        imports = [node for node in ast.walk(ast.parse(adapters.read_text())) if isinstance(node, ast.ImportFrom)]
+        own = [a.name for node in imports if (node.module or "").startswith("taskkd.face.") for a in node.names]
+        assert [name for name in own if f"`{name}`" not in text] == [], adapters.name
 
 
 def test_the_page_of_heads_names_every_option() -> None:
