@@ -119,9 +119,9 @@ class Orl(FaceTable):
         {**SMALL, "layers": [1, 1, 1, 1], "width": 32, "size": 56, "embedding_size": 128},
         {**SMALL, "layers": [1, 1, 1], "width": 8, "size": 56, "embedding_size": 128},
     )
-    finetune: Mapping[str, Any] = {"epochs": 40, "learning_rate": 0.05, "batch_size": 48}
-    training: Mapping[str, Any] = {"epochs": 40, "learning_rate": 0.05, "batch_size": 48}
-    rates = (0.02, 0.05, 0.1)
+    finetune: Mapping[str, Any] = {"epochs": 20, "learning_rate": 0.05, "batch_size": 48}
+    training: Mapping[str, Any] = {"epochs": 20, "learning_rate": 0.05, "batch_size": 48}
+    rates = (0.0125, 0.025, 0.05, 0.1)
 
 
 DDL = {"kind": "easy_hard", "identity": 32, "pairs": 32}

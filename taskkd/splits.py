@@ -58,13 +58,14 @@ def divided(records: Sequence[R], fractions: Sequence[float], *, seed: int = 0) 
     return [sorted(part, key=lambda r: order_of[r.image_id]) for part in parts]
 
 
-def shares_of(sizes: Mapping[str, float], total: int, of: str = "images") -> list[float]:
+def shares_of(sizes: Mapping[str, float], total: int, of: str = "images", *, least: int = 0) -> list[float]:
     """The shares of what is trained on, and of each part that is held out of it.
 
     Args:
         sizes: of the parts as a recipe has them: a number of images from 1 on, else a share already.
         total: of how many.
         of: what is counted, for errors.
+        least: a part whose size is a share has so many.
 
     Raises:
         DataError: nothing is left to train on.
@@ -73,6 +74,8 @@ def shares_of(sizes: Mapping[str, float], total: int, of: str = "images") -> lis
     for (name, size), share in zip(sizes.items(), shares, strict=True):
         if share >= 1:
             raise DataError(f"data.{name}_size is {size}, there are {total} {of}.")
+    few = least / total if total else 0.0
+    shares = [s if isinstance(size, int) else max(s, few) for size, s in zip(sizes.values(), shares, strict=True)]
     if sum(shares) >= 1:
         raise DataError(f"data.{' and data.'.join(sizes)}: nothing is left of {total} {of} to train on.")
     return [1 - sum(shares), *shares]

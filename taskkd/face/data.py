@@ -236,7 +236,8 @@ def from_faces(
     parts: dict[str, Pairs | Faces] = {name: part for name, part in given.items() if part is not None}
     if missing:
         count = len(np.unique(train.labels[train.labels >= 0]))
-        shares = shares_of({name: sizes[name] for name in missing}, count, "identities")
+        # pairs are of two people, too
+        shares = shares_of({name: sizes[name] for name in missing}, count, "identities", least=2)
         train, *held = split(train, shares, seed=config.split_seed)
         parts |= dict(zip(missing, held, strict=True))
     if config.train_size is not None and config.train_size < len(train.identities):
@@ -248,14 +249,17 @@ def from_faces(
     for note in train.notes:
         logger.info(note)
     ordered = [*sizes, *(name for name in parts if name not in sizes)]
-    pairs = {name: _paired(parts[name], config) for name in ordered}
+    pairs = {name: _paired(parts[name], config, name) for name in ordered}
     return FaceData(train, pairs, config, unlabelled, _hard(config, train))
 
 
-def _paired(part: Pairs | Faces, config: Data) -> Pairs:
-    return (
-        part if isinstance(part, Pairs) else make_pairs(part, config.pairs, seed=config.split_seed, folds=config.folds)
-    )
+def _paired(part: Pairs | Faces, config: Data, name: str) -> Pairs:
+    if isinstance(part, Pairs):
+        return part
+    try:
+        return make_pairs(part, config.pairs, seed=config.split_seed, folds=config.folds)
+    except DataError as error:
+        raise DataError(f"data.{name}: {error}") from None
 
 
 def _train(config: Data, size: int | None) -> Faces:
@@ -339,5 +343,5 @@ def _procedural(config: Data, sample: Sample) -> FaceData:
         for name, hard in (("test", 0.0), ("hard", sample.hard))
     }
     marks = np.arange(len(train)) >= len(easy)
-    pairs = {name: _paired(part, config) for name, part in {"validation": validation, **tests}.items()}
+    pairs = {name: _paired(part, config, name) for name, part in {"validation": validation, **tests}.items()}
     return FaceData(train, pairs, config, hard=marks)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from taskkd.detection.methods.maps import Maps, as_list, zero
+from taskkd.detection.methods.maps import Maps, as_list
 from taskkd.detection.methods.vlr import fine_grained_region, inside_region, square_anchors, vlr_weights
 from taskkd.detection.shared import SharedImages
 from taskkd.detection.terms import NeckTerm
-from taskkd.losses.primitives import check_same_shape, full_precision, masked_mean, safe_divide
+from taskkd.losses.primitives import check_same_shape, full_precision, masked_mean
 from taskkd.terms import Run
 
 __all__ = ["Region", "RegionImitation", "anchors_of", "region_imitation"]
@@ -43,18 +43,14 @@ def region_imitation(student: Maps, teacher: Maps, *, regions: Maps, normalise: 
     Raises:
         ShapeError: shapes differ.
     """
-    students, sums, means, cells = as_list(student), [], [], []
-    for s, t, region in zip(students, as_list(teacher), as_list(regions), strict=True):
+    squares, inside = [], []
+    for s, t, region in zip(as_list(student), as_list(teacher), as_list(regions), strict=True):
         check_same_shape(s, t, "region_imitation")
-        squares, inside = (s - t).square().mean(1), region > 0
-        means.append(masked_mean(squares, inside))
-        sums.append((squares * inside).sum())
-        cells.append(inside.sum())
-    if not means:
-        return zero(students)
+        squares.append((s - t).square().mean(1).flatten())
+        inside.append((region > 0).flatten())
     if normalise == "authors":
-        return torch.stack(means).sum()
-    return safe_divide(torch.stack(sums).sum(), torch.stack(cells).sum().to(sums[0].dtype))
+        return torch.stack([masked_mean(*level) for level in zip(squares, inside, strict=True)]).sum()
+    return masked_mean(torch.cat(squares), torch.cat(inside))
 
 
 def anchors_of(
