@@ -308,6 +308,7 @@ def memory_here(kind: str, device: str) -> tuple[float, float, float]:
     """MB that a classifier holds, what three steps take above that at the worst, and what the optimiser keeps."""
     warm = MarginHead(8, FEATURES).to(device)
     warm(torch.randn(4, FEATURES, device=device, requires_grad=True), {"labels": torch.arange(4)}).backward()
+    torch.optim.SGD(warm.parameters()).step()  # what it imports
     had = resident("VmRSS")
     made = Classifier(kind, device)
     held = resident("VmRSS")

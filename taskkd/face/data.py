@@ -236,7 +236,7 @@ def from_faces(
     parts: dict[str, Pairs | Faces] = {name: part for name, part in given.items() if part is not None}
     if missing:
         count = len(np.unique(train.labels[train.labels >= 0]))
-        shares = [share_of(sizes[name], count, name) for name in missing]
+        shares = [_share(sizes[name], count, name) for name in missing]
         if sum(shares) >= 1:
             raise DataError(f"data.{' and data.'.join(missing)}: nothing is left of {count} identities to train on.")
         train, *held = split(train, [1 - sum(shares), *shares], seed=config.split_seed)
@@ -250,14 +250,23 @@ def from_faces(
     for note in train.notes:
         logger.info(note)
     ordered = [*sizes, *(name for name in parts if name not in sizes)]
-    pairs = {name: _paired(parts[name], config) for name in ordered}
+    pairs = {name: _paired(parts[name], config, name) for name in ordered}
     return FaceData(train, pairs, config, unlabelled, _hard(config, train))
 
 
-def _paired(part: Pairs | Faces, config: Data) -> Pairs:
-    return (
-        part if isinstance(part, Pairs) else make_pairs(part, config.pairs, seed=config.split_seed, folds=config.folds)
-    )
+def _share(size: int | float, count: int, name: str) -> float:
+    """Which share of the identities is held out; by a share at least two, as pairs are of two people, too."""
+    share = share_of(size, count, name)
+    return share if isinstance(size, int) else max(share, 2 / count)
+
+
+def _paired(part: Pairs | Faces, config: Data, name: str) -> Pairs:
+    if isinstance(part, Pairs):
+        return part
+    try:
+        return make_pairs(part, config.pairs, seed=config.split_seed, folds=config.folds)
+    except DataError as error:
+        raise DataError(f"data.{name}: {error}") from None
 
 
 def _train(config: Data, size: int | None) -> Faces:
@@ -341,5 +350,5 @@ def _procedural(config: Data, sample: Sample) -> FaceData:
         for name, hard in (("test", 0.0), ("hard", sample.hard))
     }
     marks = np.arange(len(train)) >= len(easy)
-    pairs = {name: _paired(part, config) for name, part in {"validation": validation, **tests}.items()}
+    pairs = {name: _paired(part, config, name) for name, part in {"validation": validation, **tests}.items()}
     return FaceData(train, pairs, config, hard=marks)

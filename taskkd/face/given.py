@@ -69,6 +69,8 @@ class GivenFace(FaceTask):
         far: list[float] | None = None,
         bad: Literal["error", "skip"] = "error",
     ) -> None:
+        if student is teacher:  # as for DDL; the teacher will be frozen
+            teacher = copy.deepcopy(teacher)
         self._student, self._teacher = _model(student), _model(teacher)
         models.check_student(self._student)
         side: int = size or self._student.size
@@ -80,10 +82,7 @@ class GivenFace(FaceTask):
             given["validation"] = given["test"] = _verified(eval, side, bad)
         if test is not None:
             given["test"] = _verified(test, side, bad)
-        others = unlabelled
-        if isinstance(unlabelled, str | Path):
-            others = read_images(unlabelled, size=side, bad=bad)
-        self._data = from_faces(config, faces, given, others)
+        self._data = from_faces(config, faces, given, _unknown(unlabelled, side, bad))
 
     def describe(self) -> dict[str, Any]:
         """What of this run goes into its resolved recipe, so that a run of other models or data is noticed."""
@@ -148,6 +147,14 @@ def _faces(source: Any, size: int, bad: Literal["error", "skip"]) -> Faces:
         "faces are a folder of aligned crops (one folder in it for each identity), one with train.rec and train.idx, "
         f"an HF data set or Faces; got a {type(source).__name__}."
     )
+
+
+def _unknown(source: Any, size: int, bad: Literal["error", "skip"]) -> Faces | None:
+    if isinstance(source, str | Path):
+        return read_images(source, size=size, bad=bad)
+    if source is None or isinstance(source, Faces):
+        return source
+    raise DataError(f"unlabelled faces are a folder of images or Faces; got a {type(source).__name__}.")
 
 
 def _verified(source: Any, size: int, bad: Literal["error", "skip"]) -> Pairs | Faces:

@@ -98,7 +98,7 @@ def test_ddl_beats_the_same_images_with_labels_where_it_is_hard(tmp_path: Path) 
     rest: dict[str, Any] = {
         "teacher": model,
         "student": model,
-        "training": {"epochs": 8, "learning_rate": 0.02, "batch_size": 192},
+        "training": {"epochs": 8, "learning_rate": 0.05, "batch_size": 192},
     }
     labelled = run(tmp_path / "labelled", data={**data, "batches": {**batches, "label_pairs": True}}, **rest,
                    baseline={})  # fmt: skip
