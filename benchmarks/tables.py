@@ -47,53 +47,87 @@ class Row:
     against: str | None = None
 
 
-@dataclass(kw_only=True)
 class Table:
-    """A table of a task; subclasses say what its recipes are.
+    """A table of a task; subclasses say of what.
 
     Args:
         seeds: one run each.
         out: the folder of all runs.
     """
 
-    seeds: list[int]
-    out: Path
+    task: str
     #: which arguments make it ("face --data orl"), and the heading of its task in the page
-    title: str = ""
-    heading: str = ""
-    #: the metric that models are selected by, and one to report beside it, with their names in the table
-    metrics: Mapping[str, str] = field(default_factory=dict)
-    rows: Mapping[str, Row] = field(default_factory=dict)
+    title: str
+    heading: str
+    #: the heading of the table
+    about: str
+    #: the metric that models are selected by, and others to report beside it, with their names in the table
+    metrics: Mapping[str, str]
+    rows: Mapping[str, Row]
     #: row -> dotted keys of its recipe, by `--search`
-    found: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    found: Mapping[str, Mapping[str, Any]] = {}
+    #: teacher and student
+    networks: tuple[Mapping[str, Any], Mapping[str, Any]]
+    finetune: Mapping[str, Any]
+    training: Mapping[str, Any]
+    #: learning rates of the student alone
+    rates: Sequence[float]
+
+    def __init__(self, seeds: list[int], out: Path) -> None:
+        self.seeds, self.out = seeds, out
 
     @property
     def folder(self) -> Path:
         """Of this table's runs."""
         return self.out / self.title.replace(" --data ", "-")
 
+    @property
+    def name(self) -> str:
+        """What the names of its recipes begin with."""
+        return self.folder.name
+
     def write(self, source: Path) -> None:
         """Make the data, from what is in a folder."""
 
+    def data(self) -> dict[str, Any]:
+        """The section of the data."""
+        raise NotImplementedError
+
+    def parameters(self, network: Mapping[str, Any]) -> int:
+        """How many parameters a network of the recipes has."""
+        raise NotImplementedError
+
+    def shown(self, parameters: int) -> str:
+        """A number of parameters, in words."""
+        return f"{parameters / 1e6:.2f} M"
+
     def base(self) -> dict[str, Any]:
         """The recipe of every row but for teacher, baseline and method."""
-        raise NotImplementedError
+        student, training = dict(self.networks[1]), dict(self.training)
+        return {"task": self.task, "data": self.data(), "student": student, "training": training}
 
     def teacher(self) -> dict[str, Any]:
         """The section of a teacher that is trained first."""
-        raise NotImplementedError
+        return {**self.networks[0], "finetune": dict(self.finetune)}
 
     def alone(self) -> dict[str, Any]:
         """The section of the student alone."""
-        raise NotImplementedError
+        return {"learning_rates": list(self.rates), "epochs": self.training["epochs"]}
 
     def caption(self, report: Mapping[str, Any]) -> list[str]:
         """Lines above the table."""
-        raise NotImplementedError
+        large, small = map(self.parameters, self.networks)
+        steps, seeds = next(iter(report["alone"].values()))["steps"], ", ".join(map(str, self.seeds))
+        return [
+            f"### {self.about}",
+            "",
+            f"Teacher {self.shown(large)} parameters, student {self.shown(small)} ({large / small:.1f} times smaller); "
+            f"{report['data']}; {steps} steps of {self.training['batch_size']}; seeds {seeds}.",
+        ]
 
     def recipe(self, row: str | None) -> Any:
         """The recipe of a row; None: teacher and student alone."""
-        data = {"schema": 1, **self.base(), "seeds": self.seeds, "name": f"{self.folder.name}-{row or 'alone'}"}
+        data = {"schema": 1, **self.base(), "seeds": self.seeds, "name": f"{self.name}-{row or 'alone'}"}
         if row is None:
             data["teacher"], data["baseline"] = self.teacher(), self.alone()
         else:
@@ -159,7 +193,8 @@ class Table:
 
 def _cells(value: str, gain: str, number: int, judged: str = "") -> str:
     """A metric's cells; the first one's gain is judged."""
-    return f" {value} | {gain} |" + (f" {judged} |" if number == 0 else "")
+    cells = [value, gain, judged] if number == 0 else [value, gain]
+    return "".join(f" {cell} |" if cell else " |" for cell in cells)
 
 
 def say(line: str) -> None:

@@ -297,8 +297,8 @@ def _distilled(session: Session, teacher: nn.Module, seed: int, name: str) -> di
     base = f"seed-{seed}/{name}"
     student = session.student(teacher, seed)
     method = build_method(session.recipe, session.task, session.data, student, teacher)
-    complete = getattr(session.task, "complete", None)
-    if complete is not None and complete(session, method, teacher):
+    equip = getattr(session.task, "equip", None)
+    if equip is not None and equip(session, method, teacher):
         method = build_method(session.recipe, session.task, session.data, student, teacher)
     outcome: dict[str, Any] = {}
     seconds, steps, model = 0.0, 0, ""
@@ -445,12 +445,14 @@ def distill(
         train: nlp: a path (csv, tsv, jsonl, parquet), a list of dicts, or an HF `Dataset`; detection: a COCO json
             file, a folder in the layout of Pascal VOC, an HF `Dataset`, or `Annotations`; segmentation: a folder of
             images and masks, one in the layout of Cityscapes, ADE20K, Pascal VOC or CamVid, an HF `Dataset`, or
-            `Annotations`.
-        eval: the same, to validate on; None: a tenth of `train` to validate on and a tenth to test on are held out.
-        task: "nlp", "detection" or "segmentation".
+            `Annotations`; face: a folder of aligned crops (one folder in it for each identity), one with `train.rec`
+            and `train.idx`, "orl", an HF `Dataset`, or `Faces`.
+        eval: the same, to validate on (face: also a .bin file, a list of pairs, or `Pairs`); None: a tenth of `train`
+            to validate on and a tenth to test on are held out (face: a tenth and a fifth of the identities).
+        task: "nlp", "detection", "segmentation" or "face".
         output_dir: of the run; an interrupted run goes on there.
         method: a key of the task's `METHODS`; None: "soft_targets" for nlp, "auto" for detection,
-            "dist" for segmentation.
+            "dist" for segmentation, "embedding_mimic" for face.
         options: the method's own.
         training: as in a recipe, `{"epochs": 3, "learning_rate": 1e-4}`.
         baseline: whether the student alone is trained as well, for comparison.
@@ -459,7 +461,9 @@ def distill(
             `max_length`, `stride`, `no_answer`, `masking`, `mask_share` (see `taskkd.nlp.given.GivenTask`); for
             detection `test`, `images`, `classes`, `augment`, `metric`, `size`, `bad` (see
             `taskkd.detection.given.GivenDetection`); for segmentation `test`, `classes`, `ignore`, `unlabelled`,
-            `augment`, `metric`, `bad` (see `taskkd.segmentation.given.GivenSegmentation`).
+            `augment`, `metric`, `bad` (see `taskkd.segmentation.given.GivenSegmentation`); for face `test`,
+            `unlabelled`, `size`, `batches`, `asymmetric`, `flip`, `metric`, `pairs`, `far`, `bad` (see
+            `taskkd.face.given.GivenFace`).
 
     Raises:
         TaskkdError: of the kind that says what is wrong.

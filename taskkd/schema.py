@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
+from taskkd.errors import RecipeError, nearest
 from taskkd.schedules import from_config
 
 __all__ = [
@@ -18,7 +20,15 @@ __all__ = [
     "TeacherConfig",
     "TermConfig",
     "Training",
+    "VisionRecipe",
+    "check_one_source",
+    "model_of",
+    "options_of",
+    "own_part",
+    "own_settings",
 ]
+
+M = TypeVar("M", bound="Model")
 
 
 class Model(BaseModel):
@@ -161,3 +171,84 @@ class Recipe(Model):
     training: Training = Training()
     baseline: Baseline | None = Baseline()
     seeds: list[int] = Field([0], min_length=1)
+
+
+class VisionRecipe(Recipe):
+    """The frame of the recipes of vision tasks: the student alone is trained as the distilled one is.
+
+    What the recipe says of the baseline goes before.
+    """
+
+    @model_validator(mode="after")
+    def _as_long_alone(self) -> VisionRecipe:
+        if self.baseline is not None:
+            own = {"epochs": self.training.epochs, "learning_rates": [self.training.learning_rate]}
+            given = {name: getattr(self.baseline, name) for name in self.baseline.model_fields_set}
+            self.baseline = Baseline(**{**own, **given})
+        return self
+
+
+def check_one_source(data: Model, kinds: Sequence[str]) -> None:
+    """See that one of these keys is given, and no other.
+
+    Raises:
+        ValueError: none is, or several are.
+    """
+    if sum(getattr(data, kind) is not None for kind in kinds) != 1:
+        raise ValueError(f"exactly one of {', '.join(kinds[:-1])} and {kinds[-1]} must be given")
+
+
+# ---- what a model is, in plain data, without a recipe around it
+
+
+def own_settings(config: Model, kind: type[Model]) -> list[str]:
+    """The keys of `kind` that are given with other values than the defaults; a teacher of a recipe has more keys."""
+    fields = kind.model_fields
+    return sorted(k for k in config.model_fields_set & set(fields) if getattr(config, k) != fields[k].default)
+
+
+def own_part(config: Model, kind: type[M]) -> M:
+    """Only what is said of the model itself, without what a recipe says of a teacher beside it."""
+    return kind(**{k: getattr(config, k) for k in sorted(config.model_fields_set & set(kind.model_fields))})
+
+
+def model_of(kind: type[M], given: M | Mapping[str, Any], title: str) -> M:
+    """What a model is, from plain data.
+
+    Args:
+        kind: of the config.
+        given: it, or its keys and values.
+        title: what it is of, for errors: "detector".
+
+    Raises:
+        RecipeError: an unknown key, a wrong type, or settings that do not go together.
+    """
+    if isinstance(given, kind):
+        return given
+    try:
+        return kind.model_validate(dict(given))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        raise RecipeError(f"{title}: unknown key {name!r}{nearest(name, kind.model_fields)}.")
+    message = first["msg"].removeprefix("Value error, ")
+    where = f"{title}: {name}: " if name else f"{title}: "
+    got = f", got {first['input']!r}" if name else ""
+    raise RecipeError(f"{where}{message[0].lower()}{message[1:]}{got}.")
+
+
+def options_of(kind: type[M], **given: Any) -> M:
+    """A recipe's section from the options of `kd.distill`; None: left out.
+
+    Raises:
+        RecipeError: a value is none that it takes.
+    """
+    try:
+        return kind.model_validate({key: value for key, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    if not first["loc"]:  # values that do not go together; the sentence says which
+        raise RecipeError(f"distill: {first['msg'].removeprefix('Value error, ')}.")
+    where = ".".join(str(part) for part in first["loc"])
+    raise RecipeError(f"distill: {where}: {first['msg']}, got {first['input']!r}.")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
 
 from taskkd.errors import DataError
 
-__all__ = ["Sided", "divided", "share_of", "spans"]
+__all__ = ["Sided", "divided", "shared_images", "shares_of", "spans"]
 
 
 class Sided(Protocol):
@@ -58,16 +58,36 @@ def divided(records: Sequence[R], fractions: Sequence[float], *, seed: int = 0) 
     return [sorted(part, key=lambda r: order_of[r.image_id]) for part in parts]
 
 
-def share_of(size: float, total: int, name: str) -> float:
-    """The share that a recipe's size is of all: a number of images from 1 on, else a share already.
+def shares_of(sizes: Mapping[str, float], total: int, of: str = "images", *, least: int = 0) -> list[float]:
+    """The shares of what is trained on, and of each part that is held out of it.
+
+    Args:
+        sizes: of the parts as a recipe has them: a number of images from 1 on, else a share already.
+        total: of how many.
+        of: what is counted, for errors.
+        least: a part whose size is a share has so many.
 
     Raises:
-        DataError: it is all of them or more.
+        DataError: nothing is left to train on.
     """
-    share = size / total if size >= 1 else float(size)
-    if share >= 1:
-        raise DataError(f"data.{name}_size is {size}, there are {total} images.")
-    return share
+    shares = [size / total if size >= 1 else float(size) for size in sizes.values()]
+    for (name, size), share in zip(sizes.items(), shares, strict=True):
+        if share >= 1:
+            raise DataError(f"data.{name}_size is {size}, there are {total} {of}.")
+    few = least / total if total else 0.0
+    shares = [s if isinstance(size, int) else max(s, few) for size, s in zip(sizes.values(), shares, strict=True)]
+    if sum(shares) >= 1:
+        raise DataError(f"data.{' and data.'.join(sizes)}: nothing is left of {total} {of} to train on.")
+    return [1 - sum(shares), *shares]
+
+
+def shared_images(trained: Sequence[Sided], held_out: Sequence[Sided]) -> str:
+    """A sentence if images (or regions of one) that are held out are trained on too, else an empty string."""
+    sides = {r.side for r in trained}
+    both = sum(r.side in sides for r in held_out)
+    if not both:
+        return ""
+    return f"{both} of the {len(held_out)} held-out images are in the training data too; the figures may be too good."
 
 
 def spans(length: int, size: int, overlap: int) -> list[tuple[int, int]]:

@@ -15,13 +15,13 @@ from taskkd import recipes
 from taskkd.detection.data import DetectionDataset, read
 
 
-def job(name: str, folder: Path) -> quality_detection.Job:
-    return quality_detection.Job(name, [0, 1], folder)
+def table(name: str, folder: Path) -> quality_detection.DetectionTable:
+    return quality_detection.TABLES[name]([0, 1], folder)
 
 
 @pytest.mark.parametrize("name", quality_detection.TABLES)
 def test_every_row_and_its_search_are_recipes_of_as_many_steps(name: str, tmp_path: Path) -> None:
-    own = job(name, tmp_path)
+    own = table(name, tmp_path)
     alone = own.recipe(None)
     assert alone.baseline.epochs == alone.training.epochs
     for row, way in quality_detection.ROWS.items():
@@ -33,11 +33,12 @@ def test_every_row_and_its_search_are_recipes_of_as_many_steps(name: str, tmp_pa
                 data = recipe.model_dump(by_alias=True)
                 recipes.set_key(data, key, value)
                 recipes.validate(data, key)
-    assert set(own.table.found) <= set(quality_detection.ROWS)
+    assert set(own.found) <= set(quality_detection.ROWS)
 
 
 def test_the_student_is_a_sixth_of_the_teacher_or_less(tmp_path: Path) -> None:
-    teacher, student = quality_detection.sizes_of(job("digits", tmp_path))
+    own = table("digits", tmp_path)
+    teacher, student = map(own.parameters, own.networks)
     assert teacher >= 6 * student
 
 
@@ -101,9 +102,9 @@ def report(part: str, values: list[float], **more: Any) -> dict[str, Any]:
 
 
 def test_a_table_has_both_metrics_and_stands_under_its_heading(tmp_path: Path) -> None:
-    page, own = tmp_path / "results.md", job("nuclei", tmp_path)
+    page, own = tmp_path / "results.md", table("nuclei", tmp_path)
     first = report("alone", [0.40, 0.42], teacher={"test": {"AP": 0.6, "AP50": 0.9}}, data="640 images")
-    text = quality_detection.markdown(own, {"alone": first, "gid": report("distilled", [0.45, 0.47])})
+    text = own.markdown({"alone": first, "gid": report("distilled", [0.45, 0.47])})
     assert "times smaller); 640 images; 640 steps of 8; seeds 0, 1." in text
     assert "| GID (Dai 2021) | 46.00 ± 1.00 | +5.00 ± 0.00 | gain | 66.00 ± 1.00 | +5.00 ± 0.00 |" in text
     page.write_text("# Results\n\n## NLP\n\nBy hand.\n")

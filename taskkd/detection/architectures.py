@@ -60,6 +60,11 @@ class Builder:
         state: Mapping[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
         return state
 
+    def classes(self) -> list[str]:
+        """The names of the classes of these weights, without the background; those that COCO left out are "N/A"."""
+        names: list[str] = torchvision.models.get_model_weights(self.name)["COCO_V1"].meta["categories"]
+        return names[1:]
+
 
 COCO = {
     ("faster_rcnn", "resnet50"): Builder("fasterrcnn_resnet50_fpn", 0.0),

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from taskkd.errors import RecipeError, nearest
-from taskkd.schema import Model
+from taskkd.schema import Model, model_of, own_part, own_settings
 
 __all__ = ["Architecture", "DetectorConfig"]
 
@@ -80,8 +79,7 @@ class DetectorConfig(Model):
 
     @model_validator(mode="after")
     def _check(self) -> DetectorConfig:
-        fields = DetectorConfig.model_fields  # a teacher of a recipe has more
-        given = sorted(k for k in self.model_fields_set & set(fields) if getattr(self, k) != fields[k].default)
+        given = own_settings(self, DetectorConfig)
         if (self.model is None) == (self.architecture is None):
             raise ValueError("expected either `architecture` (to build one) or `model` (a folder or a hub name)")
         if self.model is not None and (wrong := [k for k in given if k not in ("model", "min_size", "max_size")]):
@@ -111,8 +109,7 @@ class DetectorConfig(Model):
     @property
     def detector(self) -> DetectorConfig:
         """Only what is said of the detector itself, without what a recipe says of a teacher beside it."""
-        own = self.model_fields_set & set(DetectorConfig.model_fields)
-        return DetectorConfig(**{k: getattr(self, k) for k in sorted(own)})
+        return own_part(self, DetectorConfig)
 
     @property
     def body(self) -> str:
@@ -126,16 +123,4 @@ class DetectorConfig(Model):
         Raises:
             RecipeError: an unknown key, a wrong type, or settings that do not go together.
         """
-        if isinstance(given, cls):
-            return given
-        try:
-            return cls.model_validate(dict(given))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-        name = str(first["loc"][0]) if first["loc"] else ""
-        if first["type"] == "extra_forbidden":
-            raise RecipeError(f"detector: unknown key {name!r}{nearest(name, cls.model_fields)}.")
-        message = first["msg"].removeprefix("Value error, ")
-        where = f"detector: {name}: " if name else "detector: "
-        got = f", got {first['input']!r}" if name else ""
-        raise RecipeError(f"{where}{message[0].lower()}{message[1:]}{got}.")
+        return model_of(cls, given, "detector")

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from taskkd.caches import weights_sha256
 from taskkd.detection import models
 from taskkd.detection.data import read
 from taskkd.detection.hub import read_hub
+from taskkd.detection.mapped import mapped
 from taskkd.detection.records import Annotations
 from taskkd.detection.schema import Data
 from taskkd.detection.task import DetectionData, DetectionTask
 from taskkd.detection.tiles import split
 from taskkd.errors import DataError, RecipeError
+from taskkd.schema import options_of
+from taskkd.tasks import GivenModels
 
 __all__ = ["GivenDetection"]
 
 
-class GivenDetection(DetectionTask):
+class GivenDetection(GivenModels, DetectionTask):
     """The detection task with a given student and teacher; data as paths, HF data sets, or `Annotations`.
 
     Every training starts from a copy of the given student.
@@ -30,20 +33,23 @@ class GivenDetection(DetectionTask):
     Args:
         student: a detector of torchvision or `TransformersDetector`, its saved folder, or a model of `transformers`
             (which is wrapped).
-        teacher: the same, trained on the same classes.
+        teacher: the same, trained on the same classes, or with a `label_map`.
         train, eval, test: a COCO json file, a folder in the layout of Pascal VOC, an HF data set, or `Annotations`.
             Without `eval`, a tenth of `train` each is held out to validate and to test on; without `test`, the report
             is on `eval`.
         images: the folder of the images of json files; default: beside the file, as in COCO's layout.
-        classes: names in the order of their labels; default: as in `train`.
+        classes: names in the order of their labels; default: the teacher's (with a `label_map` the student's), or as
+            in `train` where it has no names.
         augment: as in a recipe's data.
         metric: that models are selected by.
         size: how much larger the teacher's images are.
+        label_map: of a teacher of other classes, its class -> the student's; see `mapped`.
         bad: "error", "skip" or "skip_boxes", for damaged images and boxes without area.
 
     Raises:
         DataError: data of another kind, or wrong.
-        RecipeError: a path is no detector's folder.
+        RecipeError: a path is no detector's folder, the student tells too few classes apart, an option has no such
+            value, or `label_map` does not fit.
     """
 
     def __init__(
@@ -59,10 +65,13 @@ class GivenDetection(DetectionTask):
         augment: list[Any] | None = None,
         metric: Literal["AP", "AP50", "VOC_AP50", "VOC07_AP50"] = "AP",
         size: float = 1.0,
+        label_map: Mapping[Any, str] | None = None,
         bad: Literal["error", "skip", "skip_boxes"] = "error",
     ) -> None:
+        config = options_of(Data, coco={"train": "given"}, metric=metric, bad=bad, augment=augment)
         self._student, self._teacher, self._size = _detector(student), _detector(teacher), size
-        first = _annotations(train, images, classes or models.class_names(self._teacher) or None, bad)
+        named = self._teacher if label_map is None else self._student
+        first = _annotations(train, images, classes or models.class_names(named) or None, bad)
         parts = {"train": first}
         if eval is None:
             parts["train"], parts["validation"], parts["test"] = split(first, [0.8, 0.1, 0.1])
@@ -71,9 +80,10 @@ class GivenDetection(DetectionTask):
             parts["test"] = parts["validation"]
         if test is not None:
             parts["test"] = _annotations(test, images, first.classes, bad)
-        options = {} if augment is None else {"augment": augment}
-        config = Data.model_validate({"coco": {"train": "given"}, "metric": metric, "bad": bad, **options})
         self._data = DetectionData(parts, config)
+        self._label_map = None if label_map is None else {str(name): own for name, own in label_map.items()}
+        if self._label_map is not None:
+            self._teacher = mapped(self._teacher, self._label_map, first.classes)
         own = models.class_count(self._student)
         if own is not None and own < len(first.classes):
             raise RecipeError(
@@ -87,15 +97,13 @@ class GivenDetection(DetectionTask):
     def describe(self) -> dict[str, Any]:
         """What of this run goes into its resolved recipe, so that a run of other models or data is noticed."""
         data = self._data.config.model_dump(exclude={"coco"}, exclude_unset=True)
-        return {
+        found = {
             "data": {"coco": {"train": f"given:{self._data.fingerprint()[:16]}"}, **data},
-            "teacher": {"model": f"given:{weights_sha256(self._teacher)[:16]}", "size": self._size},
-            "student": {"model": f"given:{weights_sha256(self._student)[:16]}"},
+            **self.described_models(),
         }
-
-    def fingerprint(self, recipe: Any) -> str:
-        """The digest of the given teacher."""
-        return weights_sha256(self._teacher)
+        mapping = {} if self._label_map is None else {"label_map": self._label_map}
+        found["teacher"] |= {"size": self._size, **mapping}
+        return found
 
     def load(self, recipe: Any, folder: Path | None = None) -> DetectionData:
         """The given data."""

@@ -6,27 +6,24 @@ class with its own keys, or `TransformersDetector`, and takes `model(images, tar
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from taskkd.backbones import check_fit, downloaded, read_weights
+from taskkd.descriptions import WEIGHTS, load_weights, read_description, write_description
 from taskkd.detection.architectures import assemble, builder_of
 from taskkd.detection.config import Architecture, DetectorConfig
-from taskkd.errors import CheckpointError, DataError, RecipeError, nearest
+from taskkd.errors import DataError, RecipeError, nearest
 
-__all__ = ["Description", "build", "class_count", "class_names", "describe", "load", "save"]
+__all__ = ["Description", "build", "class_count", "class_names", "describe", "existing", "load", "save"]
 
 DETECTOR = "detector.json"
-WEIGHTS = "model.safetensors"
-FORMAT = 1
 # The last layers, whose size depends on the number of classes.
 CLASSIFIERS = (
     "roi_heads.box_predictor.",
@@ -54,10 +51,8 @@ class Description:
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Write `detector.json`."""
-        config = None if self.config is None else self.config.model_dump(exclude_defaults=True)
-        data = {"format": FORMAT, "kind": self.kind, "names": list(self.names), "config": config}
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / DETECTOR).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        names = list(self.names)
+        write_description(Path(folder) / DETECTOR, self.kind, self.config, names=names)
 
     @classmethod
     def read(cls, folder: str | Path) -> Description:
@@ -65,16 +60,14 @@ class Description:
 
         Raises:
             DataError: it is not there, not readable, or of a newer version.
+            RecipeError: the config in it was changed to what cannot be.
         """
-        path = Path(folder) / DETECTOR
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            version, names, kind, config = data["format"], data["names"], data["kind"], data["config"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is not a detector's description: {type(error).__name__}: {error}.") from None
-        if version != FORMAT:
-            raise DataError(f"{path} has format {version}, this version of taskkd reads {FORMAT}.")
-        return cls(None if config is None else DetectorConfig.of(config), tuple(map(str, names)), str(kind))
+        return read_description(Path(folder) / DETECTOR, "a detector", cls._made)
+
+    @classmethod
+    def _made(cls, data: Mapping[str, Any]) -> Description:
+        config = None if data["config"] is None else DetectorConfig.of(data["config"])
+        return cls(config, tuple(map(str, data["names"])), str(data["kind"]))
 
 
 def build(config: DetectorConfig | Mapping[str, Any], classes: int | Sequence[str], *, seed: int = 0) -> nn.Module:
@@ -135,8 +128,20 @@ def _load_whole(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     model.load_state_dict({k: v for k, v in state.items() if k in own and v.shape == own[k].shape}, strict=False)
 
 
-def _existing(config: DetectorConfig, classes: int | Sequence[str], seed: int) -> nn.Module:
-    """A folder of ours, or a detector of `transformers`, for these classes."""
+def existing(config: DetectorConfig) -> nn.Module:
+    """The trained detector that `config` names, with the classes that it has: `model`, or torchvision's of COCO.
+
+    Raises:
+        RecipeError: as `build`.
+        DataError: as `build`.
+    """
+    if config.model is None:
+        return build(config, builder_of(config).classes())
+    return _existing(config, None, 0)
+
+
+def _existing(config: DetectorConfig, classes: int | Sequence[str] | None, seed: int) -> nn.Module:
+    """A folder of ours, or a detector of `transformers`, for these classes; None: for its own."""
     source = config.model or ""
     if not (Path(source) / DETECTOR).is_file():
         return _of_transformers(config, classes, seed)
@@ -144,8 +149,7 @@ def _existing(config: DetectorConfig, classes: int | Sequence[str], seed: int) -
         raise RecipeError(f"the detector {source!r} has its own size of images; leave out `min_size` and `max_size`.")
     model = load(source).train()
     found = class_names(model)
-    fits = classes == len(found) if isinstance(classes, int) else list(classes) == found
-    if not fits:
+    if classes is not None and classes != (len(found) if isinstance(classes, int) else found):
         raise _other_classes(source, found, classes)
     return model
 
@@ -203,7 +207,9 @@ def _check_order(source: str, classes: Sequence[str]) -> None:
 def _other_classes(source: str, found: Sequence[str], classes: int | Sequence[str]) -> RecipeError:
     given = str(classes) if isinstance(classes, int) else f"{len(classes)} ({', '.join(classes[:8])})"
     same = not isinstance(classes, int) and sorted(found) == sorted(classes)
-    hint = "; name them in the detector's order as `data: {classes: [...]}`" if same else ""
+    hint = "; a teacher of other classes takes a `label_map`"
+    if same:
+        hint = "; name them in the detector's order as `data: {classes: [...]}`"
     return RecipeError(
         f"the detector {source!r} is for {len(found)} classes ({', '.join(found[:8])}), the data has {given}: expected "
         f"the same, in the same order{hint}."
@@ -290,9 +296,5 @@ def load(folder: str | Path) -> nn.Module:
         )
     with torch.random.fork_rng([]):
         model, config = assemble(described.config, len(described.names), None, load=_load_whole)
-    try:
-        load_model(model, str(Path(folder) / WEIGHTS))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        lines = " ".join(line.strip() for line in str(error).splitlines()[:2])
-        raise CheckpointError(f"{folder}: {WEIGHTS} does not load: {lines[:300]}") from None
+    load_weights(model, folder)
     return _described(model, config, described.names).eval()

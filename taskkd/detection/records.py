@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -16,8 +14,9 @@ import numpy.typing as npt
 from taskkd.errors import DataError, nearest
 from taskkd.images import Source, decode
 from taskkd.problems import Problems as _Problems
+from taskkd.problems import usable
 
-__all__ = ["Annotations", "Array", "Bad", "Boxes", "Problems", "Record", "checked", "label_of", "shared_images"]
+__all__ = ["Annotations", "Array", "Bad", "Boxes", "Problems", "Record", "checked", "label_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -204,29 +203,7 @@ def checked(records: Iterable[Record], problems: Problems) -> list[Record]:
     Raises:
         DataError: there is no record, or none that is left.
     """
-    records = list(records)
-    if not records:
-        raise DataError(f"{problems.where}: there are no images.")
-    if problems.bad != "skip":
-        return records
-    logger.info("%s: all %d images are decoded once to find bad ones.", problems.where, len(records))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        faults = list(pool.map(_fault, records))
-    for fault in faults:
-        if fault:
-            problems.left_out("images", fault)
-    kept = [r for r, fault in zip(records, faults, strict=True) if not fault]
-    if not kept:
-        raise DataError(f"{problems.where}: none of the {len(records)} images can be used; the first: {faults[0]}.")
-    return kept
-
-
-def _fault(record: Record) -> str:
-    try:
-        pixels(record)
-    except DataError as error:
-        return str(error).removesuffix(".")
-    return ""
+    return usable(records, problems, pixels)
 
 
 def pixels(record: Record) -> Any:
@@ -253,12 +230,3 @@ def cropped(image: Any, record: Record) -> Any:
             f"{record.where or 'its annotation'} says {need}."
         )
     return image[:, y0:y1, x0:x1]
-
-
-def shared_images(trained: Annotations, held_out: Annotations) -> str:
-    """A sentence if images (or regions of one) that are held out are trained on too, else an empty string."""
-    sides = {r.side for r in trained.records}
-    both = sum(r.side in sides for r in held_out.records)
-    if not both:
-        return ""
-    return f"{both} of the {len(held_out)} held-out images are in the training data too; the figures may be too good."

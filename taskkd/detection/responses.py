@@ -65,7 +65,7 @@ def check_predictions(name: str, student: Tensor, teacher: Tensor, *, instead: s
     if student.shape != teacher.shape:
         raise ShapeError(
             f"term {name!r}: the student's logits are {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}; "
-            f"methods on predictions need a teacher of the same classes{instead and f' ({instead})'}."
+            f"methods on predictions need a teacher of the same classes, or a `label_map`{instead and f' ({instead})'}."
         )
 
 

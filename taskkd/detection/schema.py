@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from taskkd.detection.config import DetectorConfig
-from taskkd.schema import Baseline, CacheConfig, Finetune, Model, Recipe, TeacherConfig, Training
+from taskkd.schema import CacheConfig, Finetune, Model, TeacherConfig, Training, VisionRecipe, check_one_source
 
 __all__ = ["Data", "DetectionRecipe", "Student", "Teacher"]
 
@@ -86,8 +86,7 @@ class Data(Model):
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
-        if sum(s is not None for s in (self.coco, self.voc, self.hub, self.sample)) != 1:
-            raise ValueError("exactly one of coco, voc, hub and sample must be given")
+        check_one_source(self, ("coco", "voc", "hub", "sample"))
         if self.sample is not None and self.tiles is None:
             self.tiles = Tiles()
         return self
@@ -105,9 +104,14 @@ class DetectionFinetune(Finetune):
 
 
 class Teacher(DetectorConfig, TeacherConfig):
-    """The teacher: a detector, how much larger its images are (`size`), and how it is fine-tuned first."""
+    """The teacher: a detector, how much larger its images are, and which of the student's classes its own are.
+
+    `label_map` (the teacher's class: the student's) is for a trained teacher of other classes, by `model` or with
+    `weights: coco`, which is then not fine-tuned.
+    """
 
     size: float = Field(1.0, gt=0)
+    label_map: dict[int | str, str] | None = None
     finetune: DetectionFinetune | None = None
     cache: CacheConfig | None = None
 
@@ -115,6 +119,10 @@ class Teacher(DetectorConfig, TeacherConfig):
     def _never_cached(self) -> Teacher:
         if self.cache is not None:
             raise ValueError("a detector's maps depend on the student's random resizing and are large; leave out cache")
+        if self.label_map is not None and (self.finetune is not None or (self.model or self.weights) is None):
+            raise ValueError("`label_map` is for a trained teacher, by `model` or `weights: coco`, not fine-tuned")
+        if self.label_map is not None and self.model is None and self.weights != "coco":
+            raise ValueError(f"`label_map`: the classes of `weights: {self.weights}` are not known; use `model`")
         return self
 
 
@@ -128,7 +136,7 @@ class DetectionTraining(Training):
     max_grad_norm: float = Field(10.0, ge=0)
 
 
-class DetectionRecipe(Recipe):
+class DetectionRecipe(VisionRecipe):
     """A recipe of task `detection`."""
 
     task: Literal["detection"] = "detection"
@@ -136,12 +144,3 @@ class DetectionRecipe(Recipe):
     teacher: Teacher
     student: Student
     training: DetectionTraining = DetectionTraining()
-
-    @model_validator(mode="after")
-    def _as_long_alone(self) -> DetectionRecipe:
-        """The student alone is trained as the distilled one is, where the recipe does not say otherwise."""
-        if self.baseline is not None:
-            own = {"epochs": self.training.epochs, "learning_rates": [self.training.learning_rate]}
-            given = {name: getattr(self.baseline, name) for name in self.baseline.model_fields_set}
-            self.baseline = Baseline(**{**own, **given})
-        return self

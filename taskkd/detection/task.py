@@ -15,17 +15,16 @@ from torch import nn
 from torch.utils.data import Subset
 
 from taskkd.augmentation import Augmented
-from taskkd.caches import file_sha256
-from taskkd.checkpoints import load_student
 from taskkd.detection import models
 from taskkd.detection.architectures import COCO
 from taskkd.detection.config import Architecture, DetectorConfig
 from taskkd.detection.data import DetectionDataset, collate, read, tree_crowns
 from taskkd.detection.families import family_of
 from taskkd.detection.hub import read_hub
+from taskkd.detection.mapped import mapped
 from taskkd.detection.methods import METHODS
 from taskkd.detection.metrics import CocoMetric, VocMetric
-from taskkd.detection.records import Annotations, shared_images
+from taskkd.detection.records import Annotations
 from taskkd.detection.schema import Data, DetectionRecipe
 from taskkd.detection.teacher import DetectorTeacher
 from taskkd.detection.tiles import split, tiles
@@ -33,9 +32,9 @@ from taskkd.detection.transforms import build
 from taskkd.detection.voc import read_voc
 from taskkd.errors import DataError
 from taskkd.images import decode, in_file
-from taskkd.splits import share_of
+from taskkd.splits import shared_images, shares_of
+from taskkd.tasks import VisionTask
 from taskkd.teachers import Teacher
-from taskkd.terms import Match, Term
 
 __all__ = ["TASK", "DetectionData", "DetectionTask"]
 
@@ -111,19 +110,13 @@ class DetectionData:
         return f"{'; '.join(shown)}; {len(self.classes)} classes ({names})"
 
 
-class DetectionTask:
+class DetectionTask(VisionTask):
     """The glue between recipes and this package."""
 
     name = "detection"
     recipe = DetectionRecipe
     methods = METHODS
-    #: recipes of detection have no `by_task`
-    task_key = "name"
-    task_names: tuple[str, ...] = ()
-    #: what a term of a recipe becomes
-    term = Match
     default_method = "auto"
-    sampling = "random"
 
     # ---- data
 
@@ -135,7 +128,7 @@ class DetectionTask:
         """
         parts = _read(recipe.data)
         for name in ("validation", "test"):
-            if line := shared_images(parts["train"], parts[name]):
+            if line := shared_images(parts["train"].records, parts[name].records):
                 logger.warning("%s: %s", name, line)
         for part in parts.values():
             for note in part.notes:
@@ -162,39 +155,24 @@ class DetectionTask:
         classes = models.class_names(student) or None
         return DetectionDataset(read(path, classes=classes, bad=recipe.data.bad), ignored=True)
 
-    def has_labels(self, data: DetectionData) -> bool:
-        """Whether a student can be trained without a teacher."""
-        return True
-
-    def teacher_data(self, data: DetectionData) -> DetectionData:
-        """The data for what runs the teacher alone."""
-        return data
-
     def latency_batches(self, data: DetectionData, count: int) -> list[dict[str, Any]]:
         """Real test images, one by one, as the models' keyword arguments."""
         return [{"images": [data.test[i]["images"]]} for i in range(min(count, 16, len(data.test)))]
 
     # ---- models
 
-    def fingerprint(self, recipe: DetectionRecipe) -> str:
-        """What tells that the teacher's files are the ones a run was started with; "" for what is downloaded."""
-        own = recipe.teacher
-        paths = [Path(p) for p in (own.model, own.weights) if p is not None and Path(p).exists()]
-        files = [f for p in paths for f in (sorted(p.glob("*.safetensors")) if p.is_dir() else [p])]
-        return " ".join(file_sha256(f) for f in files)
-
     def teacher(self, recipe: DetectionRecipe, data: DetectionData, source: str | None = None) -> nn.Module:
         """The teacher (from `source`, a folder of this run, once it is fine-tuned)."""
-        return models.load(source) if source is not None else models.build(recipe.teacher.detector, data.classes)
+        if source is not None:
+            return models.load(source)
+        own = recipe.teacher
+        if own.label_map is not None:
+            return mapped(models.existing(own.detector), own.label_map, data.classes)
+        return models.build(own.detector, data.classes)
 
     def student(self, recipe: DetectionRecipe, data: DetectionData, teacher: nn.Module, seed: int) -> nn.Module:
         """The student at its start; the same for a seed, whatever it is then trained with."""
         return models.build(recipe.student.detector, data.classes, seed=seed)
-
-    def reload(self, student: nn.Module, folder: Path) -> nn.Module:
-        """Load a trained student of this run into one of the same architecture."""
-        load_student(student, folder)
-        return student
 
     def given(self, *args: Any, **options: Any) -> DetectionTask:
         """This task with models and data that the caller holds; see `GivenDetection`."""
@@ -223,15 +201,6 @@ class DetectionTask:
 
     # ---- training and evaluation
 
-    def fit_terms(self, data: DetectionData, terms: Sequence[Term]) -> list[Term]:
-        """A stage's terms as they are."""
-        return list(terms)
-
-    def check_terms(
-        self, data: DetectionData, terms: Sequence[Term], student: nn.Module, batch: Mapping[str, Any]
-    ) -> None:
-        """Terms say themselves what they cannot do."""
-
     def loss(self, recipe: DetectionRecipe, student: nn.Module | None = None, seed: int = 0) -> Any:
         """The task loss: the sum of the detector's own."""
 
@@ -246,10 +215,6 @@ class DetectionTask:
     def collator(self, recipe: DetectionRecipe, processing: Any) -> Any:
         """Makes a batch."""
         return collate
-
-    def main_metric(self, data: DetectionData) -> str:
-        """The metric that models are selected by."""
-        return data.config.metric
 
     def chance(self, data: DetectionData) -> float:
         """Average precision without looking at the image."""
@@ -333,10 +298,8 @@ def _read(config: Data) -> dict[str, Annotations]:
     sizes = {"validation": config.validation_size, "test": config.test_size}
     missing = [name for name in sizes if given[name] is None]
     if missing:
-        shares = [share_of(sizes[name], len(train), name) for name in missing]
-        if sum(shares) >= 1:
-            raise DataError(f"data.{' and data.'.join(missing)}: nothing is left of {len(train)} images to train on.")
-        train, *held = split(train, [1 - sum(shares), *shares], seed=config.split_seed)
+        shares = shares_of({name: sizes[name] for name in missing}, len(train))
+        train, *held = split(train, shares, seed=config.split_seed)
         given |= dict(zip(missing, held, strict=True))
     if config.train_size is not None and config.train_size < len(train):
         share = config.train_size / len(train)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from taskkd.errors import RecipeError, nearest
+from taskkd.errors import nearest
 from taskkd.face import iresnet
-from taskkd.schema import Model
+from taskkd.schema import Model, model_of, own_part, own_settings
 
 __all__ = ["ARCHITECTURES", "FaceConfig"]
 
@@ -71,8 +71,7 @@ class FaceConfig(Model):
 
     @model_validator(mode="after")
     def _check(self) -> FaceConfig:
-        fields = FaceConfig.model_fields  # a teacher of a recipe has more
-        given = sorted(k for k in self.model_fields_set & set(fields) if getattr(self, k) != fields[k].default)
+        given = own_settings(self, FaceConfig)
         if self.model is not None and (wrong := [k for k in given if k != "model"]):
             raise ValueError(f"`model` has its own settings; leave out {', '.join(wrong)}")
         if self.model is None and self.architecture is None and self.weights in (None, "imagenet"):
@@ -114,8 +113,7 @@ class FaceConfig(Model):
     @property
     def face(self) -> FaceConfig:
         """Only what is said of the network itself, without what a recipe says of a teacher beside it."""
-        own = self.model_fields_set & set(FaceConfig.model_fields)
-        return FaceConfig(**{k: getattr(self, k) for k in sorted(own)})
+        return own_part(self, FaceConfig)
 
     @classmethod
     def of(cls, given: FaceConfig | Mapping[str, Any]) -> FaceConfig:
@@ -124,16 +122,4 @@ class FaceConfig(Model):
         Raises:
             RecipeError: an unknown key, a wrong type, or settings that do not go together.
         """
-        if isinstance(given, cls):
-            return given
-        try:
-            return cls.model_validate(dict(given))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-        name = ".".join(map(str, first["loc"][:1]))
-        if first["type"] == "extra_forbidden":
-            raise RecipeError(f"face model: unknown key {name!r}{nearest(name, cls.model_fields)}.")
-        message = first["msg"].removeprefix("Value error, ")
-        where = f"face model: {name}: " if name else "face model: "
-        got = f", got {first['input']!r}" if name else ""
-        raise RecipeError(f"{where}{message[0].lower()}{message[1:]}{got}.")
+        return model_of(cls, given, "face model")

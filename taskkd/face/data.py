@@ -27,7 +27,7 @@ from taskkd.face.schema import Balanced, Data, Sample, Verification
 from taskkd.face.transforms import build
 from taskkd.face.verification import few_negatives
 from taskkd.images import header_size, in_memory
-from taskkd.splits import share_of
+from taskkd.splits import shares_of
 
 __all__ = ["FaceData", "VerificationTable", "from_faces", "load"]
 
@@ -106,6 +106,8 @@ class FaceData:
     def _batched(self, faces: Faces) -> Any:
         """The training's samples: flipped, augmented, in balanced batches, as the recipe says."""
         own: Any = FaceDataset(faces, held=self.config.hold)
+        if not len(faces):
+            return own
         batches, labels = self.config.batches, faces.labels
         if batches is None:
             if self.config.augment:
@@ -169,7 +171,8 @@ class FaceData:
         parts = [self.faces, *([self.unlabelled] if self.unlabelled is not None else [])]
         for part in (*parts, *(p.faces for p in self.pairs.values())):
             digest.update(part.labels.tobytes())
-            for source in part.sources if len(part) <= 200_000 else [part.sources[0], part.sources[-1]]:
+            few = len(part) <= 200_000  # else the first and the last stand for all
+            for source in part.sources if few else [part.sources[0], part.sources[-1]]:
                 file = Path(source.name.partition(", ")[0])  # of a container: "train.rec, key 5"
                 size = file.stat().st_size if file.is_file() else 0
                 digest.update(f"{source.name} {size};".encode())
@@ -198,6 +201,7 @@ def load(config: Data, *, size: int | None = None) -> FaceData:
     size = config.size or size
     if config.sample is not None and config.sample.name == "procedural":
         return _procedural(config, config.sample)
+    unlabelled = None if config.unlabelled is None else read_images(config.unlabelled, size=size, bad=config.bad)
     train = _train(config, size)
     held: dict[str, Faces | None] = {"validation": None, "test": None}
     for part in held:
@@ -212,7 +216,6 @@ def load(config: Data, *, size: int | None = None) -> FaceData:
     if named:
         first = next(iter(named))
         given["test"] = named.pop(first)
-    unlabelled = None if config.unlabelled is None else read_images(config.unlabelled, size=size, bad=config.bad)
     return from_faces(config, train, {**given, **named}, unlabelled)
 
 
@@ -233,10 +236,9 @@ def from_faces(
     parts: dict[str, Pairs | Faces] = {name: part for name, part in given.items() if part is not None}
     if missing:
         count = len(np.unique(train.labels[train.labels >= 0]))
-        shares = [_share(sizes[name], count, name) for name in missing]
-        if sum(shares) >= 1:
-            raise DataError(f"data.{' and data.'.join(missing)}: nothing is left of {count} identities to train on.")
-        train, *held = split(train, [1 - sum(shares), *shares], seed=config.split_seed)
+        # pairs are of two people, too
+        shares = shares_of({name: sizes[name] for name in missing}, count, "identities", least=2)
+        train, *held = split(train, shares, seed=config.split_seed)
         parts |= dict(zip(missing, held, strict=True))
     if config.train_size is not None and config.train_size < len(train.identities):
         share = config.train_size / len(train.identities)
@@ -251,12 +253,6 @@ def from_faces(
     return FaceData(train, pairs, config, unlabelled, _hard(config, train))
 
 
-def _share(size: int | float, count: int, name: str) -> float:
-    """Which share of the identities is held out; by a share at least two, as pairs are of two people, too."""
-    share = share_of(size, count, name)
-    return share if isinstance(size, int) else max(share, 2 / count)
-
-
 def _paired(part: Pairs | Faces, config: Data, name: str) -> Pairs:
     if isinstance(part, Pairs):
         return part
@@ -267,13 +263,14 @@ def _paired(part: Pairs | Faces, config: Data, name: str) -> Pairs:
 
 
 def _train(config: Data, size: int | None) -> Faces:
+    """What is trained on with identities; none where all there is are unlabelled faces."""
     if config.folder is not None:
         return read_folder(config.folder.train, size=size, bad=config.bad)
     if config.recordio is not None:
         return read_recordio(config.recordio.train, size=size, bad=config.bad)
     if config.hub is not None:
         return _hub(config, config.hub.train, size)
-    return orl(size or 112)
+    return orl(size or 112) if config.sample is not None else Faces([], np.zeros(0, dtype=np.int64), [], size)
 
 
 def _hub(config: Data, part: str, size: int | None) -> Faces:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,14 +11,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from taskkd.errors import CheckpointError, DataError
+from taskkd.descriptions import read_description, write_description
+from taskkd.errors import CheckpointError
 from taskkd.face.config import FaceConfig
 
 __all__ = ["CENTRES", "FACE", "Description"]
 
 FACE = "face.json"
 CENTRES = "centres.safetensors"
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,8 @@ class Description:
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Write `face.json`, and `centres.safetensors` where there are any (one that is there goes where not)."""
-        config = None if self.config is None else self.config.model_dump(exclude_defaults=True)
-        data = {"format": FORMAT, "kind": self.kind, "config": config, "embedding_size": self.embedding_size}
-        data |= {key: list(v) if isinstance(v, tuple) else v for key, v in self.preprocessing.items()}
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / FACE).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        more = {"embedding_size": self.embedding_size, **self.preprocessing}
+        write_description(Path(folder) / FACE, self.kind, self.config, **more)
         path = Path(folder) / CENTRES
         if self.centres is None:
             path.unlink(missing_ok=True)
@@ -73,20 +70,17 @@ class Description:
             CheckpointError: the centres are not readable, or of another size than the embeddings.
             RecipeError: the config in it was changed to what cannot be.
         """
-        path = Path(folder) / FACE
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            version, kind, config = data["format"], str(data["kind"]), data["config"]
-            width, size, channels = int(data["embedding_size"]), int(data["size"]), data["channels"]
-            mean, std = (tuple(map(float, data[key])) for key in ("mean", "std"))
-            if channels not in ("rgb", "bgr") or len(mean) != 3 or len(std) != 3:
-                raise ValueError("its channels are neither 'rgb' nor 'bgr', or its mean and std are not three numbers")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is not a face model's description: {type(error).__name__}: {error}.") from None
-        if version != FORMAT:
-            raise DataError(f"{path} has format {version}, this version of taskkd reads {FORMAT}.")
-        built = None if config is None else FaceConfig.of(config)
-        return cls(built, kind, width, size, channels, mean, std, _centres(Path(folder) / CENTRES, width))
+        found = read_description(Path(folder) / FACE, "a face model", cls._made)
+        return replace(found, centres=_centres(Path(folder) / CENTRES, found.embedding_size))
+
+    @classmethod
+    def _made(cls, data: Mapping[str, Any]) -> Description:
+        config = None if data["config"] is None else FaceConfig.of(data["config"])
+        width, size, channels = int(data["embedding_size"]), int(data["size"]), data["channels"]
+        mean, std = (tuple(map(float, data[key])) for key in ("mean", "std"))
+        if channels not in ("rgb", "bgr") or len(mean) != 3 or len(std) != 3:
+            raise ValueError("its channels are neither 'rgb' nor 'bgr', or its mean and std are not three numbers")
+        return cls(config, str(data["kind"]), width, size, channels, mean, std)
 
 
 def _centres(path: Path, width: int) -> Tensor | None:

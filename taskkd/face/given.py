@@ -7,11 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
 from torch import nn
 
-from taskkd.caches import weights_sha256
-from taskkd.errors import DataError, RecipeError
+from taskkd.errors import DataError
 from taskkd.face import models
 from taskkd.face.config import FaceConfig
 from taskkd.face.data import FaceData, from_faces
@@ -21,11 +19,13 @@ from taskkd.face.recordio import read_recordio
 from taskkd.face.records import Faces
 from taskkd.face.schema import Data, FaceRecipe
 from taskkd.face.task import FaceTask, check_gallery
+from taskkd.schema import options_of
+from taskkd.tasks import GivenModels
 
 __all__ = ["GivenFace"]
 
 
-class GivenFace(FaceTask):
+class GivenFace(GivenModels, FaceTask):
     """The face task with a given student and teacher; data as paths, HF data sets, `Faces` or `Pairs`.
 
     Every training starts from a copy of the given student.
@@ -51,6 +51,8 @@ class GivenFace(FaceTask):
         RecipeError: a path is no model's folder or file, or an option has no such value.
     """
 
+    _student: Any
+
     def __init__(
         self,
         student: nn.Module | str | Path,
@@ -75,7 +77,7 @@ class GivenFace(FaceTask):
         models.check_student(self._student)
         side: int = size or self._student.size
         own = {"batches": batches, "asymmetric": asymmetric, "flip": flip, "metric": metric, "pairs": pairs, "far": far}
-        config = _config(folder={"train": "given"}, size=side, bad=bad, **own)
+        config = options_of(Data, folder={"train": "given"}, size=side, bad=bad, **own)
         faces = _faces(train, side, bad)
         given: dict[str, Any] = {"validation": None, "test": None}
         if eval is not None:
@@ -88,15 +90,7 @@ class GivenFace(FaceTask):
         """What of this run goes into its resolved recipe, so that a run of other models or data is noticed."""
         data = self._data.config.model_dump(exclude_unset=True)
         data["folder"] = {"train": f"given:{self._data.fingerprint()[:16]}"}
-        return {
-            "data": data,
-            "teacher": {"model": f"given:{weights_sha256(self._teacher)[:16]}"},
-            "student": {"model": f"given:{weights_sha256(self._student)[:16]}"},
-        }
-
-    def fingerprint(self, recipe: FaceRecipe) -> str:
-        """The digest of the given teacher."""
-        return weights_sha256(self._teacher)
+        return {"data": data, **self.described_models()}
 
     def load(self, recipe: FaceRecipe, folder: Path | None = None) -> FaceData:
         """The given data, in the batches that the method wants."""
@@ -163,17 +157,3 @@ def _verified(source: Any, size: int, bad: Literal["error", "skip"]) -> Pairs | 
     if isinstance(source, str | Path) and Path(source).is_file():
         return read_pairs(source, size=size)
     return _faces(source, size, bad)
-
-
-def _config(**given: Any) -> Data:
-    """A recipe's data section, of what is not None.
-
-    Raises:
-        RecipeError: a value is none that it takes.
-    """
-    try:
-        return Data.model_validate({key: value for key, value in given.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    raise RecipeError(f"distill: {where}: {first['msg']}, got {first['input']!r}.")

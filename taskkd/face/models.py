@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from taskkd.backbones import read_weights
-from taskkd.errors import CheckpointError, DataError, RecipeError
+from taskkd.descriptions import WEIGHTS, load_weights
+from taskkd.errors import DataError, RecipeError
 from taskkd.face import iresnet, mobilefacenet
 from taskkd.face.checkpoints import Checkpoint, read_centres, read_checkpoint
 from taskkd.face.config import TIMM, FaceConfig
@@ -33,7 +33,6 @@ __all__ = [
     "wrap",
 ]
 
-WEIGHTS = "model.safetensors"
 EMBEDDING = 512
 SIZE = 112
 
@@ -223,9 +222,5 @@ def load(folder: str | Path) -> FaceModel:
     with torch.random.fork_rng([]):
         model = FaceModel(_backbone(config, None)[0], **described.preprocessing, **_sizes(config))
     model.built, model.centres = config, described.centres
-    try:
-        load_model(model, str(Path(folder) / WEIGHTS))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        lines = " ".join(line.strip() for line in str(error).splitlines()[:2])
-        raise CheckpointError(f"{folder}: {WEIGHTS} does not load: {lines[:300]}") from None
+    load_weights(model, folder)
     return model.eval()

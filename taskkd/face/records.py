@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, overload
 
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from taskkd.errors import DataError
 from taskkd.images import Source, decode
-from taskkd.problems import Problems
+from taskkd.problems import Problems, usable
 from taskkd.splits import divided
 
 __all__ = ["Bad", "Face", "Faces", "checked", "image_of", "shared_identities", "split", "squared", "with_unlabelled"]
@@ -199,28 +197,9 @@ def checked(faces: Faces, problems: Problems) -> Faces:
     Raises:
         DataError: there is no image, or none that is left.
     """
-    if not len(faces):
-        raise DataError(f"{problems.where}: there are no images.")
-    if problems.bad == "skip":
-        logger.info("%s: all %d images are decoded once to find bad ones.", problems.where, len(faces))
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            faults = list(pool.map(lambda n: _fault(faces, n), range(len(faces))))
-        for fault in faults:
-            if fault:
-                problems.left_out("images", fault)
-        kept = [n for n, fault in enumerate(faults) if not fault]
-        if not kept:
-            raise DataError(f"{problems.where}: none of the {len(faces)} images can be used; the first: {faults[0]}.")
-        faces = faces if len(kept) == len(faces) else faces.select(kept).compact()
+    kept = usable(range(len(faces)), problems, lambda n: decode(faces.sources[n], n))
+    faces = faces if len(kept) == len(faces) else faces.select(kept).compact()
     return replace(faces, notes=[*faces.notes, *problems.notes()])
-
-
-def _fault(faces: Faces, number: int) -> str:
-    try:
-        decode(faces.sources[number], number)
-    except DataError as error:
-        return str(error).removesuffix(".")
-    return ""
 
 
 @dataclass(frozen=True, slots=True)

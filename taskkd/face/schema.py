@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from taskkd.face.config import FaceConfig
-from taskkd.schema import Baseline, Finetune, Model, Recipe, TeacherConfig, Training
+from taskkd.schema import Finetune, Model, TeacherConfig, Training, VisionRecipe, check_one_source
 
 __all__ = ["Balanced", "Data", "EasyHard", "FaceRecipe", "Folder", "Head", "Student", "Teacher", "Verification"]
 
@@ -114,7 +114,7 @@ class Data(Model):
 
     What is validated and tested on are pairs of images: of people who are held out (`pairs` are made, half of them of
     one person), or the sets named in `validation` and `tests`, of which the first is the test and the others are
-    reported beside it.
+    reported beside it. With `unlabelled` alone the student learns from the teacher and not from labels.
     """
 
     folder: Folder | None = None
@@ -144,8 +144,10 @@ class Data(Model):
     @model_validator(mode="after")
     def _check(self) -> Data:
         kinds = ("folder", "recordio", "hub", "sample")
-        if sum(getattr(self, kind) is not None for kind in kinds) != 1:
-            raise ValueError("exactly one of folder, recordio, hub and sample must be given")
+        if self.unlabelled is None or any(getattr(self, kind) is not None for kind in kinds):
+            check_one_source(self, kinds)
+        elif self.validation is None or not self.tests:
+            raise ValueError("faces without identities can be distilled on; `validation` and `tests` must be given")
         if self.pairs is not None and self.pairs % (2 * self.folds):
             raise ValueError(
                 f"pairs: expected a multiple of {2 * self.folds}, so that each of {self.folds} folds has as many pairs "
@@ -206,7 +208,7 @@ class FaceTraining(Training):
     max_grad_norm: float = Field(5.0, ge=0)
 
 
-class FaceRecipe(Recipe):
+class FaceRecipe(VisionRecipe):
     """A recipe of task `face`."""
 
     task: Literal["face"] = "face"
@@ -225,8 +227,4 @@ class FaceRecipe(Recipe):
                 self.data.batches = EasyHard()
         if self.data.augment and self.teacher.cache is not None:
             raise ValueError("teacher.cache: embeddings cannot follow data.augment; write `cache: null`")
-        if self.baseline is not None:  # the student alone is trained as the distilled one is, if nothing else is said
-            own = {"epochs": self.training.epochs, "learning_rates": [self.training.learning_rate]}
-            given = {name: getattr(self.baseline, name) for name in self.baseline.model_fields_set}
-            self.baseline = Baseline(**{**own, **given})
         return self

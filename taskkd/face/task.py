@@ -12,8 +12,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from taskkd.caches import file_sha256
-from taskkd.checkpoints import load_student
 from taskkd.errors import DataError, RecipeError
 from taskkd.face import models
 from taskkd.face.data import FaceData, VerificationTable, load
@@ -29,8 +27,7 @@ from taskkd.face.records import squared
 from taskkd.face.schema import FaceRecipe
 from taskkd.images import decode, in_file
 from taskkd.stages import Method
-from taskkd.teachers import Frozen, Teacher
-from taskkd.terms import Match, Term
+from taskkd.tasks import VisionTask
 
 __all__ = ["TASK", "FaceTask", "embedded"]
 
@@ -38,20 +35,14 @@ logger = logging.getLogger(__name__)
 SIDE = 112
 
 
-class FaceTask:
+class FaceTask(VisionTask):
     """The glue between recipes and this package."""
 
     name = "face"
     recipe = FaceRecipe
     methods = METHODS
-    #: recipes of face recognition have no `by_task`
-    task_key = "name"
-    task_names: tuple[str, ...] = ()
     #: gained most on real and drawn faces (docs/results.md)
     default_method = "embedding_mimic"
-    #: what a term of a recipe becomes
-    term = Match
-    sampling = "random"
     #: a last batch may have one image, which batch normalisation of embeddings cannot do with
     drop_last = True
 
@@ -92,22 +83,11 @@ class FaceTask:
         """Whether a student can be trained without a teacher."""
         return len(data.identities) > 1
 
-    def teacher_data(self, data: FaceData) -> FaceData:
-        """The data for what runs the teacher alone."""
-        return data
-
     def latency_batches(self, data: FaceData, count: int) -> list[dict[str, Any]]:
         """Real test images, one by one, as the models' keyword arguments."""
         return [{"images": data.test[2 * i]["images"][None]} for i in range(min(count, len(data.test) // 2))]
 
     # ---- models
-
-    def fingerprint(self, recipe: FaceRecipe) -> str:
-        """What tells that the teacher's files are the ones a run was started with; "" for what is built."""
-        own = recipe.teacher
-        paths = [Path(p) for p in (own.model, own.weights) if p is not None and Path(p).exists()]
-        files = [f for p in paths for f in (sorted(p.glob("*.safetensors")) if p.is_dir() else [p])]
-        return " ".join(file_sha256(f) for f in files)
 
     def teacher(self, recipe: FaceRecipe, data: FaceData, source: str | None = None) -> nn.Module:
         """The teacher (from `source`, a folder of this run, once it is trained).
@@ -129,7 +109,7 @@ class FaceTask:
                 if name != "validation":
                     session.data.galleries[name] = embedded(teacher, pairs)
 
-    def complete(self, session: Any, method: Method, teacher: nn.Module) -> bool:
+    def equip(self, session: Any, method: Method, teacher: nn.Module) -> bool:
         """Give the teacher the class centres that a method needs, if it has none.
 
         They are the classifier that it was trained with in this run, else the means of its embeddings of every identity
@@ -168,11 +148,6 @@ class FaceTask:
         student.identities, student.centres = len(data.identities), None
         return student
 
-    def reload(self, student: nn.Module, folder: Path) -> nn.Module:
-        """Load a trained student of this run into one of the same architecture."""
-        load_student(student, folder)
-        return student
-
     def given(self, *args: Any, **options: Any) -> FaceTask:
         """This task with models and data that the caller holds; see `GivenFace`."""
         from taskkd.face.given import GivenFace
@@ -182,10 +157,6 @@ class FaceTask:
     def trained(self, folder: Path) -> tuple[nn.Module, Any]:
         """A trained student, from the folder it was saved in."""
         return models.load(folder).eval(), None
-
-    def supplier(self, recipe: FaceRecipe, student: nn.Module, teacher: nn.Module) -> Teacher:
-        """The frozen teacher, on the same images."""
-        return Frozen(teacher, dtype=recipe.teacher.dtype)
 
     def pair(self, data: FaceData, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
         """What is to be known of a pair of models before they are distilled."""
@@ -197,13 +168,6 @@ class FaceTask:
 
     # ---- training and evaluation
 
-    def fit_terms(self, data: FaceData, terms: Sequence[Term]) -> list[Term]:
-        """A stage's terms as they are."""
-        return list(terms)
-
-    def check_terms(self, data: FaceData, terms: Sequence[Term], student: nn.Module, batch: Mapping[str, Any]) -> None:
-        """Terms say themselves what they cannot do."""
-
     def loss(self, recipe: FaceRecipe, student: nn.Module | None = None, seed: int = 0) -> Any:
         """The task loss: a margin classifier over the identities that are trained on. None: there is nobody to train.
 
@@ -213,6 +177,8 @@ class FaceTask:
         if student is None:
             return None
         assert isinstance(student, FaceModel)
+        if not student.identities:  # nobody is known
+            return None
         own = recipe.head
         shape = (student.identities or 0, student.embedding_size)
         if shape[0] < 2:
@@ -241,10 +207,6 @@ class FaceTask:
     def collator(self, recipe: FaceRecipe, processing: Any) -> Any:
         """Makes a batch."""
         return collate
-
-    def main_metric(self, data: FaceData) -> str:
-        """The metric that models are selected by."""
-        return data.config.metric
 
     def chance(self, data: FaceData) -> float:
         """What a coin gives: half of the pairs right, or as many accepted of one person as of two."""

@@ -11,18 +11,18 @@ from typing import Any, Literal
 
 from torch import nn
 
-from taskkd.caches import weights_sha256
 from taskkd.errors import DataError, RecipeError
 from taskkd.nlp import data as text
 from taskkd.nlp import models, tokenization
 from taskkd.nlp.kinds import Encoding, kind_of
 from taskkd.nlp.task import NlpData, NlpTask, select_by, two_tokenizers
 from taskkd.nlp.tokenization import fitting_length
+from taskkd.tasks import GivenModels
 
 __all__ = ["GivenTask"]
 
 
-class GivenTask(NlpTask):
+class GivenTask(GivenModels, NlpTask):
     """The NLP task with a given student and teacher; data as paths, lists of dicts, data frames, or HF `Dataset`s.
 
     The teacher's head says which kind of task it is. A `Dataset` with `input_ids` is used as it is (`labels` or the
@@ -202,13 +202,8 @@ class GivenTask(NlpTask):
         del encoding["pairs"], encoding["seed"]
         return {
             "data": {"files": files, "type": self._kind.name, "metric": self._data.metric, **encoding},
-            "teacher": {"model": f"given:{weights_sha256(self._teacher)[:16]}"},
-            "student": {"model": f"given:{weights_sha256(self._student)[:16]}"},
+            **self.described_models(),
         }
-
-    def fingerprint(self, recipe: Any) -> str:
-        """The digest of the given teacher."""
-        return weights_sha256(self._teacher)
 
     def load(self, recipe: Any, folder: Path | None = None) -> NlpData:
         """The given data."""

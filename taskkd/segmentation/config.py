@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from taskkd.errors import RecipeError, nearest
-from taskkd.schema import Model
+from taskkd.schema import Model, model_of, own_part, own_settings
 
 __all__ = ["Architecture", "SegmenterConfig"]
 
@@ -80,8 +80,7 @@ class SegmenterConfig(Model):
 
     @model_validator(mode="after")
     def _check(self) -> SegmenterConfig:
-        fields = SegmenterConfig.model_fields  # a teacher of a recipe has more
-        given = sorted(k for k in self.model_fields_set & set(fields) if getattr(self, k) != fields[k].default)
+        given = own_settings(self, SegmenterConfig)
         if (self.model is None) == (self.architecture is None):
             raise ValueError("expected either `architecture` (to build one) or `model` (a folder or a hub name)")
         if self.model is not None and (wrong := [k for k in given if k not in OF_ANY]):
@@ -113,8 +112,7 @@ class SegmenterConfig(Model):
     @property
     def segmenter(self) -> SegmenterConfig:
         """Only what is said of the network itself, without what a recipe says of a teacher beside it."""
-        own = self.model_fields_set & set(SegmenterConfig.model_fields)
-        return SegmenterConfig(**{k: getattr(self, k) for k in sorted(own)})
+        return own_part(self, SegmenterConfig)
 
     @property
     def body(self) -> str:
@@ -129,22 +127,10 @@ class SegmenterConfig(Model):
         Raises:
             RecipeError: an unknown key, a wrong type, or settings that do not go together.
         """
-        if isinstance(given, cls):
-            return given
-        try:
-            return cls.model_validate(dict(given))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-        name = str(first["loc"][0]) if first["loc"] else ""
-        if first["type"] == "extra_forbidden":
-            raise RecipeError(f"segmenter: unknown key {name!r}{nearest(name, cls.model_fields)}.")
-        if name == "architecture":
-            known = (*TORCHVISION, *SMP)
-            given_name = str(first["input"])
+        known = (*TORCHVISION, *SMP)
+        name = None if isinstance(given, SegmenterConfig) else given.get("architecture")
+        if name is not None and name not in known:
             raise RecipeError(
-                f"segmenter: no architecture {given_name!r}{nearest(given_name, known)}; there are {known}."
+                f"segmenter: no architecture {str(name)!r}{nearest(str(name), known)}; there are {known}."
             )
-        message = first["msg"].removeprefix("Value error, ")
-        where = f"segmenter: {name}: " if name else "segmenter: "
-        got = f", got {first['input']!r}" if name else ""
-        raise RecipeError(f"{where}{message[0].lower()}{message[1:]}{got}.")
+        return model_of(cls, given, "segmenter")

@@ -17,10 +17,10 @@ from taskkd.segmentation import schema
 from taskkd.segmentation.datasets import SegmentationDataset, WithUnlabelled, collate, collate_pairs
 from taskkd.segmentation.nuclei import nuclei
 from taskkd.segmentation.readers import LAYOUTS, read_folder, read_hub, read_images, read_voc
-from taskkd.segmentation.records import Annotations, shared_images, tiles
+from taskkd.segmentation.records import Annotations, tiles
 from taskkd.segmentation.schema import Data, Part, Source
 from taskkd.segmentation.transforms import build
-from taskkd.splits import divided, share_of
+from taskkd.splits import divided, shared_images, shares_of
 
 __all__ = ["SegmentationData", "from_annotations", "load", "read_part"]
 
@@ -125,7 +125,7 @@ def from_annotations(config: Data, given: Mapping[str, Annotations | None]) -> S
     if config.unlabelled is not None:
         parts["unlabelled"] = _unlabelled(config, parts)
     for name in ("validation", "test"):
-        if line := shared_images(parts["train"], parts[name]):
+        if line := shared_images(parts["train"].records, parts[name].records):
             logger.warning("%s: %s", name, line)
     for part in parts.values():
         for note in part.notes:
@@ -171,10 +171,7 @@ def _held_out(config: Data, given: Mapping[Any, Annotations | None]) -> dict[str
     missing = [name for name in sizes if given[name] is None]
     held: list[Annotations] = []
     if missing:
-        shares = [share_of(sizes[name], len(train), name) for name in missing]
-        if sum(shares) >= 1:
-            raise DataError(f"data.{' and data.'.join(missing)}: nothing is left of {len(train)} images to train on.")
-        train, *held = _split(train, [1 - sum(shares), *shares], config.split_seed)
+        train, *held = _split(train, shares_of({name: sizes[name] for name in missing}, len(train)), config.split_seed)
     taken = dict(zip(missing, held, strict=True))
     kept = {name: part for name in sizes if (part := taken.get(name) or given[name]) is not None}
     return {"train": train, **kept}

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taskkd.errors import DataError
+from taskkd.descriptions import read_description, write_description
 from taskkd.segmentation.config import SegmenterConfig
 
 __all__ = ["SEGMENTER", "Description"]
 
 SEGMENTER = "segmenter.json"
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,9 @@ class Description:
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Write `segmenter.json`."""
-        config = None if self.config is None else self.config.model_dump(exclude_defaults=True)
-        data = {"format": FORMAT, "kind": self.kind, "names": list(self.names), "config": config}
-        data |= {key: list(v) if isinstance(v, tuple) else v for key, v in self.preprocessing.items()}
-        data |= {"call": True} if self.call else {}
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / SEGMENTER).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        call = {"call": True} if self.call else {}
+        more = {"names": self.names, **self.preprocessing, **call}
+        write_description(Path(folder) / SEGMENTER, self.kind, self.config, **more)
 
     @classmethod
     def read(cls, folder: str | Path) -> Description:
@@ -63,16 +59,12 @@ class Description:
             DataError: it is not there, not readable, or of a newer version.
             RecipeError: the config in it was changed to what cannot be.
         """
-        path = Path(folder) / SEGMENTER
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            version, names, kind, config = data["format"], data["names"], data["kind"], data["config"]
-            mean, std = (tuple(map(float, data[key])) for key in ("mean", "std"))
-            divisor, size = int(data["divisor"]), data["size"]
-            shown = None if size is None else (int(size[0]), int(size[1]))
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise DataError(f"{path} is not a segmenter's description: {type(error).__name__}: {error}.") from None
-        if version != FORMAT:
-            raise DataError(f"{path} has format {version}, this version of taskkd reads {FORMAT}.")
-        built = None if config is None else SegmenterConfig.of(config)
-        return cls(built, tuple(map(str, names)), str(kind), mean, std, divisor, shown, bool(data.get("call", False)))
+        return read_description(Path(folder) / SEGMENTER, "a segmenter", cls._made)
+
+    @classmethod
+    def _made(cls, data: Mapping[str, Any]) -> Description:
+        config = None if data["config"] is None else SegmenterConfig.of(data["config"])
+        names, size = tuple(map(str, data["names"])), data["size"]
+        mean, std = (tuple(map(float, data[key])) for key in ("mean", "std"))
+        shown = None if size is None else (int(size[0]), int(size[1]))
+        return cls(config, names, str(data["kind"]), mean, std, int(data["divisor"]), shown, bool(data.get("call")))

@@ -6,23 +6,24 @@ import copy
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
 from torch import nn
 
-from taskkd.caches import weights_sha256
-from taskkd.errors import DataError, RecipeError
+from taskkd.errors import DataError
+from taskkd.schema import options_of
 from taskkd.segmentation import models
 from taskkd.segmentation.data import SegmentationData, from_annotations
 from taskkd.segmentation.labels import labels_of
 from taskkd.segmentation.readers import read_hub
 from taskkd.segmentation.records import Annotations
 from taskkd.segmentation.schema import Data, SegmentationRecipe
+from taskkd.segmentation.segmenter import Segmenter
 from taskkd.segmentation.task import SegmentationTask, read_path
+from taskkd.tasks import GivenModels
 
 __all__ = ["GivenSegmentation"]
 
 
-class GivenSegmentation(SegmentationTask):
+class GivenSegmentation(GivenModels, SegmentationTask):
     """The segmentation task with a given student and teacher; data as paths, HF data sets, or `Annotations`.
 
     Every training starts from a copy of the given student.
@@ -47,6 +48,8 @@ class GivenSegmentation(SegmentationTask):
         RecipeError: a path is no network's folder, the networks tell other numbers of classes apart, or an option has
             no such value.
     """
+
+    _student: Segmenter
 
     def __init__(
         self,
@@ -75,8 +78,9 @@ class GivenSegmentation(SegmentationTask):
         if isinstance(classes, dict):  # as they are read from a recipe's file
             classes = {str(value): name for value, name in classes.items()}
         meaning = {"classes": classes, "ignore": ignore or []} if list(coded) == first.classes else {}
+        unlabelled = str(unlabelled) if isinstance(unlabelled, Path) else unlabelled
         folder = {"train": "given", "classes": first.classes, **meaning}
-        config = _config(folder=folder, unlabelled=unlabelled, augment=augment, metric=metric, bad=bad)
+        config = options_of(Data, folder=folder, unlabelled=unlabelled, augment=augment, metric=metric, bad=bad)
         self._data = from_annotations(config, given)
         self._student = models.wrap(_read(student), first.classes)
         models.check_student(self._student)
@@ -88,13 +92,8 @@ class GivenSegmentation(SegmentationTask):
         held = {**data.pop("folder"), "train": f"given:{self._data.fingerprint()[:16]}"}
         return {
             "data": {"folder": held, **data},
-            "teacher": {"model": f"given:{weights_sha256(self._teacher)[:16]}"},
-            "student": {"model": f"given:{weights_sha256(self._student)[:16]}"},
+            **self.described_models(),
         }
-
-    def fingerprint(self, recipe: SegmentationRecipe) -> str:
-        """The digest of the given teacher."""
-        return weights_sha256(self._teacher)
 
     def load(self, recipe: SegmentationRecipe, folder: Path | None = None) -> SegmentationData:
         """The given data."""
@@ -115,22 +114,6 @@ class GivenSegmentation(SegmentationTask):
 
 def _read(source: nn.Module | str | Path) -> nn.Module:
     return models.load(source) if isinstance(source, str | Path) else source
-
-
-def _config(**given: Any) -> Data:
-    """A recipe's data section, of what is not None.
-
-    Raises:
-        RecipeError: a value is none that it takes.
-    """
-    if isinstance(given["unlabelled"], Path):
-        given["unlabelled"] = str(given["unlabelled"])
-    try:
-        return Data.model_validate({key: value for key, value in given.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    raise RecipeError(f"distill: {where}: {first['msg']}, got {first['input']!r}.")
 
 
 def _annotations(source: Any, reads: dict[str, Any], part: Literal["train", "test"]) -> Annotations:

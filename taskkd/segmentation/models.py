@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from taskkd.backbones import check_fit, downloaded, read_weights
+from taskkd.descriptions import WEIGHTS, load_weights
 from taskkd.errors import CheckpointError, DataError, RecipeError, TaskkdError, nearest
 from taskkd.segmentation import smp_networks, torchvision_networks
 from taskkd.segmentation.config import SMP, TORCHVISION, SegmenterConfig
@@ -25,7 +26,6 @@ from taskkd.segmentation.transformers_networks import TransformersSegmenter, is_
 
 __all__ = ["Description", "build", "check_student", "class_names", "describe", "existing", "load", "save", "wrap"]
 
-WEIGHTS = "model.safetensors"
 # The last layers, whose size depends on the number of classes.
 CLASSIFIERS = (
     "classifier.4.",
@@ -352,9 +352,5 @@ def _load(folder: str | Path, taps: Mapping[str, Any]) -> Segmenter:
     given = {key: value for key, value in taps.items() if value is not None}
     segmenter = Segmenter(network, described.names, **described.preprocessing, **(_taps(config) | given))
     segmenter.built = config
-    try:
-        load_model(segmenter, str(Path(folder) / WEIGHTS))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        lines = " ".join(line.strip() for line in str(error).splitlines()[:2])
-        raise CheckpointError(f"{folder}: {WEIGHTS} does not load: {lines[:300]}") from None
+    load_weights(segmenter, folder)
     return segmenter

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
@@ -14,11 +12,11 @@ from torch import Tensor
 
 from taskkd.errors import DataError
 from taskkd.images import Source, decode, header_size
-from taskkd.problems import Problems
+from taskkd.problems import Problems, usable
 from taskkd.segmentation.labels import IGNORE, Labels
 from taskkd.splits import spans
 
-__all__ = ["Annotations", "Bad", "Record", "checked", "decoded", "image_of", "shared_images", "tiles", "window_of"]
+__all__ = ["Annotations", "Bad", "Record", "checked", "decoded", "image_of", "tiles", "window_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -121,29 +119,7 @@ def checked(records: Iterable[Record], problems: Problems) -> list[Record]:
     Raises:
         DataError: there is no record, or none that is left.
     """
-    records = list(records)
-    if not records:
-        raise DataError(f"{problems.where}: there are no images.")
-    if problems.bad != "skip":
-        return records
-    logger.info("%s: all %d images and masks are decoded once to find bad ones.", problems.where, len(records))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        faults = list(pool.map(_fault, records))
-    for fault in faults:
-        if fault:
-            problems.left_out("images", fault)
-    kept = [r for r, fault in zip(records, faults, strict=True) if not fault]
-    if not kept:
-        raise DataError(f"{problems.where}: none of the {len(records)} images can be used; the first: {faults[0]}.")
-    return kept
-
-
-def _fault(record: Record) -> str:
-    try:
-        decoded(record)
-    except DataError as error:
-        return str(error).removesuffix(".")
-    return ""
+    return usable(records, problems, decoded, "images and masks")
 
 
 def tiles(records: Sequence[Record], size: int, *, overlap: int = 0, start: int = 1) -> list[Record]:
@@ -171,12 +147,3 @@ def tiles(records: Sequence[Record], size: int, *, overlap: int = 0, start: int 
                 crop = (left + x0, top + y0, left + x1, top + y1)
                 cut.append(replace(record, image_id=start + len(cut), crop=crop, group=record.side))
     return cut
-
-
-def shared_images(trained: Annotations, held_out: Annotations) -> str:
-    """A sentence if images (or regions of one) that are held out are trained on too, else an empty string."""
-    sides = {r.side for r in trained.records}
-    both = sum(r.side in sides for r in held_out.records)
-    if not both:
-        return ""
-    return f"{both} of the {len(held_out)} held-out images are in the training data too; the figures may be too good."

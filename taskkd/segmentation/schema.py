@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from taskkd.schema import Baseline, CacheConfig, Finetune, Model, Recipe, TeacherConfig, Training
+from taskkd.schema import CacheConfig, Finetune, Model, TeacherConfig, Training, VisionRecipe, check_one_source
 from taskkd.segmentation.config import SegmenterConfig
 
 __all__ = ["Data", "Folder", "Loss", "Part", "SegmentationRecipe", "Source", "Student", "Teacher", "Tiles"]
@@ -115,8 +115,7 @@ class Source(Model):
     @model_validator(mode="after")
     def _one_source(self) -> Source:
         kinds = [k for k in ("folder", "cityscapes", "ade20k", "voc", "camvid", "hub", "sample") if hasattr(self, k)]
-        if sum(getattr(self, kind) is not None for kind in kinds) != 1:
-            raise ValueError(f"exactly one of {', '.join(kinds[:-1])} and {kinds[-1]} must be given")
+        check_one_source(self, kinds)
         return self
 
 
@@ -204,7 +203,7 @@ class SegmentationTraining(Training):
     max_grad_norm: float = Field(10.0, ge=0)
 
 
-class SegmentationRecipe(Recipe):
+class SegmentationRecipe(VisionRecipe):
     """A recipe of task `segmentation`."""
 
     task: Literal["segmentation"] = "segmentation"
@@ -213,12 +212,3 @@ class SegmentationRecipe(Recipe):
     student: Student
     loss: Loss = Loss()
     training: SegmentationTraining = SegmentationTraining()
-
-    @model_validator(mode="after")
-    def _as_long_alone(self) -> SegmentationRecipe:
-        """The student alone is trained as the distilled one is, where the recipe does not say otherwise."""
-        if self.baseline is not None:
-            own = {"epochs": self.training.epochs, "learning_rates": [self.training.learning_rate]}
-            given = {name: getattr(self.baseline, name) for name in self.baseline.model_fields_set}
-            self.baseline = Baseline(**{**own, **given})
-        return self

@@ -12,8 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from taskkd.caches import file_sha256
-from taskkd.checkpoints import load_student
 from taskkd.errors import DataError, RecipeError, nearest
 from taskkd.images import decode, in_file
 from taskkd.segmentation import models
@@ -29,7 +27,7 @@ from taskkd.segmentation.records import Annotations, Bad
 from taskkd.segmentation.schema import Part, SegmentationRecipe, Source
 from taskkd.segmentation.segmenter import Segmenter
 from taskkd.segmentation.terms import MapTerm
-from taskkd.teachers import Frozen, Teacher
+from taskkd.tasks import VisionTask
 from taskkd.terms import Term
 
 __all__ = ["TASK", "SegmentationTask", "read_path"]
@@ -47,20 +45,16 @@ LAYOUTS = {
 }
 
 
-class SegmentationTask:
+class SegmentationTask(VisionTask):
     """The glue between recipes and this package."""
 
     name = "segmentation"
     recipe = SegmentationRecipe
     methods = METHODS
-    #: recipes of segmentation have no `by_task`
-    task_key = "name"
-    task_names: tuple[str, ...] = ()
     #: gained most on real data, needs no weight that follows scale or classes (docs/results.md)
     default_method = "dist"
     #: what a term of a recipe becomes: maps of two networks at one size
     term = staticmethod(partial(MapTerm, ignore="none"))
-    sampling = "random"
 
     # ---- data
 
@@ -111,26 +105,11 @@ class SegmentationTask:
             )
         return SegmentationDataset(found)
 
-    def has_labels(self, data: SegmentationData) -> bool:
-        """Whether a student can be trained without a teacher."""
-        return True
-
-    def teacher_data(self, data: SegmentationData) -> SegmentationData:
-        """The data for what runs the teacher alone."""
-        return data
-
     def latency_batches(self, data: SegmentationData, count: int) -> list[dict[str, Any]]:
         """Real test images, one by one, as the models' keyword arguments."""
         return [{"images": data.test[i]["images"][None]} for i in range(min(count, 16, len(data.test)))]
 
     # ---- models
-
-    def fingerprint(self, recipe: SegmentationRecipe) -> str:
-        """What tells that the teacher's files are the ones a run was started with; "" for what is downloaded."""
-        own = recipe.teacher
-        paths = [Path(p) for p in (own.model, own.weights) if p is not None and Path(p).exists()]
-        files = [f for p in paths for f in (sorted(p.glob("*.safetensors")) if p.is_dir() else [p])]
-        return " ".join(file_sha256(f) for f in files)
 
     def teacher(self, recipe: SegmentationRecipe, data: SegmentationData, source: str | None = None) -> nn.Module:
         """The teacher (from `source`, a folder of this run, once it is fine-tuned).
@@ -162,11 +141,6 @@ class SegmentationTask:
         models.check_student(student)
         return student
 
-    def reload(self, student: nn.Module, folder: Path) -> nn.Module:
-        """Load a trained student of this run into one of the same architecture."""
-        load_student(student, folder)
-        return student
-
     def given(self, *args: Any, **options: Any) -> SegmentationTask:
         """This task with models and data that the caller holds; see `GivenSegmentation`."""
         from taskkd.segmentation.given import GivenSegmentation
@@ -176,10 +150,6 @@ class SegmentationTask:
     def trained(self, folder: Path) -> tuple[nn.Module, Any]:
         """A trained student, from the folder it was saved in."""
         return models.load(folder).eval(), None
-
-    def supplier(self, recipe: SegmentationRecipe, student: nn.Module, teacher: nn.Module) -> Teacher:
-        """The frozen teacher, on the same images; it stops after the last map that is asked for."""
-        return Frozen(teacher, dtype=recipe.teacher.dtype)
 
     def pair(self, data: SegmentationData, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
         """What is to be known of a pair of networks before they are distilled.
@@ -202,10 +172,6 @@ class SegmentationTask:
         return lines
 
     # ---- training and evaluation
-
-    def fit_terms(self, data: SegmentationData, terms: Sequence[Term]) -> list[Term]:
-        """A stage's terms as they are."""
-        return list(terms)
 
     def check_terms(
         self, data: SegmentationData, terms: Sequence[Term], student: nn.Module, batch: Mapping[str, Any]
@@ -234,10 +200,6 @@ class SegmentationTask:
     def collator(self, recipe: SegmentationRecipe, processing: Any) -> Any:
         """Makes a batch."""
         return collate
-
-    def main_metric(self, data: SegmentationData) -> str:
-        """The metric that models are selected by."""
-        return data.config.metric
 
     def chance(self, data: SegmentationData) -> float:
         """What one class everywhere gives: mean accuracy 1/K, mean IoU less."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from taskkd.detection.methods.crosskd import standardise_like
 from taskkd.detection.methods.dense_losses import box_overlap, distribution_kl, quality_focal
 from taskkd.detection.methods.localization import ld_terms
+from taskkd.detection.methods.localization_features import Normalise, region_imitation
 from taskkd.detection.methods.vlr import assign_atss, fine_grained_region, inside_region, square_anchors, vlr_weights
 from taskkd.errors import ShapeError
 
@@ -236,3 +237,26 @@ def test_ld_of_nothing_is_exactly_zero_with_a_gradient_path() -> None:
     total.backward()
     assert total == 0
     assert F.mse_loss(values[0].grad, torch.zeros(2, 6, 3)) == 0  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("normalise", ["sum_w", "authors"])
+def test_imitation_in_a_region(normalise: Normalise) -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = [
+        [torch.randn(2, 4, *size, generator=generator, dtype=torch.float64) for size in ((5, 6), (2, 3))] for _ in "st"
+    ]
+    regions = [torch.rand(2, *size, generator=generator) > 0.5 for size in ((5, 6), (2, 3))]
+
+    def loss(*students: Tensor) -> Tensor:
+        return region_imitation(list(students), maps[1], regions=regions, normalise=normalise)
+
+    students = [s.requires_grad_() for s in maps[0]]
+    assert torch.autograd.gradcheck(loss, students)
+    none = region_imitation(students, maps[1], regions=[torch.zeros_like(r) for r in regions], normalise=normalise)
+    none.backward()
+    assert none.item() == 0
+    assert all(bool((s.grad == 0).all()) for s in students)  # type: ignore[union-attr]
+    far = [s.detach().masked_fill(~r[:, None], 1e30) for s, r in zip(students, regions, strict=True)]
+    torch.testing.assert_close(loss(*far), loss(*students).detach())
+    with pytest.raises(ShapeError):
+        region_imitation(students[0], maps[1][1], regions=regions[0])

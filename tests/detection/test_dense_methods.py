@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.ops import box_iou
 
 import taskkd as kd
 from taskkd.detection.boxes import as_corners
@@ -20,7 +21,7 @@ from taskkd.detection.methods.localization_queries import PAIRS, QueryLocalizati
 from taskkd.detection.methods.vlr import assign_atss, square_anchors, vlr_weights
 from taskkd.detection.teacher import DetectorTeacher
 from taskkd.detection.views import Decoder
-from taskkd.errors import RecipeError, ShapeError
+from taskkd.errors import RecipeError, ShapeError, TaskkdError
 from taskkd.terms import Run
 from tests.detection import tiny_detr
 from tests.detection.detectors import batch, fcos, retinanet, sharpened
@@ -270,8 +271,57 @@ def test_the_terms_of_ld_on_a_head_with_distributions(normalise: str) -> None:
     assert [empty[t.name].item() for t in terms] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("normalise", ["sum_w", "authors"])
+@pytest.mark.parametrize("region", ["fine_grained", "inside", "vlr"])
+def test_features_are_imitated_around_boxes_where_it_is_asked_for(region: str, normalise: str) -> None:
+    student, teacher, data = Distributions(0), Distributions(1), square_batch((2, 1, 0))
+    options = {"imitation_weight": 2.0, "imitation_region": region, "normalise": normalise, "legacy_iof": True}
+    method = METHODS["localization"](student, teacher, **TAPS, neck=["stem.0", "stem.1"], **options)
+    term = method.stages[0].terms[-1]
+    assert (term.name, term.schedule.value) == ("imitation", 2.0)
+    distiller = Kept(student, kd.Frozen(teacher), [term])
+    distiller.prepare(data)
+    found, run = distiller(**data)["imitation"], distiller.run
+    anchors, means, squares = square_anchors([(8, 8), (4, 4)], [8, 16]), [], []
+    for level, (part, width) in enumerate(((slice(0, 64), 8), (slice(64, 80), 4))):
+        own = []
+        for image, boxes in enumerate(t["boxes"] for t in data["targets"]):
+            overlaps = box_iou(anchors, boxes)
+            if region == "vlr":
+                inside = vlr_weights(anchors, boxes, [64, 16], legacy_iof=True) > 0
+            elif region == "inside":
+                x, y = ((anchors[:, i, None] + anchors[:, i + 2, None]) / 2 for i in (0, 1))
+                inside = ((x > boxes[:, 0]) & (x < boxes[:, 2]) & (y > boxes[:, 1]) & (y < boxes[:, 3])).any(1)
+            else:
+                inside = (
+                    torch.stack([o > 0.5 * o.max() for o in overlaps.T], 1).any(1) if len(boxes) else overlaps.any(1)
+                )
+            for cell in inside[part].nonzero()[:, 0].tolist():
+                s, t = (v[f"stem.{level}"][image, :, cell // width, cell % width] for v in (run.student, run.teacher))
+                own.append((s - t).square().mean())
+        means.append(torch.stack(own).mean() if own else torch.zeros(()))
+        squares += own
+    assert squares
+    want = torch.stack(squares).mean() if normalise == "sum_w" else torch.stack(means).sum()
+    assert torch.allclose(found, want.detach())
+    assert distiller(**square_batch((0, 0)))["imitation"].item() == 0
+    twice = {k: torch.cat([v, v]) if isinstance(v, Tensor) else [*v, *v] for k, v in data.items()}
+    torch.testing.assert_close(distiller(**twice)["imitation"], found)
+
+
+def test_d_fines_features_are_imitated_too() -> None:
+    student, teacher = (tiny_detr.detector("d_fine", seed=seed) for seed in (0, 1))
+    terms = METHODS["localization"](student.train(), teacher, imitation_weight=2.0).stages[0].terms
+    assert [t.name for t in terms] == ["localization", "classification", "imitation"]
+    images, targets = tiny_detr.batch()
+    run = run_of(student, teacher, terms[-1:], {"images": images, "targets": targets})
+    assert terms[-1](run) > 0
+
+
 def test_ld_says_what_it_needs() -> None:
     student, teacher = Distributions(0), Distributions(1)
+    with pytest.raises(TaskkdError, match="the student is a Distributions, of which no tensors are known"):
+        METHODS["localization"](student, teacher, **TAPS, imitation_weight=2.0)
     with pytest.raises(RecipeError, match=r"taps of 2 levels for the sides, \[1, 1\] for the classes"):
         METHODS["localization"](student, teacher, sides=TAPS["sides"], classes=["classes.0"])
     term = Localization("ld", student, teacher, part="ld", sides=["classes.0"], classes=["classes.0"], temperature=10.0)

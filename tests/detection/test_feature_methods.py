@@ -23,6 +23,7 @@ from taskkd.detection.methods.defeat import defeat_loss, defeat_response
 from taskkd.detection.methods.fbkd import NonLocal, StudentMaps, fbkd_loss
 from taskkd.detection.methods.fgd import GlobalContext, fgd_loss, inherit_parts
 from taskkd.detection.methods.fgfi import FineGrained, fgfi_loss
+from taskkd.detection.methods.maps import channel_moments, safe_sqrt
 from taskkd.detection.methods.masked_generative import kept_cells, masked_generative_loss
 from taskkd.detection.methods.mimic import MimicTerm, mimic_crops, mimic_loss
 from taskkd.detection.methods.pearson_kd import pearson_loss
@@ -208,6 +209,21 @@ def test_crops_are_those_of_each_box() -> None:
     cut = [(0, 0, 3, 0, 4), (0, 0, 4, 2, 5)]  # image, rows, columns
     pieces = [[x[n, :, a:b, c:d] for n, a, b, c, d in cut] for x in (s, t)]
     torch.testing.assert_close(found, mimic_loss(*pieces))
+
+
+def test_moments_are_those_of_torch_and_a_channel_without_deviation_has_a_gradient() -> None:
+    maps = torch.randn(2, 3, 4, 4, dtype=torch.float64) + 5
+    for constant in (False, True):
+        if constant:
+            maps[:, 1] = 5
+        maps = maps.detach().requires_grad_()
+        centred, mean, variance = channel_moments(maps)
+        torch.testing.assert_close(centred + mean, maps)
+        torch.testing.assert_close(safe_sqrt(variance), maps.std((0, 2, 3), keepdim=True))
+        (ours,) = torch.autograd.grad(safe_sqrt(variance).sum(), maps)
+        (theirs,) = torch.autograd.grad(maps.std((0, 2, 3)).sum(), maps)
+        torch.testing.assert_close(ours, theirs)
+        maps = maps.detach()
 
 
 def test_pearson_is_one_minus_the_correlation() -> None:

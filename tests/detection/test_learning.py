@@ -74,6 +74,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "fbkd": {},
     "fgd": {},
     "fgfi": {},
+    "gid": {},
     "masked_generative": {},
     "mimic": FEW,
     "quantization_mimic": FEW,

@@ -10,16 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from taskkd import detection, recipes
 from taskkd.__main__ import main
 from taskkd.detection import models
+from taskkd.detection.schema import Data, Teacher
 from taskkd.detection.task import DetectionTask
 from tests.detection import coco_folder
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "detection.md").read_text()
-(RECIPE,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
+RECIPE, MAPPED = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
 SCRIPTS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 COMMANDS = [c for block in re.findall(r"```\n(taskkd.*?)```", PAGE, re.S) for c in block.splitlines()]
 SMALL = {
@@ -79,6 +81,12 @@ def test_the_scripts_run(folder: Path, number: int, monkeypatch: pytest.MonkeyPa
         assert not any(m._forward_hooks for m in names["student"].modules())
     else:
         assert isinstance(names["result"].student.state_dict()["rpn.head.cls_logits.weight"], torch.Tensor)
+
+
+def test_the_sections_of_a_teacher_of_other_classes_are_right() -> None:
+    sections = yaml.safe_load(MAPPED)
+    assert Data(**sections["data"]).coco is not None
+    assert Teacher(**sections["teacher"]).label_map["bus"] == "vehicle"  # type: ignore[index]
 
 
 def test_the_pages_links_lead_somewhere_and_every_method_is_described() -> None:

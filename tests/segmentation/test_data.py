@@ -29,8 +29,9 @@ from taskkd.segmentation.readers import (
     read_images,
     read_voc,
 )
-from taskkd.segmentation.records import decoded, shared_images, tiles
+from taskkd.segmentation.records import decoded, tiles
 from taskkd.segmentation.schema import Data
+from taskkd.splits import shared_images
 
 WIDTH, HEIGHT = 12, 10
 Pixels = np.ndarray[Any, Any]
@@ -300,7 +301,7 @@ def test_tiles(tmp_path: Path) -> None:
     assert [r.image_id for r in cut] == list(range(1, 13))
     again = SegmentationDataset(type(found)(cut, found.classes), held=True)
     assert torch.equal(again[3]["labels"], SegmentationDataset(found)[0]["labels"][5:, 6:])
-    assert shared_images(type(found)(cut, []), found).startswith("3 of the 3 held-out images")
+    assert shared_images(cut, found.records).startswith("3 of the 3 held-out images")
     with pytest.raises(DataError, match="expected size >= 1 and 0 <= overlap < size"):
         tiles(found.records, 6, overlap=6)
 

@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Interval
 from torch import Tensor, nn
 
 from taskkd import losses
-from taskkd.detection.methods.maps import Adapter, Maps, MapsTerm, adapter_of, as_list
+from taskkd.detection.methods.maps import Adapter, Maps, MapsTerm, adapter_of, as_list, channel_moments
 from taskkd.detection.terms import DetectionTerm
 from taskkd.detection.views import Dense
 from taskkd.errors import ShapeError
@@ -42,8 +42,8 @@ def channel_wise_loss(student: Maps, teacher: Maps, *, temperature: float = 1.0,
 
 
 def _normalised(x: Tensor, eps: float = 1e-5) -> Tensor:
-    variance, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
-    return (x - mean) * (variance + eps).rsqrt()
+    centred, _, variance = channel_moments(x, correction=0)
+    return centred * (variance + eps).rsqrt()
 
 
 def class_maps(dense: Dense) -> list[Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from taskkd.adapters import build_adapter
 from taskkd.detection.methods.dense_losses import box_overlap, quality_focal
+from taskkd.detection.methods.maps import channel_moments, safe_sqrt
 from taskkd.detection.methods.towers import FrozenHead, box_activation, branch_of, flat_predictions
 from taskkd.detection.shared import SharedImages
 from taskkd.detection.terms import DetectionTerm
@@ -45,14 +46,9 @@ def standardise_like(student: Tensor, teacher: Tensor, *, eps: float = 1e-6) -> 
         [3.0, 7.0]
     """
     check_same_shape(student, teacher, "standardise_like")
-    (mean, std), (teacher_mean, teacher_std) = _moments(student), _moments(teacher.detach())
-    return (student - mean) / (std + eps) * teacher_std + teacher_mean
-
-
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    count = x.shape[0] * x.shape[2] * x.shape[3]
-    std = x.std((0, 2, 3), keepdim=True, correction=min(1, count - 1))  # a single cell has deviation 0
-    return x.mean((0, 2, 3), keepdim=True), std
+    centred, _, variance = channel_moments(student)
+    _, teacher_mean, teacher_variance = channel_moments(teacher.detach())
+    return centred / (safe_sqrt(variance) + eps) * safe_sqrt(teacher_variance) + teacher_mean
 
 
 def _centres(anchors: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def check_classes(name: str, student: nn.Module, teacher: nn.Module) -> None:
     if own["classes"] != other["classes"]:
         raise RecipeError(
             f"term {name!r}: the student has {own['classes']} classes, the teacher {other['classes']}; predictions are "
-            "compared class by class. Feature methods (`pearson_kd`) need no common classes."
+            "compared class by class: expected the same, or a `label_map`. Feature methods (`pearson_kd`) need neither."
         )
     if own["activation"] != other["activation"]:
         raise RecipeError(

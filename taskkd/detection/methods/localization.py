@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from taskkd.detection.methods.dense_losses import distribution_kl
+from taskkd.detection.methods.localization_features import Region, RegionImitation, anchors_of
 from taskkd.detection.methods.localization_queries import is_d_fine, query_terms
 from taskkd.detection.methods.towers import called
-from taskkd.detection.methods.vlr import assign_atss, square_anchors, vlr_weights
+from taskkd.detection.methods.vlr import assign_atss, vlr_weights
 from taskkd.detection.shared import SharedImages
 from taskkd.detection.terms import NeckTerm
 from taskkd.errors import RecipeError, ShapeError
 from taskkd.stages import Method, Stage
-from taskkd.terms import Run, Weight
+from taskkd.terms import Run, Term, Weight
 
 __all__ = ["Localization", "ld_terms", "localization"]
 
@@ -163,9 +163,7 @@ class Localization(NeckTerm):
 
     def _regions(self, shapes: list[tuple[int, int]], images: SharedImages) -> tuple[Tensor, Tensor]:
         """(N, A) positives and weights of the valuable region."""
-        height = images.tensors.shape[2]
-        strides = self.strides or [2.0 ** round(math.log2(height / h)) for h, _ in shapes]
-        anchors = square_anchors(shapes, strides, scale=self.anchor_scale).to(images.tensors.device)
+        anchors = anchors_of(shapes, images, strides=self.strides, scale=self.anchor_scale)
         sizes = [h * w for h, w in shapes]
         boxes = [b.to(anchors.dtype) for b in images.boxes]
         positive = torch.stack([assign_atss(anchors, b, sizes) >= 0 for b in boxes])
@@ -204,6 +202,10 @@ def localization(
     vlr_temperature: Annotated[float, Gt(0)] = 10.0,
     class_weight: Annotated[float, Ge(0)] = 10.0,
     class_temperature: Annotated[float, Gt(0)] = 2.0,
+    imitation_weight: Annotated[float, Ge(0)] = 0.0,
+    imitation_region: Region = "fine_grained",
+    neck: list[str] | None = None,
+    teacher_neck: list[str] | None = None,
     legacy_iof: bool = False,
     normalise: Normalise = "sum_w",
     task_weight: Annotated[float, Ge(0)] = 1.0,
@@ -214,7 +216,9 @@ def localization(
     a distribution over distances for each side of a box: of GFL's name the taps of its maps; D-FINE's is known (see
     `QueryLocalization`, which is ours; it has no region around positives, `vlr_weight` does nothing there).
 
-    Scaling: see `ld_terms`; the paper's RetinaNet has weight 5 and class_temperature 8.
+    Scaling: see `ld_terms`; the paper's RetinaNet has weight 5 and class_temperature 8. The paper's point is that
+    feature imitation is not needed, so it is off; configurations of the released code have it beside the rest, with
+    `imitation_weight=2` and the region "fine_grained".
 
     Args:
         student, teacher: any modules that tap names reach, or two D-FINE.
@@ -223,19 +227,28 @@ def localization(
         weight, temperature: of the sides at positives.
         vlr_weight, vlr_temperature: of the sides in the valuable localization region.
         class_weight, class_temperature: of the classes at positives.
+        imitation_weight: of the mean squared difference of the neck's maps in a region around the boxes; 0: left out.
+        imitation_region: "fine_grained", "inside" or "vlr", see `RegionImitation`.
+        neck, teacher_neck: taps of its maps (N, C, h, w) of all levels, finest first; None: those of the family.
         legacy_iof: the region as the released code computes it, whose "DIoU" divides by the anchor's area.
         normalise: "sum_w" divides by the sum of the weights, "authors" does not.
         task_weight: of the detector's own loss.
 
     Raises:
         RecipeError: no taps are named and the detectors predict no distributions.
+        TaskkdError: features are to be imitated of a module of no known family, without `neck`.
     """
+    maps: list[Term] = []
+    if imitation_weight > 0:
+        options: dict[str, Any] = {"neck": neck, "teacher_neck": teacher_neck, "region": imitation_region}
+        options |= {"legacy_iof": legacy_iof, "normalise": normalise, "weight": imitation_weight}
+        maps.append(RegionImitation("imitation", student, teacher, **options))
     if sides is None or classes is None:
         if not (is_d_fine(student) and is_d_fine(teacher)):
             raise RecipeError(no_distributions(student, teacher))
-        options = {"temperature": temperature, "class_temperature": class_temperature}
-        parts = query_terms(student, teacher, weight=weight, class_weight=class_weight, **options)
-        return Method("localization", [Stage("distil", parts, task_weight)], ("labels",))
+        heat = {"temperature": temperature, "class_temperature": class_temperature}
+        parts = query_terms(student, teacher, weight=weight, class_weight=class_weight, **heat)
+        return Method("localization", [Stage("distil", [*parts, *maps], task_weight)], ("labels",))
     temperatures: dict[Part, tuple[float, float]] = {
         "ld": (weight, temperature), "ld_vlr": (vlr_weight, vlr_temperature), "kd": (class_weight, class_temperature),
     }  # fmt: skip
@@ -247,7 +260,7 @@ def localization(
         for part, (w, at) in temperatures.items()
         if w > 0
     ]  # fmt: skip
-    return Method("localization", [Stage("distil", terms, task_weight)], ("labels",))
+    return Method("localization", [Stage("distil", [*terms, *maps], task_weight)], ("labels",))
 
 
 def no_distributions(student: nn.Module, teacher: nn.Module) -> str:

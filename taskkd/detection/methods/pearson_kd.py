@@ -8,7 +8,16 @@ from annotated_types import Ge, Gt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from taskkd.detection.methods.maps import Adapter, Maps, MapsTerm, adapter_of, as_list, two_stage
+from taskkd.detection.methods.maps import (
+    Adapter,
+    Maps,
+    MapsTerm,
+    adapter_of,
+    as_list,
+    channel_moments,
+    safe_sqrt,
+    two_stage,
+)
 from taskkd.detection.terms import resized
 from taskkd.losses.primitives import check_same_shape, full_precision
 from taskkd.stages import Method, Stage
@@ -47,11 +56,8 @@ def pearson_loss(
 
 
 def _standardised(x: Tensor, eps: float) -> Tensor:
-    count = x.numel() // x.shape[1]
-    centred = x - x.mean((0, 2, 3), keepdim=True)
-    if count == 1:  # no deviation: a gradient of 0
-        return centred
-    return centred / (x.std((0, 2, 3), keepdim=True) + eps)
+    centred, _, variance = channel_moments(x)
+    return centred / (safe_sqrt(variance) + eps)
 
 
 def pearson_kd(

@@ -43,7 +43,7 @@ def embedding_mimic(
     *,
     kind: Literal["cosine", "l2", "mse"] = "cosine",
     weight: Annotated[float, Gt(0)] = 64.0,
-    task_weight: Annotated[float, Ge(0)] = 1.0,
+    task_weight: Annotated[float, Ge(0)] | None = None,
 ) -> Method:
     """The student's embedding as the teacher's, beside the margin softmax on the labels; or on faces without labels.
 
@@ -59,7 +59,10 @@ def embedding_mimic(
         kind: "cosine": `1 - cos`; "l2": the squared distance of unit vectors, twice that; "mse": of raw embeddings,
             which did harm in EKD's table.
         weight: of the term.
-        task_weight: of the margin softmax; 0: labels are not needed.
+        task_weight: of the margin softmax; 0: labels are not needed. None: 1, or 0 where the training data has no
+            identities (`student.identities` is 0).
     """
+    if task_weight is None:
+        task_weight = 0.0 if student.identities == 0 else 1.0
     term = Match("embedding", KINDS[kind], EMBEDDINGS, adapter=adapter_of(student, teacher), weight=weight)
     return Method("embedding_mimic", [Stage("distil", [term], task_weight)], ("labels",) if task_weight > 0 else ())
