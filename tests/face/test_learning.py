@@ -1,7 +1,8 @@
 """Distilled students learn more than they do alone: acceptance A8 and A8b of the specification, on drawn faces.
 
-150 people with 10 easy and 10 hard images each to train on, 100 others to test on. Two seeds; about five minutes on two
-cores. Beside each bound stands what was measured: accuracy in percent, of easy and of hard pairs.
+150 people with 10 easy and 10 hard images each to train on, 100 others to test on. Two seeds; about ten minutes on a
+core. Measured, accuracy in percent of easy and of hard pairs: alone 95.3, 84.8; mimic 98.7, 89.4; AdaDistill 98.7,
+88.8; ProxylessKD 99.0, 88.9. Fine-tuned on hard images: with labels 95.9, 85.6; with DDL 98.2, 89.3.
 """
 
 from __future__ import annotations

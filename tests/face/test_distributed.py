@@ -1,0 +1,47 @@
+"""Trainings on faces on two ranks (torchrun, gloo): as one process with their images together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine import distance, run_job
+from tests.face import ranks_job
+
+pytestmark = pytest.mark.slow
+
+
+def results(folder: Path, ranks: int) -> list[dict[str, Any]]:
+    folder.mkdir()
+    run_job(str(folder), ranks=ranks, script=ranks_job.__file__, timeout=240)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return results(tmp_path_factory.mktemp("ranks") / "two", 2)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    (found,) = results(tmp_path_factory.mktemp("ranks") / "one", 1)
+    return found
+
+
+@pytest.mark.parametrize("name", ranks_job.RUNS)
+def test_two_ranks_train_and_measure_as_one_process(
+    name: str, ranks: list[dict[str, Any]], single: dict[str, Any]
+) -> None:
+    one, (first, second) = single[name], (rank[name] for rank in ranks)
+    assert one["step"] == first["step"] == second["step"] == 6
+    assert one["untouched"] and first["untouched"] and second["untouched"]
+    states = [run["parameters"] for run in (one, first, second)]
+    assert distance(states[1], states[2]) == 0.0
+    start = ranks_job.network(4, seed=0).state_dict()
+    assert max((states[0][f"student.{n}"] - v).abs().max().item() for n, v in start.items()) > 1e-2
+    assert distance(states[0], states[1]) < 1e-5
+    assert first["measured"] == second["measured"]
+    assert first["measured"] == pytest.approx(one["measured"], abs=1e-5)
