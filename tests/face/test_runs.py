@@ -374,6 +374,10 @@ def test_check_says_what_would_be_done(recipe: Path) -> None:
     assert task.name == "task" and term.gradient_norm > 0
     plan = plans.check(recipes.load_recipe(recipe, ["method={name: proxyless}"]))
     assert plan.stages["distil"].terms
+    assert any("no class centres yet" in note for note in plan.warnings)
+    # The last, half empty batch of an epoch is dropped.
+    plan = plans.check(recipes.load_recipe(recipe, ["training.batch_size=32"]))
+    assert dict(plan.summary)["distillation"] == "1 epochs at 0.1; 2 steps an epoch, batch 32"
 
 
 @pytest.fixture
