@@ -555,6 +555,16 @@ class Distiller(nn.Module):
                 self._supplier.load(found)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Large buffers that every rank has alike by itself (`alike_on_ranks` of a module): DDP, which asks for this,
+        would send them to all ranks before each forward."""
+        return [
+            f"{place}.{name}"
+            for place, module in self.named_modules()
+            for name in getattr(module, "alike_on_ranks", ())
+        ]
+
     def own_parameters(self) -> list[nn.Parameter]:
         """What is trained beside the student: adapters, learned losses, gates, peers, the task loss's classifier."""
         head = [self.task_loss] if isinstance(self.task_loss, nn.Module) else []

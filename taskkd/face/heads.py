@@ -221,6 +221,8 @@ class MarginHead(nn.Module):
             self.weight = nn.Parameter(start_weight(identities, embedding_size, seed, centres))
         else:
             self.register_buffer("weight", frozen_weight(identities, embedding_size, seed, centres, storage))
+            #: what DDP need not send around in every step
+            self.alike_on_ranks = ("weight",)
 
     def forward(self, output: Any, batch: Mapping[str, Any]) -> Tensor:
         """The loss of a batch.

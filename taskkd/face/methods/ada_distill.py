@@ -89,6 +89,7 @@ class AdaDistill(CentreTerm):
 
     centres: Tensor
     teacher_taps = (EMBEDDINGS,)
+    alike_on_ranks = ("centres",)
 
     def __init__(
         self,

@@ -72,6 +72,7 @@ class GroupedLogits(CentreTerm):
 
     student_taps = (EMBEDDINGS,)
     teacher_taps = (EMBEDDINGS,)
+    alike_on_ranks = ("centres",)
     centres: Tensor
 
     def __init__(
