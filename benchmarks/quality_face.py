@@ -142,8 +142,9 @@ class HardFaces(Drawn):
         "ddl10": Row("DDL, weights times 10", ddl(10.0)),
         "ddl10-joined": Row("DDL, weights times 10, easy branch not detached", ddl(10.0, detach=False)),
     }
-    training: Mapping[str, Any] = {"epochs": 8, "learning_rate": 0.02, "batch_size": 192}
-    rates = (0.01, 0.02, 0.05)
+    networks = (Drawn.networks[1],) * 2
+    training: Mapping[str, Any] = {"epochs": 8, "learning_rate": 0.05, "batch_size": 192}
+    rates = (0.025, 0.05, 0.1, 0.2)
 
     @property
     def start(self) -> Path:
