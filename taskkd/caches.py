@@ -36,8 +36,14 @@ SHARD_BYTES = 2**28
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """sha256 over names, dtypes, shapes and bytes of every parameter and buffer, hex."""
+    """sha256 over names, dtypes, shapes and bytes of every parameter and buffer, hex.
+
+    With `input_settings`, where the model has any: plain data on how it shows inputs to its network (order of channels,
+    mean, size), which no weight tells.
+    """
     digest = hashlib.sha256()
+    if (settings := getattr(model, "input_settings", None)) is not None:
+        digest.update(json.dumps(settings, sort_keys=True).encode())
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, Tensor):
             data = value.detach().cpu().contiguous()

@@ -43,6 +43,12 @@ def _say(line: str) -> None:
     typer.echo(line)
 
 
+def _show(table: Any) -> None:
+    """Print a table in its full width: a narrow terminal folds lines, but no number is cut."""
+    wide = Console(width=1000).measure(table).maximum
+    Console(width=max(console.width, wide)).print(table)
+
+
 @app.command()
 def distill(
     recipe: RecipeName,
@@ -65,7 +71,7 @@ def distill(
     swept = {k: v if isinstance(v, list) else [v] for k, v in recipes.parse_overrides(sweep or []).items()}
     folder = output_dir or Path("runs") / loaded.name
     result = runs.run_recipe(loaded, folder, sweep=swept, say=_say, restart=restart)
-    console.print(reports.table(result.report))
+    _show(reports.table(result.report))
     if len(result.report["distilled"]) > 1:
         _say(f"selected on validation: {result.report['selected']}")
     _say(f"student: {folder / 'student'}   report: {folder / 'report.json'}   curves: {folder / 'curves.png'}")
@@ -91,7 +97,7 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
             adapter = f"{term.adapter_parameters:,}" if term.adapter_parameters else ""
             numbers = (term.weight, term.value, term.weighted, term.pull)
             shown.add_row(term.name, *(f"{n:.4g}" for n in numbers), adapter)
-        console.print(shown)
+        _show(shown)
         for term in preparation.terms:
             sides = ([f"{tap} {_shape(text)}" for tap, text in side.items()] for side in (term.student, term.teacher))
             for own, other in itertools.zip_longest(*sides, fillvalue=""):

@@ -52,8 +52,8 @@ def check(recipe: Any, *, evaluate: int = 200) -> Plan:
         with tempfile.TemporaryDirectory() as folder:
             session = Session(recipe, task, own, Path(folder), Record(Path(folder)), print)
             metrics = session.evaluated(teacher, few)
-        name = task.main_metric(data)
-        plan.summary.append(("teacher's own " + name, f"{metrics[name]:.4f} on {len(few)} validation samples"))
+        name, counted = task.main_metric(data), getattr(few, "counted", len(few))
+        plan.summary.append(("teacher's own " + name, f"{metrics[name]:.4f} on {counted} validation samples"))
         if metrics[name] <= task.chance(data) + 0.01:
             plan.warnings.append(f"the teacher is no better than chance ({task.chance(data):.3f}); fine-tune it first.")
     else:
@@ -68,7 +68,15 @@ def check(recipe: Any, *, evaluate: int = 200) -> Plan:
     plan.stages = look(recipe, task, data, student, teacher)
     plan.warnings += [sentence for preparation in plan.stages.values() for sentence in preparation.advice]
     method = build_method(recipe, task, data, student, teacher)
-    plan.summary.append(("distillation", duration(method, training, len(data.everything))))
+    if "centres" in method.needs and getattr(teacher, "centres", None) is None:
+        plan.warnings.append(
+            "the teacher has no class centres yet: values and gradients of what reads them are those of zeros; the run "
+            "works them out first."
+        )
+    drop = getattr(task, "drop_last", False)
+    whole = len(data.everything[0]) if getattr(data.everything, "whole_batches", False) else None
+    steps = duration(method, training, len(data.everything), drop_last=drop, batch=whole)
+    plan.summary.append(("distillation", steps))
     return plan
 
 
@@ -78,15 +86,22 @@ def _kind(model: nn.Module) -> str:
     return own if isinstance(own, str) else type(model).__name__
 
 
-def duration(method: Method, training: Training, samples: int) -> str:
-    """How long the stages are, as "20 epochs at 5e-05, then 3 epochs at 3e-05; 313 steps an epoch, batch 32"."""
-    steps = -(-samples // (training.batch_size * training.accumulation))
+def duration(
+    method: Method, training: Training, samples: int, *, drop_last: bool = False, batch: int | None = None
+) -> str:
+    """How long the stages are, as "20 epochs at 5e-05, then 3 epochs at 3e-05; 313 steps an epoch, batch 32".
+
+    `drop_last`: of a last batch that is not full, where there is another; `batch`: what an item has, where items are
+    whole batches.
+    """
+    batches = samples // training.batch_size if drop_last else 0
+    steps = -(-(batches or -(-samples // training.batch_size)) // training.accumulation)
     stages = []
     for stage in method.stages:
         epochs, rate = stage.epochs(training.epochs), stage.overrides.get("learning_rate", training.learning_rate)
         stages.append(f"{epochs:g} epochs at {rate:g}")
     most = f", at most {training.max_steps} steps a stage" if training.max_steps is not None else ""
-    return f"{', then '.join(stages)}; {steps} steps an epoch{most}, batch {training.batch_size}"
+    return f"{', then '.join(stages)}; {steps} steps an epoch{most}, batch {batch or training.batch_size}"
 
 
 def build_method(recipe: Any, task: Any, data: Any, student: nn.Module, teacher: nn.Module) -> Method:

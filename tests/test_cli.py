@@ -151,6 +151,19 @@ def test_debug_shows_the_traceback(taskkd: Any, recipe: Path, monkeypatch: pytes
         main()
 
 
+def test_no_number_of_a_wide_table_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.table import Table
+
+    from taskkd import cli
+
+    table = Table("model", *(f"column {n}" for n in range(20)))
+    table.add_row("student alone", *(f"0.{n:04}" for n in range(20)))
+    cli._show(table)
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert all(f"0.{n:04}" in out for n in range(20))
+
+
 def test_usage_mistakes(taskkd: Any, tmp_path: Path) -> None:
     assert taskkd("distil")[0] == 2
     assert taskkd("distill", "nlp/none")[0] == 2

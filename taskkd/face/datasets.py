@@ -72,6 +72,7 @@ class TwoViews(Dataset[Any]):
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
+        self._last: tuple[int, dict[str, Any]] | None = None
 
     def __len__(self) -> int:
         return 2 * len(self.dataset)
@@ -79,8 +80,18 @@ class TwoViews(Dataset[Any]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        sample: dict[str, Any] = self.dataset[index // 2]
+        sample = self._of(index // 2)
         return flipped(sample) if index % 2 else sample
+
+    def _of(self, number: int) -> dict[str, Any]:
+        """An image's sample; the last one is at hand, so that going through all decodes each image once."""
+        last = self._last
+        if last is None or last[0] != number:
+            last = self._last = (number, self.dataset[number])
+        return dict(last[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
 
 
 class RandomFlip(Augmented):

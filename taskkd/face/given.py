@@ -100,11 +100,13 @@ class GivenFace(GivenModels, FaceTask):
         return self._data
 
     def teacher(self, recipe: FaceRecipe, data: FaceData, source: str | None = None) -> nn.Module:
-        """The given teacher, with class centres if it has as many as there are identities."""
-        model: Any = self._teacher
+        """The given teacher, with class centres if it has as many as there are identities.
+
+        A shallow copy: the centres that a run works out are of its own people, and never the caller's.
+        """
+        model: Any = copy.copy(self._teacher)
         model.identities = len(data.identities)
         if model.centres is not None and len(model.centres) != model.identities:
-            model = copy.copy(model)
             model.centres = None
         chosen: nn.Module = model
         return chosen

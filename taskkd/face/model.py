@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +110,12 @@ class FaceModel(nn.Module):
         return Description(
             self.built, kind, self.embedding_size, self.size, self.channels, *self._normal, centres=self.centres
         )
+
+    @property
+    def input_settings(self) -> dict[str, Any]:
+        """How images are shown to the backbone: no weight tells it, and a cache of the embeddings depends on it."""
+        mean, std = self._normal
+        return {"size": self.size, "channels": self.channels, "mean": mean, "std": std}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Embeddings of aligned crops.

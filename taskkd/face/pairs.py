@@ -75,6 +75,8 @@ def read_pairs(path: str | Path, images: str | Path | None = None, *, size: int 
         DataError: another suffix, or as these.
     """
     suffix = Path(path).suffix.lower()
+    if not suffix and not Path(path).exists():
+        raise DataError(f"{path}: no such file or folder.")
     if suffix == ".bin":
         return read_bin(path, size=size)
     if suffix == ".csv":

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,9 +24,10 @@ from taskkd.face.model import FaceModel
 from taskkd.face.pairs import Pairs, make_pairs, read_pairs
 from taskkd.face.partial_fc import PartialFC
 from taskkd.face.readers import read_folder
-from taskkd.face.records import squared
+from taskkd.face.records import Faces, squared
 from taskkd.face.schema import FaceRecipe
 from taskkd.images import decode, in_file
+from taskkd.session import training_arguments
 from taskkd.stages import Method
 from taskkd.tasks import VisionTask
 
@@ -98,6 +100,8 @@ class FaceTask(VisionTask):
         """
         model = models.load(source) if source is not None else models.build(recipe.teacher.face)
         model.identities = len(data.identities)
+        if model.centres is not None:
+            model.centres = _of_all(model.centres, data)
         if model.centres is not None and len(model.centres) != model.identities:
             logger.info("the teacher's classifier is of %d other people: left out.", len(model.centres))
             model.centres = None
@@ -130,11 +134,14 @@ class FaceTask(VisionTask):
             return True
         faces = session.data.faces
         session.say(f"class centres: means of the teacher's embeddings of {len(faces)} images")
-        embeddings = _embeddings(teacher, TwoViews(FaceDataset(faces)))
-        sums = torch.zeros(len(session.data.identities), embeddings.shape[1], dtype=embeddings.dtype)
-        labels = torch.from_numpy(faces.labels)
-        sums.index_add_(0, labels[labels >= 0], embeddings[labels >= 0])
-        teacher.centres = F.normalize(sums)
+        kept = session.folder / "teacher" / "centres.safetensors"  # a pass over all images: once for a run
+        if not kept.is_file():
+            teacher.to(training_arguments(session.folder, session.recipe.training, 0, None, self.sampling).device)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            beside = kept.with_suffix(".part")
+            save_file({"centres": class_means(teacher, faces)}, beside)
+            beside.replace(kept)
+        teacher.centres = load_file(kept)["centres"]
         return True
 
     def student(self, recipe: FaceRecipe, data: FaceData, teacher: nn.Module, seed: int) -> nn.Module:
@@ -285,19 +292,46 @@ def embedded(model: nn.Module, pairs: Pairs) -> Tensor:
     return F.normalize(_embeddings(model, pairs.table))
 
 
-@torch.no_grad()
-def _embeddings(model: nn.Module, views: TwoViews, batch_size: int = 128) -> Tensor:
+def class_means(model: nn.Module, faces: Faces) -> Tensor:
+    """(identities, D) unit means of the embeddings of each identity's images; nothing of a single image is kept."""
+    labels, first = torch.from_numpy(faces.labels), 0
+    sums: Tensor | None = None
+    for found in _embedded(model, TwoViews(FaceDataset(faces))):
+        own = labels[first : first + len(found)]
+        first += len(found)
+        if sums is None:
+            sums = found.new_zeros(len(faces.identities), found.shape[1])
+        sums.index_add_(0, own[own >= 0], found[own >= 0])
+    assert sums is not None
+    return F.normalize(sums)
+
+
+def _embeddings(model: nn.Module, views: TwoViews) -> Tensor:
     """(M, D) sums of the embeddings of both views of each image, on the CPU."""
+    return torch.cat(list(_embedded(model, views)))
+
+
+@torch.no_grad()
+def _embedded(model: nn.Module, views: TwoViews, batch_size: int = 128) -> Iterator[Tensor]:
+    """The same in batches."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     was_training = model.training
     model.eval()
-    rows = []
     for start in range(0, len(views), 2 * batch_size):
         batch = collate([views[i] for i in range(start, min(start + 2 * batch_size, len(views)))])
         found = model(images=batch["images"].to(device))["embeddings"].float().cpu()
-        rows.append(found[::2] + found[1::2])
+        yield found[::2] + found[1::2]
     model.train(was_training)
-    return torch.cat(rows)
+
+
+def _of_all(centres: Tensor, data: FaceData) -> Tensor:
+    """Of a classifier of all labels of a .rec file the rows of those who are trained on, and not held out."""
+    held = [name for pairs in data.pairs.values() for name in pairs.faces.identities]
+    if data.config.recordio is None or not all(map(str.isdecimal, (*data.identities, *held))):
+        return centres
+    numbers = [int(name) for name in data.identities]
+    last = max([*numbers, *map(int, held)], default=-1)
+    return centres[numbers] if last + 1 == len(centres) else centres
 
 
 def _trained_centres(path: Path) -> Tensor | None:

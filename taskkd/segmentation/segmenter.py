@@ -117,6 +117,11 @@ class Segmenter(nn.Module):
         if isinstance(head, nn.Module):
             head.register_forward_hook(self._keep)
 
+    @property
+    def input_settings(self) -> dict[str, Any]:
+        """How images are shown to the network: no weight tells it, and a cache of its outputs depends on it."""
+        return {"mean": self._normal[0], "std": self._normal[1], "divisor": self.divisor, "size": self.size}
+
     def _keep(self, _module: nn.Module, _args: Any, value: Any) -> None:
         if self.training:
             self._aux = value

@@ -156,3 +156,17 @@ def test_an_image_that_is_too_small_is_named(faces: Faces) -> None:
     crop = build([{"name": "RandomCrop", "size": [64, 64]}])
     with pytest.raises(DataError, match=r"0000.png: augmentation 1 .RandomCrop.: "):
         crop(FaceDataset(faces)[0], generator_for(0, 0, 0))
+
+
+def test_going_through_both_views_decodes_each_image_once(faces: Faces, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = FaceDataset(faces)
+    asked: list[int] = []
+    decode = FaceDataset.__getitem__
+    monkeypatch.setattr(FaceDataset, "__getitem__", lambda self, i: (asked.append(i), decode(self, i))[1])
+    views = TwoViews(dataset)
+    samples = [views[i] for i in range(len(views))]
+    assert asked == [0, 1, 2, 3, 4]
+    assert [s["id"] for s in samples] == list(range(10))
+    assert torch.equal(samples[0]["images"].flip(-1), samples[1]["images"])
+    samples[9]["id"] = -1  # what was given out is the caller's
+    assert views[8]["id"] == 8

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from taskkd import checkpoints
-from taskkd.errors import CheckpointError, DataError, RecipeError, ShapeError, TapError, TaskkdError
+from taskkd.caches import Cached
+from taskkd.errors import CacheError, CheckpointError, DataError, RecipeError, ShapeError, TapError, TaskkdError
 from taskkd.face import FaceConfig, FaceModel, build, load, save, wrap
 from taskkd.face.models import check_student, describe, existing
 from tests.face.test_backbones import TOYS
@@ -248,3 +249,23 @@ def test_existing_says_of_what_it_was_built(tmp_path: Path) -> None:
     save(build(TOYS["ir"]), tmp_path)
     model = existing(FaceConfig(model=str(tmp_path)))
     assert model.built is not None and model.built.layout == "ir"
+
+
+def test_a_cache_knows_how_images_are_shown(tmp_path: Path) -> None:
+    """No weight tells the order of channels: the commonest mistake of all must not read another's embeddings."""
+
+    def cached(**options: Any) -> Cached:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.Flatten(), nn.Linear(4 * 7 * 7, 8))
+        found = Cached(FaceModel(network, size=16, **options), tmp_path / "cache")
+        found.attach(["out.embeddings"])
+        return found
+
+    batch = {"images": torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8), "id": torch.tensor([0, 2])}
+    first = cached()
+    first.build([batch], total=2, announce=lambda _: None)
+    first.close()
+    assert cached()(batch)["out.embeddings"].shape == (2, 8)
+    for options in ({"channels": "bgr"}, {"mean": 0.4}, {"std": [0.5, 0.5, 0.4]}):
+        with pytest.raises(CacheError, match="it was built with another weights"):
+            cached(**options)

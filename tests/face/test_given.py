@@ -199,6 +199,9 @@ def test_a_teacher_with_centres_of_these_people_hands_them_on(
     distill(student, teacher, data / "train", data / "test", method="proxyless", folder="other")
     assert "class centres: means of the teacher's embeddings of 60 images" in caplog.text
     assert len(teacher.centres) == 12  # the caller's
+    teacher.centres = None
+    distill(student, teacher, data / "train", data / "test", method="proxyless", folder="means")
+    assert teacher.centres is None  # those of a run are of its people: the caller's next data may be of as many others
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,11 @@ from taskkd import plans, recipes, reports, runs
 from taskkd.__main__ import main
 from taskkd.errors import DataError, RecipeError
 from taskkd.face import FaceModel, models
+from taskkd.face.readers import read_folder
+from taskkd.face.records import image_of
+from taskkd.face.task import TASK, class_means
 from tests.face import people
+from tests.face.files import folder_of, labelled, rec_of
 
 #: every forward pass: whose network (a teacher is wider), and whether it was in training mode
 Passes = list[tuple[FaceModel, bool]]
@@ -207,6 +211,8 @@ def test_a_student_is_evaluated_on_its_own_and_on_other_data(whole: tuple[runs.R
         (data / "test" / "pairs.txt").unlink()
     with pytest.raises(DataError, match=r"nowhere\.bin: no such file"):
         runs.evaluate(folder, "nowhere.bin")
+    with pytest.raises(DataError, match="nowhere: no such file or folder"):
+        runs.evaluate(folder, "nowhere")
     with pytest.raises(DataError, match=r"x\.json: pairs are read from \.bin"):
         runs.evaluate(folder, "x.json")
 
@@ -374,6 +380,10 @@ def test_check_says_what_would_be_done(recipe: Path) -> None:
     assert task.name == "task" and term.gradient_norm > 0
     plan = plans.check(recipes.load_recipe(recipe, ["method={name: proxyless}"]))
     assert plan.stages["distil"].terms
+    assert any("no class centres yet" in note for note in plan.warnings)
+    # The last, half empty batch of an epoch is dropped.
+    plan = plans.check(recipes.load_recipe(recipe, ["training.batch_size=32"]))
+    assert dict(plan.summary)["distillation"] == "1 epochs at 0.1; 2 steps an epoch, batch 32"
 
 
 @pytest.fixture
@@ -406,3 +416,41 @@ def test_one_command_with_names_and_a_folder(
     assert (code, out) == (0, f"similarity\t1.0000\t{one} | {one}\n"), err
     code, out, err = taskkd("check", "face", "teacher=iresnet50", "student=mobilefacnet", f"data={data}")
     assert code != 0 and "did you mean 'mobilefacenet'" in err
+
+
+def test_held_out_labels_of_a_rec_file_leave_the_others_their_rows(tmp_path: Path) -> None:
+    """A classifier of all labels serves a part of them: people held out are no reason to leave it."""
+    pictures = people.images(12, 4)
+    images = [labelled([float(who), 0.0], people.encoded(p)) for who, own in enumerate(pictures) for p in own]
+    ranges = [labelled([4.0 * who + 1, 4.0 * who + 5]) for who in range(12)]
+    rec_of(tmp_path / "rec", [labelled([len(images) + 1.0, len(images) + 13.0]), *images, *ranges])
+    teacher = models.build(people.LARGE)
+    config: dict[str, Any] = {
+        "task": "face", "schema": 1, "data": {"recordio": {"train": str(tmp_path / "rec")}, "folds": 2},
+        "teacher": {"model": str(tmp_path / "t")}, "student": people.NET,
+    }  # fmt: skip
+    for count, kept in ((12, True), (40, False)):  # of these labels; of another data set's
+        teacher.centres = torch.randn(count, 8)
+        models.save(teacher, tmp_path / "t")
+        recipe: Any = recipes.validate(config, "test")
+        data = TASK.load(recipe)
+        assert len(data.identities) < 12
+        found = TASK.teacher(recipe, data).centres
+        assert (found is not None) == kept
+        if kept:
+            torch.testing.assert_close(found, teacher.centres[[int(name) for name in data.identities]])
+
+
+def test_class_means_are_worked_out_once(tmp_path: Path, distilled: Callable[..., runs.Result]) -> None:
+    distilled("method={name: proxyless}")
+    kept = tmp_path / "run" / "teacher" / "centres.safetensors"
+    assert load_file(kept)["centres"].shape == (10, 8)
+    faces = read_folder(folder_of(tmp_path / "few", {"a": 2, "b": 1, "c": 3}), size=16)
+    teacher = models.build(people.LARGE)
+    batch = torch.stack([image_of(faces, n) for n in range(6)])
+    teacher.eval()
+    both = (teacher(batch)["embeddings"] + teacher(batch.flip(-1))["embeddings"]).detach()
+    wanted = torch.stack([both[:2].sum(0), both[2:3].sum(0), both[3:].sum(0)])
+    found = class_means(teacher.train(), faces)
+    torch.testing.assert_close(found, torch.nn.functional.normalize(wanted), atol=1e-5, rtol=1e-4)
+    assert teacher.training

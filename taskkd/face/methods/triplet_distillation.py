@@ -134,9 +134,10 @@ def triplet_distillation(
 ) -> Method:
     """A triplet loss on the student's embeddings with the teacher's margins, to fine-tune a trained student.
 
-    Source: see `triplet_margin_loss`. They train with it alone, learning rate 1e-3, on bags of 7200 faces, 18 of each
-    identity, from which they choose triplets; here triplets are those of a batch, which should hold several faces of
-    each identity (`IdentityBalanced`). Embeddings may differ in size.
+    Source: Feng, Wang, Hu 2019, "Triplet Distillation for Deep Face Recognition". Svitov & Alyamkin train
+    with it alone, learning rate 1e-3, on bags of 7200 faces, 18 of each identity, from which they choose triplets; here
+    triplets are those of a batch, which should hold several faces of each identity (`IdentityBalanced`). Embeddings may
+    differ in size.
 
     Args:
         student, teacher: face models.
