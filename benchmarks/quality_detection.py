@@ -59,7 +59,7 @@ ROWS = {
     "gid": Row("GID (Dai 2021)", {"name": "gid"}, {"method.feature_weight": [5e-4, 5e-3]}),
     "gdetkd": Row("G-DetKD (Yao 2021)", {"name": "gdetkd"}, {"method.contrast_weight": [0.01, 0.1]}),
     "fgfi": Row("FGFI (Wang 2019)", {"name": "fgfi"}, {"method.weight": [0.01, 0.1, 1.0]}),
-    "fgd": Row("FGD (Yang 2022)", {"name": "fgd"}, {"method.weight": [1.0, 10.0]}),
+    "fgd": Row("FGD (Yang 2022)", {"name": "fgd"}, {"method.weight": [0.01, 0.03, 0.1, 0.3]}),
     "pearson_kd": Row("PKD (Cao 2022)", {"name": "pearson_kd"}, {"method.weight": [2.0, 6.0, 18.0]}),
     "channel_wise": Row("CWD (Shu 2021)", {"name": "channel_wise"}, {"method.weight": [1.0, 3.0, 10.0]}),
 }
@@ -115,6 +115,7 @@ class Nuclei(DetectionTable):
     finetune: Mapping[str, Any] = {"epochs": 4, "learning_rate": 1e-3, "batch_size": 8}
     training = schedule(2, 4e-3)
     rates = (2e-3, 4e-3, 8e-3)
+    found: Mapping[str, Mapping[str, Any]] = {"fgd": {"method.weight": 0.01}}
 
     def write(self, source: Path) -> None:
         write_nuclei(source, self.images)

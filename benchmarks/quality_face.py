@@ -42,10 +42,10 @@ ROWS = {
     "proxyless": Row("ProxylessKD (Shi 2020)", {"name": "proxyless", "s": 32.0, "m": 0.3}, RATES),
     "ada_distill": Row("AdaDistill (Boutros 2024)", {"name": "ada_distill", "s": 32.0, "m": 0.3}, RATES),
     "margin": Row("MarginDistillation (Svitov 2020)", {"name": "margin_distillation", "s": 32.0}),
-    "angular": Row("angular distillation", {"name": "angular_distillation"}),
-    "triplet": Row("triplet distillation", {"name": "triplet_distillation"}),
+    "angular": Row("angular distillation", {"name": "angular_distillation"}, RATES),
+    "triplet": Row("triplet distillation", {"name": "triplet_distillation"}, RATES),
     "similarity": Row("similarity preserving (Tung 2019)", {"name": "relational", "kind": "similarity"}, RATES),
-    "rkd": Row("RKD (Park 2019)", {"name": "relational", "kind": "rkd"}),
+    "rkd": Row("RKD (Park 2019)", {"name": "relational", "kind": "rkd"}, RATES),
     "alone-balanced": Row("student alone, EKD's batches", None, changes=BALANCED),
     "ekd": Row("EKD (Huang 2022), against that", {"name": "ekd"}, changes=BALANCED, against="alone-balanced"),
     "ec_kd": Row("EC-KD (Wang 2020, our reading)", {"name": "ec_kd"}),
@@ -142,8 +142,9 @@ class HardFaces(Drawn):
         "ddl10": Row("DDL, weights times 10", ddl(10.0)),
         "ddl10-joined": Row("DDL, weights times 10, easy branch not detached", ddl(10.0, detach=False)),
     }
-    training: Mapping[str, Any] = {"epochs": 8, "learning_rate": 0.02, "batch_size": 192}
-    rates = (0.01, 0.02, 0.05)
+    networks = (Drawn.networks[1],) * 2
+    training: Mapping[str, Any] = {"epochs": 8, "learning_rate": 0.05, "batch_size": 192}
+    rates = (0.025, 0.05, 0.1, 0.2)
 
     @property
     def start(self) -> Path:

@@ -225,8 +225,7 @@ def _teacher(session: Session) -> nn.Module:
     if value <= chance + 0.01:
         raise RecipeError(
             f"the teacher's {name} on validation is {value:.3f}, no better than chance ({chance:.3f}): it is not "
-            "trained for this task. Fine-tune it first (`teacher: {finetune: {}}`), or check the label names and "
-            "their order."
+            f"trained for this task. Fine-tune it first (`teacher: {{finetune: {{}}}}`), or check {task.at_chance}."
         )
     source = str(session.folder / "teacher" / "model") if finetune is not None else None
     teacher: nn.Module = task.teacher(recipe, data, source).eval()

@@ -28,6 +28,8 @@ class VisionTask:
     term: Any = Match
     #: in which order samples are drawn
     sampling = "random"
+    #: what is to be checked of a trained teacher that is no better than chance
+    at_chance = "the names of the classes and their order"
 
     def has_labels(self, data: Any) -> bool:
         """Whether a student can be trained without a teacher."""

@@ -68,7 +68,8 @@ def test_rows_of_the_table_of_orl_are_recipes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "times"), [("drawn", 7), ("orl", 7)])
 def test_the_student_is_several_times_smaller_than_the_teacher(kind: str, times: float, tmp_path: Path) -> None:
-    large, small = map(table.parameters, table.TABLES[kind](seeds=[0], out=tmp_path).networks)
+    own = table.TABLES[kind](seeds=[0], out=tmp_path)
+    large, small = map(own.parameters, own.networks)
     assert large >= times * small
 
 

@@ -47,6 +47,7 @@ class FaceTask(VisionTask):
     default_method = "embedding_mimic"
     #: a last batch may have one image, which batch normalisation of embeddings cannot do with
     drop_last = True
+    at_chance = "the order of its channels (`channels: bgr`?) and that the crops are aligned as it was trained on"
 
     # ---- data
 

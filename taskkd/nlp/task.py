@@ -137,6 +137,8 @@ class NlpTask:
     """The glue between recipes and this package."""
 
     name = "nlp"
+    #: what is to be checked of a trained teacher that is no better than chance
+    at_chance = "the label names and their order"
     recipe = NlpRecipe
     methods = METHODS
     #: the key of a recipe that `by_task` goes by, and what it may say
