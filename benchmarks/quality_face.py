@@ -29,11 +29,13 @@ from taskkd.runs import run_recipe
 __all__ = ["TABLES", "Drawn", "Orl", "main"]
 
 #: half of the 128 images at random, half of 16 people: half as many epochs are as many steps
-BALANCED = {
+BALANCED: dict[str, Any] = {
     "data.batches": {"kind": "balanced", "general": 64, "identities": 16, "images": 4},
     "training.epochs": 4,
     "baseline.epochs": 4,
 }
+#: of rows whose term is small beside ArcFace, which does badly at the rate of the others: that of the student alone
+GENTLE = {"training.learning_rate": 0.025}
 RATES = {"training.learning_rate": [0.0125, 0.025, 0.05, 0.1]}
 ROWS = {
     "mimic": Row("cosine mimic beside ArcFace", {"name": "embedding_mimic"}, RATES),
@@ -47,8 +49,10 @@ ROWS = {
     "similarity": Row("similarity preserving (Tung 2019)", {"name": "relational", "kind": "similarity"}, RATES),
     "rkd": Row("RKD (Park 2019)", {"name": "relational", "kind": "rkd"}, RATES),
     "alone-balanced": Row("student alone, EKD's batches", None, changes=BALANCED),
-    "ekd": Row("EKD (Huang 2022), against that", {"name": "ekd"}, changes=BALANCED, against="alone-balanced"),
-    "ec_kd": Row("EC-KD (Wang 2020, our reading)", {"name": "ec_kd"}),
+    "ekd": Row(
+        "EKD (Huang 2022), against that", {"name": "ekd"}, changes={**BALANCED, **GENTLE}, against="alone-balanced"
+    ),
+    "ec_kd": Row("EC-KD (Wang 2020, our reading)", {"name": "ec_kd"}, changes=GENTLE),
 }
 
 
