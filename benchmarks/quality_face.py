@@ -99,6 +99,11 @@ class Drawn(FaceTable):
     finetune: Mapping[str, Any] = {"epochs": 12, "learning_rate": 0.1, "batch_size": 128}
     training: Mapping[str, Any] = {"epochs": 8, "learning_rate": 0.1, "batch_size": 128}
     rates: Sequence[float] = (0.00625, 0.0125, 0.025, 0.05)
+    found: Mapping[str, Mapping[str, Any]] = {
+        "angular": {"training.learning_rate": 0.025},
+        "similarity": {"training.learning_rate": 0.05},
+        "rkd": {"training.learning_rate": 0.05},
+    }
 
 
 class Orl(FaceTable):
