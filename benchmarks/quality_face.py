@@ -154,6 +154,7 @@ class HardFaces(Drawn):
     networks = (Drawn.networks[1],) * 2
     training: Mapping[str, Any] = {"epochs": 8, "learning_rate": 0.05, "batch_size": 192}
     rates = (0.025, 0.05, 0.1, 0.2)
+    found: Mapping[str, Mapping[str, Any]] = {}
 
     @property
     def start(self) -> Path:
