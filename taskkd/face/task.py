@@ -43,7 +43,7 @@ class FaceTask(VisionTask):
     name = "face"
     recipe = FaceRecipe
     methods = METHODS
-    #: gained most on real and drawn faces (docs/results.md)
+    #: gains on drawn faces with labels and without, and needs no classifier of the teacher (docs/results.md)
     default_method = "embedding_mimic"
     #: a last batch may have one image, which batch normalisation of embeddings cannot do with
     drop_last = True
