@@ -52,6 +52,8 @@ ROWS = {
     "ekd": Row(
         "EKD (Huang 2022), against that", {"name": "ekd"}, changes={**BALANCED, **GENTLE}, against="alone-balanced"
     ),
+    "grouped": Row("GKD (AAAI 2023, our reading)", {"name": "grouped", "s": 32.0}, RATES),
+    "siamese": Row("attention for Siamese networks (after Geng 2020)", {"name": "siamese_attention"}, RATES),
     "ec_kd": Row("EC-KD (Wang 2020, our reading)", {"name": "ec_kd"}, changes=GENTLE),
 }
 
