@@ -105,6 +105,8 @@ class Drawn(FaceTable):
         "angular": {"training.learning_rate": 0.025},
         "similarity": {"training.learning_rate": 0.05},
         "rkd": {"training.learning_rate": 0.05},
+        "grouped": {"training.learning_rate": 0.05},
+        "siamese": {"training.learning_rate": 0.05},
     }
 
 
