@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from taskkd.checkpoints import hand_on, save_state
 from taskkd.errors import RecipeError
 from taskkd.progress import ProgressBar
 from taskkd.schema import Training
-from taskkd.signals import SignalStop
+from taskkd.signals import Budget, SignalStop
 from taskkd.stages import Method, Stage
 from taskkd.teachers import Teacher
 from taskkd.trainer import Trainer
@@ -157,6 +157,7 @@ class Session:
     folder: Path
     record: Record
     say: Say
+    budget: Budget = field(default_factory=Budget)
 
     @property
     def metric(self) -> str:
@@ -197,6 +198,7 @@ class Session:
         """
 
         def work() -> dict[str, Any]:
+            self.budget.check()
             folder, metric = self.folder / step, f"eval_{self.metric}"
             judged = stage.keep == "best"
             if training.dropout is not None:
@@ -224,7 +226,7 @@ class Session:
                 eval_dataset=self.data.validation,
                 processing_class=self.data.processing,
                 data_collator=self.data.full_length_collator if full_length else self.data.collator,
-                callbacks=[SignalStop(), bar],
+                callbacks=[SignalStop(self.budget), bar],
             )
             trainer.remove_callback(transformers.PrinterCallback)
             if adapters is not None:
@@ -250,6 +252,23 @@ class Session:
         result: dict[str, Any] = self.record.step(step, work)
         return result
 
+    def complete(self, student: nn.Module, stage: Stage, teacher: Teacher, train: Any) -> None:
+        """Build what is missing of a teacher's cache, as `fit` would before it trains."""
+        self.budget.check()
+        trainer = Trainer(
+            student,
+            teacher=teacher,
+            method=Method(stage.name, [stage]),
+            task_loss=self.task.loss(self.recipe, student, self.recipe.seeds[0]),
+            args=training_arguments(self.folder, self.recipe.training, 0, None, self.task.sampling),
+            train_dataset=train,
+            processing_class=self.data.processing,
+            data_collator=self.data.collator,
+            callbacks=[SignalStop(self.budget)],
+        )
+        trainer.complete_cache()
+        trainer.distiller.close()
+
     def evaluated(self, model: nn.Module, table: Any) -> dict[str, float]:
         """The metrics of a model on a table."""
         trainer = Trainer(
@@ -266,6 +285,7 @@ class Session:
         """The metrics of a finished model on the test sets, worked out once."""
 
         def work() -> dict[str, float]:
+            self.budget.check()
             trained = model()
             found = self.evaluated(trained, self.data.test)
             for name, table in self.data.further_tests.items():
