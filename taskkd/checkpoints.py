@@ -26,7 +26,17 @@ from taskkd.caches import file_sha256
 from taskkd.distiller import Distiller
 from taskkd.errors import CheckpointError
 
-__all__ = ["is_sharded", "load_state", "load_student", "newest_checkpoint", "save_state", "save_student", "seal", "staged", "verify"]
+__all__ = [
+    "is_sharded",
+    "load_state",
+    "load_student",
+    "newest_checkpoint",
+    "save_state",
+    "save_student",
+    "seal",
+    "staged",
+    "verify",
+]
 
 MANIFEST = "manifest.json"
 STATE = "taskkd_state.safetensors"

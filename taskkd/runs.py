@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -151,6 +152,11 @@ def run_recipe(
 @contextlib.contextmanager
 def _opened(recipe: Any, folder: Path, say: Say, *, restart: bool = False, task: Any = None) -> Iterator[Session]:
     """The session of a run whose folder is this process's own, with its data; its time runs from here."""
+    if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise RecipeError(
+            f"a recipe is run by one process, and this is one of {ranks}: start it without torchrun, or train on "
+            "several with `kd.Trainer` in a script of your own (docs/clusters.md)."
+        )
     transformers.utils.logging.disable_progress_bar()  # one bar a training is enough
     task = task or recipes.task_named(recipe.task)
     with Budget(recipe.training.wall_time) as budget, locked(folder):
