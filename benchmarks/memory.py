@@ -4,8 +4,8 @@
     python benchmarks/memory.py --samples 10000 100000 --kinds cached
 
 Each process trains one epoch (`kd.Trainer`, batches of 1000, networks of a few hundred weights, six features) and
-prints the largest anonymous memory that it had (`RssAnon`: what cannot be dropped and read again) and the largest resident
-memory (`VmHWM`), which counts the pages of mapped files as well.
+prints the largest anonymous memory that it had (`RssAnon`: what cannot be dropped and read again) and the largest
+resident memory (`VmHWM`), which counts the pages of mapped files as well.
 """
 
 from __future__ import annotations

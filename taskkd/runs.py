@@ -215,10 +215,9 @@ def build_caches(
                 if not isinstance(supplier, Cached):
                     reasons.append(f"stage {stage.name!r} {_why_live(variant, supplier)}")
                 elif supplier.path not in built:
-                    own.complete(student, stage, supplier, own.data.everything)
+                    count = own.complete(student, stage, supplier, own.data.everything)
                     built[supplier.path] = size = sum(f.stat().st_size for f in supplier.path.rglob("*") if f.is_file())
-                    say(f"cache of {name}, {stage.name}: {len(supplier):,} samples, {human(size)} in {supplier.path}")
-                    supplier.close()
+                    say(f"cache of {name}, {stage.name}: {count:,} samples, {human(size)} in {supplier.path}")
         if not built:
             raise RecipeError(f"{recipe.name}: there is nothing to cache: {'; '.join(dict.fromkeys(reasons))}.")
         for reason in dict.fromkeys(reasons):

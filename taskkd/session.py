@@ -18,6 +18,7 @@ import transformers
 from torch import nn
 
 from taskkd.augmentation import Augmented
+from taskkd.caches import Cached
 from taskkd.checkpoints import hand_on, save_state
 from taskkd.errors import RecipeError
 from taskkd.progress import ProgressBar
@@ -252,8 +253,8 @@ class Session:
         result: dict[str, Any] = self.record.step(step, work)
         return result
 
-    def complete(self, student: nn.Module, stage: Stage, teacher: Teacher, train: Any) -> None:
-        """Build what is missing of a teacher's cache, as `fit` would before it trains."""
+    def complete(self, student: nn.Module, stage: Stage, teacher: Cached, train: Any) -> int:
+        """Build what is missing of a teacher's cache, as `fit` would before it trains; the number of its samples."""
         self.budget.check()
         trainer = Trainer(
             student,
@@ -267,7 +268,9 @@ class Session:
             callbacks=[SignalStop(self.budget)],
         )
         trainer.complete_cache()
-        trainer.distiller.close()
+        count = len(teacher)
+        trainer.distiller.close()  # and with it the cache
+        return count
 
     def evaluated(self, model: nn.Module, table: Any) -> dict[str, float]:
         """The metrics of a model on a table."""

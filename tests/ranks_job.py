@@ -526,19 +526,19 @@ def fsdp(folder: Path) -> None:
     }
     engine = {"fsdp": True, "fsdp_config": {**spread, "state_dict_type": "FULL_STATE_DICT"}} if WORLD > 1 else {}
     options = {**COMMON, **engine, "optim": "adamw_torch", "learning_rate": 0.01, "num_train_epochs": 2}
-    arguments(folder / "run", **options)._setup_devices  # noqa: B018
-    if WORLD > 1:
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    logged = {"logging_strategy": "steps", "logging_steps": 1, "save_strategy": "epoch"}
     for callbacks in ([StopAfter(4)], []):
-        trainer = text_trainer(
-            folder / f"run-{WORLD}",
-            student=bert(0).double(),
+        args = arguments(folder / f"run-{WORLD}", **options, **logged)
+        args._setup_devices  # noqa: B018
+        if WORLD > 1:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        trainer = kd.Trainer(
+            bert(0).double(),
             teacher=bert(1, width=32).double(),
+            terms=[logits_term(), hidden_term()],
+            args=args,
+            train_dataset=Sentences(24),
             callbacks=callbacks,
-            logging_strategy="steps",
-            logging_steps=1,
-            save_strategy="epoch",
-            **options,
         )
         trainer.train(resume_from_checkpoint=True)
     loaded = torch.tensor([log["loss"] for log in trainer.state.log_history if "loss" in log])
