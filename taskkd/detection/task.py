@@ -33,7 +33,7 @@ from taskkd.detection.voc import read_voc
 from taskkd.errors import DataError
 from taskkd.images import decode, in_file
 from taskkd.splits import shared_images, shares_of
-from taskkd.tasks import VisionTask
+from taskkd.tasks import Task
 from taskkd.teachers import Teacher
 
 __all__ = ["TASK", "DetectionData", "DetectionTask"]
@@ -110,7 +110,7 @@ class DetectionData:
         return f"{'; '.join(shown)}; {len(self.classes)} classes ({names})"
 
 
-class DetectionTask(VisionTask):
+class DetectionTask(Task):
     """The glue between recipes and this package."""
 
     name = "detection"

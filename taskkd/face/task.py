@@ -29,7 +29,7 @@ from taskkd.face.schema import FaceRecipe
 from taskkd.images import decode, in_file
 from taskkd.session import training_arguments
 from taskkd.stages import Method
-from taskkd.tasks import VisionTask
+from taskkd.tasks import Task
 
 __all__ = ["TASK", "FaceTask", "embedded"]
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 SIDE = 112
 
 
-class FaceTask(VisionTask):
+class FaceTask(Task):
     """The glue between recipes and this package."""
 
     name = "face"

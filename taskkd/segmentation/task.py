@@ -27,7 +27,7 @@ from taskkd.segmentation.records import Annotations, Bad
 from taskkd.segmentation.schema import Part, SegmentationRecipe, Source
 from taskkd.segmentation.segmenter import Segmenter
 from taskkd.segmentation.terms import MapTerm
-from taskkd.tasks import VisionTask
+from taskkd.tasks import Task
 from taskkd.terms import Term
 
 __all__ = ["TASK", "SegmentationTask", "read_path"]
@@ -45,7 +45,7 @@ LAYOUTS = {
 }
 
 
-class SegmentationTask(VisionTask):
+class SegmentationTask(Task):
     """The glue between recipes and this package."""
 
     name = "segmentation"

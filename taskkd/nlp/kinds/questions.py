@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from taskkd.errors import DataError
-from taskkd.nlp import data, heads, models
+from taskkd.nlp import heads, models
 from taskkd.nlp.answers import Answers, squad_questions
 from taskkd.nlp.collation import Collator
-from taskkd.nlp.data import Reader, Row
 from taskkd.nlp.kinds.base import Encoding, Prediction, Table
+from taskkd.nlp.text import Reader, Row, as_table, text_row
 
 __all__ = ["QUESTION_ANSWERING", "QuestionKind", "span_loss"]
 
@@ -63,7 +63,7 @@ class QuestionKind:
         """
         if isinstance(text, str):
             raise DataError(f"{where}: question answering takes two columns, question and context; got {text!r}.")
-        own = data.text_row(entry, text, label, where)
+        own = text_row(entry, text, label, where)
         answers = None if own.label is None else _answers(own.label, str(label), where)
         for answer, start in answers or ():
             found = (own.pair or "")[start : start + len(answer)]
@@ -104,7 +104,7 @@ class QuestionKind:
             raise DataError("there are no rows to tokenize.")
         self._check(rows, tokenizer, encoding)
         chunks = [range(i, min(i + CHUNK, len(rows))) for i in range(0, len(rows), CHUNK)]
-        return data.as_table(
+        return as_table(
             (
                 _windows([rows[i] for i in chunk], tokenizer, encoding, None if training else first_id + chunk.start)
                 for chunk in chunks
