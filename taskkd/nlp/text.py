@@ -29,6 +29,7 @@ __all__ = [
     "columns_of",
     "holdout",
     "hub_rows",
+    "in_chunks",
     "joined",
     "read_rows",
     "sentiment_rows",
@@ -371,6 +372,17 @@ def tokenized(
     columns["labels"] = [encode_label(r, names) for r in rows]
     columns["id"] = list(range(first_id, first_id + len(rows)))
     return datasets.Dataset.from_dict(columns)
+
+
+def in_chunks(rows: Sequence[Row], size: int = 1000) -> list[Sequence[Row]]:
+    """Rows in pieces that are tokenized together.
+
+    Raises:
+        DataError: there are none.
+    """
+    if not rows:
+        raise DataError("there are no rows to tokenize.")
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 #: columns of tokens whose numbers are small, or fit four bytes
