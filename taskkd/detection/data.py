@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from taskkd.detection.tiles import split, tiles
 from taskkd.detection.transforms import build
 from taskkd.detection.trees import tree_crowns
 from taskkd.detection.voc import read_voc
-from taskkd.splits import shared_images, shares_of
+from taskkd.splits import held_out, limited, shared_images
 
 __all__ = ["DetectionData", "load"]
 
@@ -118,21 +119,14 @@ def load(config: Data) -> DetectionData:
 def _divided(config: Data) -> dict[str, Annotations]:
     """The three parts; what is missing of validation and test is held out from train."""
     given = _parts(config)
-    train = given["train"]
     if config.tiles is not None and config.sample is None:
         given = {name: part and _tiled(part, config, name) for name, part in given.items()}
-        train = given["train"]
+    train = given.pop("train")
     assert train is not None
+    cut = partial(split, seed=config.split_seed)
     sizes = {"validation": config.validation_size, "test": config.test_size}
-    missing = [name for name in sizes if given[name] is None]
-    if missing:
-        shares = shares_of({name: sizes[name] for name in missing}, len(train))
-        train, *held = split(train, shares, seed=config.split_seed)
-        given |= dict(zip(missing, held, strict=True))
-    if config.train_size is not None and config.train_size < len(train):
-        share = config.train_size / len(train)
-        train = split(train, [share, 1 - share], seed=config.split_seed)[0]
-    return {"train": train} | {name: part for name, part in given.items() if name != "train" and part is not None}
+    train, others = held_out(train, given, sizes, cut, len(train))
+    return {"train": limited(train, config.train_size, len(train), cut), **others}
 
 
 def _tiled(part: Annotations, config: Data, name: str) -> Annotations:

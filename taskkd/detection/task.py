@@ -22,8 +22,7 @@ from taskkd.detection.metrics import CocoMetric, VocMetric
 from taskkd.detection.readers import read
 from taskkd.detection.schema import Data, DetectionRecipe
 from taskkd.detection.teacher import DetectorTeacher
-from taskkd.errors import DataError
-from taskkd.images import decode, in_file
+from taskkd.images import decode, named_file
 from taskkd.tasks import Task
 from taskkd.teachers import Teacher
 
@@ -141,9 +140,7 @@ class DetectionTask(Task):
         """(class, score, "file x0 y0 x1 y1") of each box with a score of 0.5 or more, in each image file."""
         names = models.class_names(student)
         for path in inputs:
-            if not Path(path).is_file():
-                raise DataError(f"{path}: no such file; detectors predict on image files.")
-            image = decode(in_file(Path(path)), 0).float() / 255
+            image = decode(named_file(path, "detectors predict on image files"), 0).float() / 255
             with torch.no_grad():
                 (found,) = student([image])
             if not (found["scores"] >= 0.5).any():
