@@ -27,7 +27,7 @@ test: .venv/.installed
 test-all: .venv/.installed
 	$(BIN)/python -m pytest -m 'slow or not slow'
 
-# Which lines no fast test runs. It takes about twice as long as `make test`.
+# Which lines and branches no fast test runs; what tests start as processes of their own counts.
 coverage: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term
 
