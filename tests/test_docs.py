@@ -46,4 +46,4 @@ def test_the_numbers_of_the_concepts_are_right() -> None:
     names: dict[str, Any] = {}
     exec(compile(block, "concepts.md", "exec"), names)  # it asserts the sum itself
     assert set(names["out"]) == {"loss", "task", "logits", "body"}
-    assert names["weights"] == pytest.approx({"logits": 0.9, "body": 0.2})
+    assert names["weights"] == pytest.approx({"task": 0.1, "logits": 0.9, "body": 0.2})
