@@ -35,6 +35,7 @@ from taskkd.checkpoints import (
 )
 from taskkd.distiller import Distiller, TaskLoss
 from taskkd.errors import CacheError, CheckpointError, NonFiniteError, TaskkdError
+from taskkd.files import writing
 from taskkd.preparation import Preparation
 from taskkd.signals import Interrupted, SignalStop
 from taskkd.stages import Method, Stage, training_only
@@ -564,11 +565,26 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             save_student(self.distiller.student, Path(output_dir or self.args.output_dir), processing)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the engine's, but written beside, sealed by a manifest, and renamed."""
+        """As the engine's, but written beside, sealed by a manifest, and renamed.
+
+        Raises:
+            CheckpointError: it cannot be written; those before are as they were.
+        """
         self.store_flos()
         run = Path(self._get_output_dir(trial))
         final = run / f"checkpoint-{self.state.global_step}"
         staging = final.with_name(final.name + ".tmp")
+        try:
+            with writing(f"checkpoint {final}"):
+                self._write_checkpoint(run, staging, final)
+        except CheckpointError:
+            shutil.rmtree(staging, ignore_errors=True)  # gives the space back
+            raise
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final / STUDENT))
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, run: Path, staging: Path, final: Path) -> None:
         if self.args.should_save:
             # What a killed save left behind would count as a checkpoint when the oldest are deleted.
             for left in (*run.glob("checkpoint-*.tmp"), *run.glob("checkpoint-*.old")):
@@ -603,9 +619,6 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=False,
             )
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final / STUDENT))
-        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
