@@ -48,6 +48,8 @@ def writing(what: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not any(w in str(error) for w in ("PytorchStreamWriter", "inline_cont")):
             raise
         why = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+        if isinstance(error, RuntimeError):
+            why = f"an archive broke off, as on a full disk ({why})"
         raise CheckpointError(f"{what} cannot be written: {why.rstrip('.')}.") from error
 
 

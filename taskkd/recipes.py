@@ -10,6 +10,7 @@ import copy
 import importlib
 import inspect
 import io
+import itertools
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
@@ -33,7 +34,7 @@ TASKS = {
     "segmentation": "taskkd.segmentation.task",
 }
 #: what a file may hold: aliases let a few lines stand for billions of values
-MOST_CHARACTERS, MOST_VALUES = 1_000_000, 100_000
+MOST_CHARACTERS, MOST_VALUES, MOST_BRACKETS = 1_000_000, 100_000, 100
 PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null")
 
 # ---- reading
@@ -142,7 +143,8 @@ def _settled(
     if data.get("by_task"):
         task = task_named(wanted.get("task"), title)
         _check_by_task(data["by_task"], base, task, title, lines)
-        changes = data["by_task"].get(_get_key(wanted, task.task_key)) or {}
+        own = _get_key(wanted, task.task_key)
+        changes = (data["by_task"].get(own) if isinstance(own, str) else None) or {}
     for key in (*changes, *overrides):
         lines.pop(tuple(key.split(".")), None)
     return _changed(_changed(base, changes), overrides)
@@ -188,7 +190,7 @@ def task_named(name: Any, title: str = "recipe") -> Any:
     Raises:
         RecipeError: there is no such task.
     """
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         raise RecipeError(f"{title}: task {name!r} is not known{nearest(str(name), TASKS)}; tasks: {', '.join(TASKS)}.")
     return importlib.import_module(TASKS[name]).TASK
 
@@ -272,6 +274,9 @@ def _parse(text: str, title: str) -> tuple[dict[str, Any], dict[tuple[Any, ...],
 
     if len(text) > MOST_CHARACTERS:
         raise RecipeError(f"{title}: {len(text):,} characters; a recipe has at most {MOST_CHARACTERS:,}.")
+    depths = itertools.accumulate((c in "[{") - (c in "]}") for c in text)
+    if max(depths, default=0) > MOST_BRACKETS:
+        raise RecipeError(f"{title}: more than {MOST_BRACKETS} brackets stand within each other.")
     try:
         loaded = YAML(typ="rt", pure=True).load(text)
     except MarkedYAMLError as error:

@@ -19,6 +19,8 @@ __all__ = ["coco_results", "parse_coco", "read_coco"]
 
 #: bytes, and times: images hardly shrink, annotations by some tens
 BOMB, RATIO = 1 << 26, 200
+#: sides of images are below
+LARGEST = 1 << 31
 KEYS = ("images", "annotations", "categories")
 
 
@@ -185,7 +187,9 @@ def _image(entry: Any, number: int, where: str) -> tuple[int, str]:
 
 def _size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
     height, width = entry.get("height"), entry.get("width")
-    return (height, width) if type(height) is int and type(width) is int and height > 0 and width > 0 else None
+    if not isinstance(height, int) or not isinstance(width, int):
+        return None
+    return (height, width) if 0 < height < LARGEST and 0 < width < LARGEST else None
 
 
 def _categories(
@@ -206,7 +210,8 @@ def _categories(
     # Some tools write a group of classes as a category of the same name, that no box is of: names decide.
     names = list(classes) if classes is not None else list(dict.fromkeys(found[i] for i in sorted(found)))
     labels = {i: label_of(found[i], names, where) for i in sorted(found)}
-    used = Counter(a.get("category_id") for a in content["annotations"] if isinstance(a, Mapping))
+    named = (a.get("category_id") for a in content["annotations"] if isinstance(a, Mapping))
+    used = Counter(i for i in named if type(i) is int)
     ids = {label: max((i for i in labels if labels[i] == label), key=lambda i: used[i]) for label in labels.values()}
     return labels, names, [ids.get(label, -1) for label in range(1, len(names) + 1)]
 
