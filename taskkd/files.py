@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from safetensors import SafetensorError
 
 from taskkd.errors import CheckpointError, DataError
 
-__all__ = ["fsync", "inside", "listed", "write_whole", "writing"]
+__all__ = ["UNREADABLE", "fsync", "inside", "listed", "write_whole", "writing"]
+
+#: what libraries raise of a file of weights that is damaged, or would have to be executed
+UNREADABLE = (OSError, ValueError, LookupError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError)
 
 
 def fsync(path: Path) -> None:
