@@ -30,10 +30,10 @@ from taskkd.face.readers import read_recordio
 from taskkd.face.records import image_of
 from taskkd.images import decode, header_size, in_file
 from taskkd.nlp.answers import squad_questions
-from taskkd.nlp.data import encode_label, read_rows
 from taskkd.nlp.entities import column_sentences
 from taskkd.nlp.kinds.questions import QUESTION_ANSWERING
 from taskkd.nlp.kinds.tokens import TOKEN_CLASSIFICATION
+from taskkd.nlp.text import encode_label, read_rows
 from taskkd.nlp.word_vectors import WordVectors
 from taskkd.segmentation.labels import labels_of
 from taskkd.segmentation.readers import read_folder
