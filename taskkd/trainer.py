@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -317,6 +318,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             resume_from_checkpoint = str(found) if found is not None else None
         elif resume_from_checkpoint:
             verify(Path(resume_from_checkpoint))
+        if resume_from_checkpoint:
+            self._check_batches(Path(resume_from_checkpoint))
         self.complete_cache()
         self.prepare()
         stops = [c for c in self.callback_handler.callbacks if isinstance(c, SignalStop)]
@@ -330,6 +333,25 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             if stop.received is not None:
                 raise Interrupted(128 + stop.received)
         return result
+
+    def _check_batches(self, checkpoint: Path) -> None:
+        """Refuse to go on with other batches than the checkpoint's: what was seen of its epoch would be other samples.
+
+        Raises:
+            CheckpointError: the size of a batch or the number of processes is another.
+        """
+        try:
+            size = json.loads((checkpoint / "trainer_state.json").read_text()).get("train_batch_size")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"checkpoint {checkpoint}: trainer_state.json cannot be read ({error}).") from None
+        ranks = len([*checkpoint.glob("rng_state_*.pth")]) or (1 if (checkpoint / "rng_state.pth").is_file() else None)
+        now = (self._train_batch_size, self.args.world_size)
+        for what, before, own in zip(("batch size", "number of processes"), (size, ranks), now, strict=True):
+            if before not in (None, own):
+                raise CheckpointError(
+                    f"checkpoint {checkpoint} was saved with a {what} of {before}, this training has {own}: go on with "
+                    f"{before}, or begin a new training with the student in {STUDENT}/."
+                )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The engine's optimiser; adapters in a group of their own where they have their own options."""

@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 
 from taskkd import runs, session, trainer
 from taskkd.__main__ import main
-from taskkd.checkpoints import staged
+from taskkd.checkpoints import seal, staged
 from taskkd.errors import CheckpointError
 from taskkd.files import write_whole, writing
+from tests.engine import StopAfter, point_trainer
 from tests.faults import worlds
 
 
@@ -181,6 +182,23 @@ def test_two_runs_in_one_folder(recipe: Path, tmp_path: Path, taskkd: Callable[.
     assert f"another run is at work in {tmp_path / 'run'} (process {os.getpid()} on " in said
     with session.locked(tmp_path / "run"):  # it is free again
         pass
+
+
+# ---- other batches
+
+
+def test_a_training_of_another_batch_size_does_not_go_on(tmp_path: Path) -> None:
+    point_trainer(tmp_path, callbacks=[StopAfter(2)]).train()
+    other = point_trainer(tmp_path, per_device_train_batch_size=8)
+    with pytest.raises(CheckpointError, match="was saved with a batch size of 4, this training has 8"):
+        other.train(resume_from_checkpoint=True)
+    checkpoint = tmp_path / "checkpoint-2"
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    (checkpoint / "rng_state_1.pth").write_bytes(b"")
+    (checkpoint / "manifest.json").unlink()
+    seal(checkpoint)
+    with pytest.raises(CheckpointError, match="a number of processes of 2, this training has 1"):
+        point_trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
 # ---- damaged
