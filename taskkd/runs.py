@@ -25,6 +25,7 @@ from taskkd import recipes
 from taskkd.caches import Cached, human
 from taskkd.checkpoints import save_student, staged
 from taskkd.errors import RecipeError
+from taskkd.files import write_whole
 from taskkd.plans import build_method, look
 from taskkd.session import ADAPTERS, Record, Say, Session, locked, strip, training_arguments
 from taskkd.signals import Budget
@@ -69,7 +70,8 @@ def _claim(folder: Path, text: str) -> None:
                 f"{folder} holds a run of another recipe ({shown}); give another folder (--output-dir), or "
                 "delete it (--restart)."
             )
-    path.write_text(text, encoding="utf-8")
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_whole(path, text)
 
 
 def _as_of_now(path: Path) -> str:
@@ -82,7 +84,7 @@ def _as_of_now(path: Path) -> str:
 
 def _begun(folder: Path) -> bool:
     """Whether anything in a run's folder would be lost."""
-    own = {"run.lock", "recipe.yaml", "run.json"}
+    own = {"run.lock", "recipe.yaml", "recipe.yaml.tmp", "run.json", "run.json.tmp"}
     return any(path.name not in own for path in folder.iterdir()) or bool(Record(folder).finished.keys() - {"inputs"})
 
 
@@ -536,7 +538,7 @@ def distill(
         baseline: whether the student alone is trained as well, for comparison.
         seeds: one run each.
         **data: what else the task's data takes; for nlp `processing_class`, `text`, `label`, `test`, `unlabelled`,
-            `max_length`, `stride`, `no_answer`, `masking`, `mask_share` (see `taskkd.nlp.given.GivenTask`); for
+            `max_length`, `stride`, `no_answer`, `masking`, `mask_share` (see `taskkd.nlp.given.GivenNlp`); for
             detection `test`, `images`, `classes`, `augment`, `metric`, `size`, `bad` (see
             `taskkd.detection.given.GivenDetection`); for segmentation `test`, `classes`, `ignore`, `unlabelled`,
             `augment`, `metric`, `bad` (see `taskkd.segmentation.given.GivenSegmentation`); for face `test`,
