@@ -13,9 +13,15 @@ from taskkd.checkpoints import load_student
 from taskkd.teachers import Frozen, Teacher
 from taskkd.terms import Match, Term
 
-__all__ = ["GivenModels", "VisionTask"]
+__all__ = ["GivenModels", "VisionTask", "groups_of"]
 
 D = TypeVar("D")
+
+
+def groups_of(items: Sequence[D], size: int) -> list[list[D]]:
+    """Items in groups of `size`; a last one that is not full is left out, unless it is the only one."""
+    groups = [list(items[i : i + size]) for i in range(0, len(items), size)]
+    return groups[:-1] if len(groups) > 1 and len(groups[-1]) < size else groups
 
 
 class VisionTask:

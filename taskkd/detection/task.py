@@ -33,7 +33,7 @@ from taskkd.detection.voc import read_voc
 from taskkd.errors import DataError
 from taskkd.images import decode, in_file
 from taskkd.splits import shared_images, shares_of
-from taskkd.tasks import VisionTask
+from taskkd.tasks import VisionTask, groups_of
 from taskkd.teachers import Teacher
 
 __all__ = ["TASK", "DetectionData", "DetectionTask"]
@@ -155,9 +155,10 @@ class DetectionTask(VisionTask):
         classes = models.class_names(student) or None
         return DetectionDataset(read(path, classes=classes, bad=recipe.data.bad), ignored=True)
 
-    def latency_batches(self, data: DetectionData, count: int) -> list[dict[str, Any]]:
-        """Real test images, one by one, as the models' keyword arguments."""
-        return [{"images": [data.test[i]["images"]]} for i in range(min(count, 16, len(data.test)))]
+    def latency_batches(self, data: DetectionData, count: int, size: int = 1) -> list[dict[str, Any]]:
+        """Real test images in batches of `size`, as the models' keyword arguments."""
+        images = [data.test[i]["images"] for i in range(min(count, 16, len(data.test)))]
+        return [{"images": group} for group in groups_of(images, size)]
 
     # ---- models
 

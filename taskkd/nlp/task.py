@@ -28,6 +28,7 @@ from taskkd.nlp.pairs import describe_pair
 from taskkd.nlp.schema import Data, NlpRecipe
 from taskkd.nlp.sentence import SentenceEncoder, load_sentence_encoder
 from taskkd.nlp.splits import read_splits
+from taskkd.tasks import groups_of
 from taskkd.teachers import Frozen, Teacher
 from taskkd.terms import Match, Term
 
@@ -348,11 +349,20 @@ class NlpTask:
             metrics.best_constant(name, self.metric(data, data.validation), data.validation["labels"]) if known else 0.0
         )
 
-    def latency_batches(self, data: NlpData, count: int) -> list[dict[str, Any]]:
-        """Real test samples, one by one, as the models' keyword arguments."""
+    def examples(self, data: NlpData, networks: Mapping[str, nn.Module]) -> dict[str, Any] | None:
+        """Test texts on which the models (the teacher first) disagree; None for other kinds than classification."""
+        if data.kind is not CLASSIFICATION:
+            return None
+        from taskkd.nlp.disagreements import disagreements
+
+        return disagreements(data, networks)
+
+    def latency_batches(self, data: NlpData, count: int, size: int = 1) -> list[dict[str, Any]]:
+        """Real test samples in batches of `size`, as the models' keyword arguments."""
         rows = [data.test[i] for i in range(min(count, len(data.test)))]
         keep = {n for name in data.tokenizer.model_input_names for n in (name, f"teacher_{name}")}
-        return [dict(data.collator([{k: v for k, v in row.items() if k in keep}])) for row in rows]
+        kept = [{k: v for k, v in row.items() if k in keep} for row in rows]
+        return [dict(data.collator(group)) for group in groups_of(kept, size)]
 
 
 def select_by(data: NlpData, name: str | None) -> NlpData:
