@@ -166,7 +166,7 @@ def _plain_ticks(axis: Any, *, x: bool, y: bool) -> None:
     for wanted, one in ((x, axis.xaxis), (y, axis.yaxis)):
         if wanted:
             low, high = sorted(one.get_view_interval())
-            subs = (1.0, 2.0, 5.0) if low > 0 and high / low < 300 else (1.0,)
+            subs = (1.0, 2.0, 5.0) if low > 0 and high / low < 100 else (1.0,)
             one.set_major_locator(LogLocator(subs=subs, numticks=8))
             one.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
             one.set_minor_formatter(NullFormatter())

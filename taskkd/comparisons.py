@@ -12,7 +12,11 @@ from taskkd.finished import Finished
 __all__ = ["of_runs"]
 
 #: costs on the x axis of the Pareto pictures: key of a row, title
-COSTS = (("parameters", "parameters"), ("flops", "FLOPs of one sample"), ("latency_ms", "CPU latency, batch 1 (ms)"))
+COSTS = (
+    ("parameters", "parameters"),
+    ("flops", "FLOPs of one sample"),
+    ("latency", "CPU latency, batch 1, share of the teacher's"),
+)
 #: places among the settings that differ between any two runs
 NOT_TOLD = ("name", "schema")
 
@@ -62,8 +66,9 @@ def _rows(run: Finished, name: str) -> Iterator[dict[str, Any]]:
         role = {"teacher": "teacher", alone_title: "alone"}.get(row["model"], "distilled")
         plain = row["model"] in ("teacher", "distilled")
         shown = name if plain and role != "teacher" else f"{name}: {row['model']}"
+        latency = 1 / row["speed_up"] if row["speed_up"] else None  # of one run, so that a busy machine slowed both
         seeds = 1 if role == "teacher" else len(run.report["seeds"])
-        yield {**row, "run": name, "role": role, "shown": shown, "seeds": seeds, "gain_of": "own"}
+        yield {**row, "run": name, "role": role, "shown": shown, "seeds": seeds, "gain_of": "own", "latency": latency}
 
 
 def _teachers_once(rows: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
@@ -110,7 +115,10 @@ def _notes(runs: Sequence[Finished], rows: Sequence[Mapping[str, Any]]) -> Itera
     if len({run.report.get("machine") for run in runs}) > 1:
         yield "The runs were measured on different machines: latencies cannot be compared."
     elif any(row["latency_ms"] is not None for row in rows):
-        yield "Each run measured its own latency; a busy machine shows in it. Speed-ups are over the run's own teacher."
+        yield (
+            "Each run measured its own latency, and a busy machine shows in it. Its teacher and student were timed in "
+            "turns: speed-ups can be compared."
+        )
     if any(row["flops"] is None for row in rows):
         yield "Runs of older versions have no FLOPs and no latency at batch 8 on record."
 

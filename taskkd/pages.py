@@ -69,7 +69,8 @@ def page(runs: Sequence[Finished]) -> tuple[str, dict[str, Chart]]:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {
-        "value": _value, "share": _share, "count": _count, "size": _size, "ms": _ms, "times": _times, "signed": _signed,
+        "value": _value, "share": _share, "count": _count, "size": _size, "ms": _ms, "plus_minus": _plus_minus,
+        "times": _times, "signed": _signed,
     }  # fmt: skip
     shared = {
         "style": Markup((folder / "report.css").read_text(encoding="utf-8")),  # noqa: S704
@@ -142,15 +143,19 @@ def headline(run: Finished) -> list[str]:
 def _less(row: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
     """How much smaller and faster, in words."""
     share = row["parameters"] / teacher["parameters"]
-    parts = [f"{share:.0%} of the parameters" if share >= 0.005 else f"{share:.2%} of the parameters"]
+    parts = [f"{_percent(share)} of the parameters"]
     if row["flops"] and teacher["flops"]:
-        parts.append(f"{row['flops'] / teacher['flops']:.0%} of the operations")
+        parts.append(f"{_percent(row['flops'] / teacher['flops'])} of the operations")
     speed = row["speed_up"]
     text = " and ".join(parts)
     if speed is None:
         return text
     faster = f"{speed:.1f} times as fast" if speed >= 1.05 else f"not faster ({speed:.1f} times as fast)"
     return f"{text}; one at a time on a CPU it is {faster}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.095 else f"{100 * share:.2g}%"
 
 
 def _gain(row: Mapping[str, Any], alone: Mapping[str, Any] | None, metric: str, title: str) -> str:
@@ -178,7 +183,7 @@ def _tiles(run: Finished) -> list[tuple[str, str]]:
         tiles.append((_signed(row["gain"], 3), f"{run.metric} over the student alone"))
     if row["speed_up"] is not None:
         tiles.append((f"{row['speed_up']:.1f}×", "as fast on a CPU"))
-    tiles.append((f"{teacher['parameters'] / row['parameters']:.1f}×", "fewer parameters"))
+    tiles.append((_percent(row["parameters"] / teacher["parameters"]), "of the parameters"))
     if row["score"] is not None:
         tiles.append((f"{row['score']:.2f}", "score (0 to 1)"))
     return tiles
@@ -252,7 +257,7 @@ def _picture(path: Path) -> str | None:
 
 # ---- numbers
 
-NOT_MEASURED = "not measured"
+NOT_MEASURED = "n/m"
 
 
 def _missing(value: Any) -> bool:
@@ -267,8 +272,12 @@ def _signed(number: Any, digits: int = 4) -> str:
     return "–" if _missing(number) else f"{number:+.{digits}f}".replace("-", "−")
 
 
+def _plus_minus(number: Any) -> str:
+    return "" if _missing(number) else f"± {number:.4f}"
+
+
 def _share(number: Any) -> str:
-    return "–" if _missing(number) else f"{100 * number:.1f} %"
+    return "–" if _missing(number) else f"{number:.1%}"
 
 
 def _count(number: Any) -> str:
