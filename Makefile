@@ -5,7 +5,7 @@ UV := $(BIN)/uv
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint format bench constraints clean
+.PHONY: demo test test-all coverage lint format docs linkcheck bench constraints clean
 
 .venv: .venv/.installed
 
@@ -27,6 +27,10 @@ test: .venv/.installed
 test-all: .venv/.installed
 	$(BIN)/python -m pytest -m 'slow or not slow'
 
+# Which lines and branches no fast test runs; what tests start as processes of their own counts.
+coverage: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term
+
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,6 +39,17 @@ lint: .venv/.installed
 format: .venv/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site, from the Markdown pages and the docstrings: every warning is an error, such as a link to a heading that is not there.
+SPHINX := $(BIN)/python -m sphinx --color --fail-on-warning --keep-going --nitpicky --quiet --fresh-env --conf-dir docs
+
+docs: .venv/.installed
+	$(SPHINX) --builder html . docs/_build/html
+	@echo docs/_build/html/index.html
+
+# Links to other sites; it needs the network, so CI does without.
+linkcheck: .venv/.installed
+	$(SPHINX) --builder linkcheck . docs/_build/linkcheck
 
 # Peers to compare with live in their own environment, so that they decide nothing about ours.
 .venv-bench/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt .venv/.installed
@@ -51,4 +66,4 @@ constraints:
 	  --no-emit-index-url --output-file constraints.txt
 
 clean:
-	rm -rf .venv .venv-bench runs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-bench runs build dist docs/_build .pytest_cache .mypy_cache .ruff_cache

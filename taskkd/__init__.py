@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from taskkd._version import __version__
 
 if TYPE_CHECKING:
-    from taskkd import adapters, gates, layer_maps, losses, schedules
+    from taskkd import adapters, errors, gates, layer_maps, losses, schedules, taps
     from taskkd.adversarial import Adversarial
     from taskkd.attention import AttentionBasedFeatures, ChannelAttentive
     from taskkd.augmentation import Augmented
@@ -103,11 +103,13 @@ __all__ = [
     "__version__",
     "adapters",
     "distill",
+    "errors",
     "gates",
     "layer_maps",
     "losses",
     "mutual",
     "schedules",
+    "taps",
     "uncertainty_mixup",
 ]
 
@@ -119,9 +121,9 @@ def __getattr__(name: str) -> Any:
         return value
     if name in _MODULES:
         return importlib.import_module(f"taskkd.{name}")
-    from taskkd.errors import nearest
+    from taskkd.deprecations import lookup
 
-    raise AttributeError(f"taskkd has no {name!r}{nearest(name, [*_WHERE, *_MODULES])}")
+    return lookup(__name__, [*_WHERE, *_MODULES])(name)
 
 
 def __dir__() -> list[str]:

@@ -29,6 +29,7 @@ from taskkd._version import __version__
 from taskkd.caches import Cached
 from taskkd.checkpoints import save_student, staged
 from taskkd.errors import RecipeError
+from taskkd.files import write_whole
 from taskkd.plans import build_method, look
 from taskkd.session import ADAPTERS, Record, Say, Session, locked, strip, training_arguments
 from taskkd.stages import Stage
@@ -72,7 +73,8 @@ def _claim(folder: Path, text: str) -> None:
                 f"{folder} holds a run of another recipe ({shown}); give another folder (--output-dir), or "
                 "delete it (--restart)."
             )
-    path.write_text(text, encoding="utf-8")
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_whole(path, text)
 
 
 def _as_of_now(path: Path) -> str:
@@ -85,7 +87,7 @@ def _as_of_now(path: Path) -> str:
 
 def _begun(folder: Path) -> bool:
     """Whether anything in a run's folder would be lost."""
-    own = {"run.lock", "recipe.yaml", "run.json"}
+    own = {"run.lock", "recipe.yaml", "recipe.yaml.tmp", "run.json", "run.json.tmp"}
     return any(path.name not in own for path in folder.iterdir()) or bool(Record(folder).finished.keys() - {"inputs"})
 
 
@@ -205,7 +207,7 @@ def _circumstances() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"taskkd": __version__, "python": platform.python_version(), **versions},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores; threads of torch: {torch.get_num_threads()}",
     }
 
 
@@ -495,7 +497,7 @@ def distill(
         baseline: whether the student alone is trained as well, for comparison.
         seeds: one run each.
         **data: what else the task's data takes; for nlp `processing_class`, `text`, `label`, `test`, `unlabelled`,
-            `max_length`, `stride`, `no_answer`, `masking`, `mask_share` (see `taskkd.nlp.given.GivenTask`); for
+            `max_length`, `stride`, `no_answer`, `masking`, `mask_share` (see `taskkd.nlp.given.GivenNlp`); for
             detection `test`, `images`, `classes`, `augment`, `metric`, `size`, `bad` (see
             `taskkd.detection.given.GivenDetection`); for segmentation `test`, `classes`, `ignore`, `unlabelled`,
             `augment`, `metric`, `bad` (see `taskkd.segmentation.given.GivenSegmentation`); for face `test`,
