@@ -92,7 +92,7 @@ def distill(
     _show(reports.table(result.report))
     if len(result.report["distilled"]) > 1:
         _say(f"selected on validation: {result.report['selected']}")
-    _say(f"student: {folder / 'student'}   report: {folder / 'report.json'}   curves: {folder / 'curves.png'}")
+    _say(f"student: {folder / 'student'}   report: {folder / 'report.html'}   numbers: {folder / 'report.json'}")
 
 
 @app.command()
@@ -199,6 +199,20 @@ def methods(
         options = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
         _say(f"{task:12} {method:20} {source}")
         _say(f"{'':33} {', '.join(f'{p.name}={p.default}' for p in options)}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The page. Default: report.html, in the run's folder if there is one run.")
+    ] = None,
+) -> None:
+    """Write a page (HTML, with its charts as PNG beside it) of one run, or of several side by side."""
+    from taskkd import pages
+
+    written = pages.write_page(runs, output or (runs[0] if len(runs) == 1 else Path()) / "report.html")
+    _say(f"report: {written[0]}   charts: {len(written) - 1} PNG files beside it")
 
 
 @app.command()

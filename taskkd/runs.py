@@ -2,26 +2,31 @@
 
 Folder of a run: `recipe.yaml` (resolved), `run.json` (finished steps and their results), `augmented/`,
 `teacher/`, `cache/`, `seed-<n>/alone-<lr>/`, `seed-<n>/distilled/stages/<i>-<name>/`, and at the end `student/`,
-`report.json`, `curves.png`.
+`report.html`, `report.json`, `curves.png`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import itertools
 import logging
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
 from taskkd import recipes
+from taskkd._version import __version__
 from taskkd.caches import Cached, human
 from taskkd.checkpoints import save_student, staged
 from taskkd.errors import RecipeError
@@ -114,7 +119,7 @@ def run_recipe(
         TaskkdError: of the kind that says what is wrong.
         Interrupted: a signal came, or the time of `training.wall_time` is up; the run can be started again.
     """
-    from taskkd import reports
+    from taskkd import pages, reports
 
     variants = _variants(recipe, sweep or {})
     with _opened(recipe, folder, say, restart=restart, task=task) as session:
@@ -125,9 +130,16 @@ def run_recipe(
             "recipe": recipe.name,
             "metric": session.metric,
             "data": session.data.summary(),
+            "task": recipe.task,
+            "method": None if recipe.method is None else recipe.method.name,
+            "chance": task.chance(session.data),
             "test_samples": getattr(session.data.test, "counted", len(session.data.test)),
             "further_tests": list(session.data.further_tests),
-            "teacher": {**finished["teacher"], "test": finished["teacher/test"]},
+            "teacher": {
+                **finished["teacher"],
+                "test": finished["teacher/test"],
+                "by_class": session.by_class("teacher/test"),
+            },
             "seeds": recipe.seeds,
             "alone": {},
             "alone_title": "student alone" if task.has_labels(session.data) else "undistilled",
@@ -142,12 +154,13 @@ def run_recipe(
                     outcome = _distilled(replace(session, recipe=variant), teacher, seed, name)
                     report["distilled"].setdefault(name, {})[str(seed)] = outcome
         student, source = _select(session, teacher, report)
-        batches = task.latency_batches(session.data, 64)
-        report["models"] = session.record.step("measure", lambda: reports.measure(teacher, student, batches))
+        report["models"] = session.record.step("costs", lambda: _costs(session, teacher, student))
         with staged(folder / "student") as final:
             shutil.copytree(source, final, dirs_exist_ok=True)
+        _examples(session, teacher, student, report)
+        report |= session.record.step("finished", _circumstances)
         reports.write(report, folder)
-        _draw(session, teacher, student, report)
+        pages.write_page([folder], folder / "report.html", pictures=False)
         return Result(student, report, folder)
 
 
@@ -235,17 +248,39 @@ def _why_live(recipe: Any, supplier: Teacher | None) -> str:
     return "reads what the teacher gives for padding, which a cache does not hold"
 
 
-def _draw(session: Session, teacher: nn.Module, student: nn.Module, report: Mapping[str, Any]) -> None:
-    """What the models find on test samples, side by side, where the task has pictures."""
-    draw = getattr(session.task, "draw", None)
-    if draw is None:
+def _costs(session: Session, teacher: nn.Module, student: nn.Module) -> dict[str, dict[str, float | None]]:
+    """What both cost on test samples, one by one and eight at once."""
+    from taskkd import reports
+
+    single, several = (session.task.latency_batches(session.data, 64, size) for size in (1, 8))
+    return reports.measure(teacher, student, single, several)
+
+
+def _examples(session: Session, teacher: nn.Module, student: nn.Module, report: dict[str, Any]) -> None:
+    """What the models find on test samples, side by side: in a picture, or in the report, as the task has it."""
+    draw, tell = (getattr(session.task, name, None) for name in ("draw", "examples"))
+    if draw is None and tell is None:
         return
     models = {"teacher": teacher}
     alone = report["alone"].get(str(report["selected_seed"]))
     if alone is not None:
         models[report["alone_title"]] = session.student(teacher, report["selected_seed"], alone["model"])
-    models[report["selected"]] = student
-    draw(session.data, models, session.folder / "examples.png")
+    if report["distilled"] or alone is None:
+        models[report["selected"]] = student
+    if draw is not None:
+        draw(session.data, models, session.folder / "examples.png")
+    if tell is not None:
+        report["examples"] = session.record.step("examples", lambda: tell(session.data, models))
+
+
+def _circumstances() -> dict[str, Any]:
+    """When a run was finished, and with what."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")}
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"taskkd": __version__, "python": platform.python_version(), **versions},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores; threads of torch: {torch.get_num_threads()}",
+    }
 
 
 def _same_inputs(session: Session) -> None:
@@ -335,7 +370,8 @@ def _alone(session: Session, teacher: nn.Module, seed: int) -> dict[str, Any]:
     session.say(f"student alone, seed {seed}: {session.metric} on validation by learning rate {shown}")
     model = f"seed-{seed}/alone-{best}/model"
     test = session.tested(f"seed-{seed}/alone/test", lambda: session.student(teacher, seed, model))
-    return {**runs[best], "test": test, "setting": best, "model": model}
+    own = session.by_class(f"seed-{seed}/alone/test")
+    return {**runs[best], "test": test, "by_class": own, "setting": best, "model": model}
 
 
 def _look_at_teacher(session: Session, alone: Mapping[str, float]) -> None:
@@ -360,9 +396,10 @@ def _untrained(session: Session, teacher: nn.Module, seed: int) -> dict[str, Any
     result = session.record.step(step, work)
     test = session.tested(f"{step}/test", lambda: student)
     session.say(f"student at its start, seed {seed}: {session.metric} {result['validation'][session.metric]:.4f}")
+    own = session.by_class(f"{step}/test")
     return {
-        **result, "test": test, "setting": "undistilled", "model": f"{step}/model", "seconds": 0.0, "steps": 0,
-        "history": [],
+        **result, "test": test, "by_class": own, "setting": "undistilled", "model": f"{step}/model", "seconds": 0.0,
+        "steps": 0, "history": [],
     }  # fmt: skip
 
 
@@ -400,7 +437,7 @@ def _distilled(session: Session, teacher: nn.Module, seed: int, name: str) -> di
         outcome["validation"] = own
     test = session.tested(f"{base}/test", lambda: student)
     session.say(f"{name}, seed {seed}: {session.metric} {outcome['validation'][session.metric]:.4f} on validation")
-    return {**outcome, "test": test, "model": model}
+    return {**outcome, "test": test, "by_class": session.by_class(f"{base}/test"), "model": model}
 
 
 def _equipped(session: Session, student: nn.Module, teacher: nn.Module) -> Method:

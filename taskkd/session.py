@@ -286,11 +286,11 @@ class Session:
         trainer.distiller.close()  # and with it the cache
         return count
 
-    def evaluated(self, model: nn.Module, table: Any) -> dict[str, float]:
-        """The metrics of a model on a table."""
+    def evaluated(self, model: nn.Module, table: Any, metric: Any = None) -> dict[str, float]:
+        """The metrics of a model on a table; `metric`: that counts them, default: a fresh one of the task."""
         trainer = Trainer(
             model,
-            metric=self.task.metric(self.data, table),
+            metric=self.task.metric(self.data, table) if metric is None else metric,
             args=training_arguments(self.folder, self.recipe.training, 0, None, self.task.sampling),
             processing_class=self.data.processing,
             data_collator=self.data.collator,
@@ -299,18 +299,25 @@ class Session:
         return strip(trainer.evaluate(table))
 
     def tested(self, step: str, model: Callable[[], nn.Module]) -> dict[str, float]:
-        """The metrics of a finished model on the test sets, worked out once."""
+        """The metrics of a finished model on the test sets, worked out once; `by_class` has those of classes."""
 
         def work() -> dict[str, float]:
             self.budget.check()
-            trained = model()
-            found = self.evaluated(trained, self.data.test)
+            trained, metric = model(), self.task.metric(self.data, self.data.test)
+            found = self.evaluated(trained, self.data.test, metric)
+            if hasattr(metric, "by_class"):
+                self.record.step(f"{step}/by_class", metric.by_class)
             for name, table in self.data.further_tests.items():
                 found |= {f"{name}_{key}": value for key, value in self.evaluated(trained, table).items()}
             return found
 
         result: dict[str, float] = self.record.step(step, work)
         return result
+
+    def by_class(self, step: str) -> dict[str, dict[str, float]]:
+        """Class -> metrics on the test set, of a step that `tested` has worked out; empty where there are none."""
+        found: dict[str, dict[str, float]] = self.record.finished.get(f"{step}/by_class", {})
+        return found
 
     def student(self, teacher: nn.Module, seed: int, source: str | None = None) -> nn.Module:
         """The student at its start, or as it was saved in `source` of this run."""
