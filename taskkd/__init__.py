@@ -119,9 +119,9 @@ def __getattr__(name: str) -> Any:
         return value
     if name in _MODULES:
         return importlib.import_module(f"taskkd.{name}")
-    from taskkd.errors import nearest
+    from taskkd.deprecations import lookup
 
-    raise AttributeError(f"taskkd has no {name!r}{nearest(name, [*_WHERE, *_MODULES])}")
+    return lookup(__name__, [*_WHERE, *_MODULES])(name)
 
 
 def __dir__() -> list[str]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from taskkd.deprecations import translate
 from taskkd.errors import RecipeError, nearest
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def validate(
             )
         schema = options_schema(known[recipe.method.name])
         try:
-            schema.model_validate(recipe.method.model_extra or {})
+            schema.model_validate(translate(known[recipe.method.name], recipe.method.model_extra or {}))
         except ValidationError as error:
             raise RecipeError(_explain(error, schema, title, lines or {}, ("method",))) from None
     return recipe
@@ -201,8 +202,8 @@ def options_schema(method: Callable[..., Any]) -> type[BaseModel]:
 
 def method_options(recipe: Any) -> dict[str, Any]:
     """The validated options of a recipe's method, defaults included."""
-    schema = options_schema(task_named(recipe.task).methods[recipe.method.name])
-    return schema.model_validate(recipe.method.model_extra or {}).model_dump()
+    method = task_named(recipe.task).methods[recipe.method.name]
+    return options_schema(method).model_validate(translate(method, recipe.method.model_extra or {})).model_dump()
 
 
 def build_terms(recipe: Any) -> list[Match]:

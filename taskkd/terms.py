@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from taskkd.adapters import AdapterSpec, build_adapter, maps_all_levels
+from taskkd.deprecations import translate
 from taskkd.errors import ShapeError, TapError, TaskkdError, nearest
 from taskkd.ranks import gather_ranks, join_ranks, world_size
 from taskkd.schedules import Progress, Schedule, constant
@@ -200,6 +201,7 @@ class Match(Term):
                 f"term {name!r}: `gather` does not go with a gate, which scales by its rank's own samples."
             )
         masks = (mask,) if isinstance(mask, str) else ()
+        loss_options = translate(loss, loss_options)
         self.option_taps = {n: o for n, o in loss_options.items() if isinstance(o, str) and _takes_tensor(loss, n)}
         self.student_taps = (
             *self.student_pairs, *masks, *self.option_taps.values(), *getattr(gate, "student_taps", ())

@@ -1,5 +1,6 @@
 """Object detection: detectors of torchvision and transformers, any other through tap names."""
 
+from taskkd.deprecations import lookup
 from taskkd.detection.data import DetectionDataset, collate, read, tree_crowns
 from taskkd.detection.methods import (
     METHODS,
@@ -66,3 +67,5 @@ __all__ = [
     "tree_crowns",
     "yolo_response",
 ]
+
+__getattr__ = lookup(__name__, __all__)

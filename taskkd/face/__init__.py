@@ -1,5 +1,6 @@
 """Face recognition: margin heads, backbones, evaluation, and distillation on embeddings."""
 
+from taskkd.deprecations import lookup
 from taskkd.face.config import FaceConfig
 from taskkd.face.datasets import FaceDataset, RandomFlip, TwoViews, collate
 from taskkd.face.heads import MarginHead
@@ -62,3 +63,5 @@ __all__ = [
     "triplet_distillation",
     "wrap",
 ]
+
+__getattr__ = lookup(__name__, __all__)

@@ -4,6 +4,7 @@ One convention: mean over every non-class dimension, `T^2` included, computed in
 has what papers make of a teacher's logits first.
 """
 
+from taskkd.deprecations import lookup
 from taskkd.losses import targets as targets
 from taskkd.losses.attention import (
     attention_cross_entropy,
@@ -114,3 +115,5 @@ __all__ = [
     "universal_logits",
     "variational_information",
 ]
+
+__getattr__ = lookup(__name__, __all__)

@@ -1,5 +1,6 @@
 """Compact BERT-family students: methods, models, data, metrics."""
 
+from taskkd.deprecations import lookup
 from taskkd.nlp.architectures import distilbert_from_bert
 from taskkd.nlp.layers import hidden_taps
 from taskkd.nlp.methods import (
@@ -50,3 +51,5 @@ __all__ = [
     "tinybert_general",
     "universal_logits",
 ]
+
+__getattr__ = lookup(__name__, __all__)

@@ -1,5 +1,6 @@
 """Semantic segmentation: torchvision, transformers, segmentation-models-pytorch; any network through tap names."""
 
+from taskkd.deprecations import lookup
 from taskkd.segmentation.datasets import SegmentationDataset, collate
 from taskkd.segmentation.loss import PixelCrossEntropy
 from taskkd.segmentation.methods import (
@@ -45,3 +46,5 @@ __all__ = [
     "structured",
     "wrap",
 ]
+
+__getattr__ = lookup(__name__, __all__)

