@@ -26,7 +26,7 @@ __all__ = [
     "Signature",
     "differences",
     "network_of",
-    "run",
+    "outputs_of",
     "run_onnx",
     "write_network",
     "write_onnx",
@@ -124,7 +124,7 @@ class Portable:
 
 
 @torch.no_grad()
-def run(model: nn.Module, signature: Signature, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def outputs_of(model: nn.Module, signature: Signature, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The outputs of a model as a graph has them."""
     found: tuple[Tensor, ...] = signature.graph(model).eval()(*inputs)
     return found

@@ -127,7 +127,8 @@ class _Bundle:
         while start and module.lines[start - 1].startswith(b"#") and b"# ----" not in module.lines[start - 1]:
             start -= 1
         lines = list(module.lines)
-        changes = [(n, t) for n, _ in self._names(node) if (t := self.target(module, n)) in names]
+        found = ((n, self.target(module, n)) for n, _ in self._names(node))
+        changes = [(n, target) for n, target in found if target is not None and target in names]
         for part, target in sorted(changes, key=lambda c: (c[0].lineno, c[0].col_offset), reverse=True):
             if isinstance(part, ast.Attribute) or names[target] != part.id:
                 line = lines[part.lineno - 1]

@@ -183,7 +183,7 @@ found = processor.post_process_object_detection(output, threshold=0.5, target_si
         "title": f"{student.kind.title} for object detection",
         "library": "transformers",
         "signature": Signature(
-            lambda model: Queries(model.model, masked),
+            lambda model: Queries(model.get_submodule("model"), masked),
             inputs, ("logits", "pred_boxes"), axes, arrange,
         ),
         "preprocessing": {

@@ -24,6 +24,7 @@ from taskkd.detection.hub import read_hub
 from taskkd.detection.mapped import mapped
 from taskkd.detection.methods import METHODS
 from taskkd.detection.metrics import CocoMetric, VocMetric
+from taskkd.detection.portable import portable
 from taskkd.detection.records import Annotations
 from taskkd.detection.schema import Data, DetectionRecipe
 from taskkd.detection.teacher import DetectorTeacher
@@ -32,6 +33,7 @@ from taskkd.detection.transforms import build
 from taskkd.detection.voc import read_voc
 from taskkd.errors import DataError
 from taskkd.images import decode, in_file
+from taskkd.portable import Portable
 from taskkd.splits import shared_images, shares_of
 from taskkd.tasks import VisionTask
 from taskkd.teachers import Teacher
@@ -189,6 +191,16 @@ class DetectionTask(VisionTask):
         own = recipe.teacher
         supplier: Teacher = DetectorTeacher(teacher, student, size=own.size, dtype=own.dtype)
         return supplier
+
+    def portable(self, recipe: DetectionRecipe | None, student: nn.Module, processing: Any) -> Portable:
+        """A trained student as it leaves a run."""
+        return portable(student)
+
+    def named(self, name: str) -> tuple[nn.Module, Any]:
+        """A model by what a recipe calls it, for a look at it: what is built has random weights."""
+        own = {key: value for key, value in _named(name, {}).items() if key != "weights"}
+        config = DetectorConfig.of(own)
+        return (models.existing(config) if config.model else models.build(config, 2)).eval(), None
 
     def pair(self, data: DetectionData, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
         """What is to be known of a pair of detectors before they are distilled."""

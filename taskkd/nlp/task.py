@@ -25,9 +25,11 @@ from taskkd.nlp.kinds.sequences import CLASSIFICATION, task_loss
 from taskkd.nlp.masking import Masked
 from taskkd.nlp.methods import METHODS
 from taskkd.nlp.pairs import describe_pair
+from taskkd.nlp.portable import portable
 from taskkd.nlp.schema import Data, NlpRecipe
 from taskkd.nlp.sentence import SentenceEncoder, load_sentence_encoder
 from taskkd.nlp.splits import read_splits
+from taskkd.portable import Portable
 from taskkd.teachers import Frozen, Teacher
 from taskkd.terms import Match, Term
 
@@ -267,6 +269,15 @@ class NlpTask:
     def trained(self, folder: Path) -> tuple[nn.Module, Any]:
         """A trained student and its tokenizer, from the folder it was saved in."""
         return models.load_model(str(folder)).eval(), models.load_tokenizer(str(folder))
+
+    def portable(self, recipe: NlpRecipe | None, student: nn.Module, tokenizer: Any) -> Portable:
+        """A trained student as it leaves a run."""
+        length = None if recipe is None else encoding_of(recipe.data, tokenizer).max_length
+        return portable(student, tokenizer, length)
+
+    def named(self, name: str) -> tuple[nn.Module, Any]:
+        """A model and its tokenizer by what a recipe calls it, for a look at it."""
+        return models.load_model(name).eval(), models.load_tokenizer(name)
 
     def read(self, recipe: NlpRecipe, path: str, student: Any, tokenizer: Any) -> Any:
         """Another file with the recipe's columns, tokenized, with the labels of a trained student."""
