@@ -64,7 +64,7 @@ def test_the_page_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_every_tap_that_is_listed_is_one() -> None:
     model = small.ConvNet().eval()
     batch = small.conv_batch(2)
-    listed = inspection.seen(model, batch)
+    listed = inspection.seen(model, {"image": batch["image"]})
     assert [s.name for s in listed[:3]] == ["stem", "norm", "relu"]
     kept = [s for s in listed if s.name not in ("norm", "block.norm")]  # overwritten by what follows in place
     watch = taps.Taps(model, [s.name for s in kept])
