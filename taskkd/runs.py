@@ -38,7 +38,7 @@ from taskkd.stages import Method, Stage
 from taskkd.teachers import Frozen, Teacher
 from taskkd.trainer import Trainer
 
-__all__ = ["Result", "build_caches", "distill", "evaluate", "predict", "run_recipe"]
+__all__ = ["Result", "build_caches", "distill", "evaluate", "predict", "run_recipe", "trained"]
 
 logger = logging.getLogger(__name__)
 
@@ -490,7 +490,7 @@ def _select(session: Session, teacher: nn.Module, report: dict[str, Any]) -> tup
 # ---- after training
 
 
-def _trained(run: Path) -> tuple[Any, Any, nn.Module, Any]:
+def trained(run: Path) -> tuple[Any, Any, nn.Module, Any]:
     """Recipe, task, student and tokenizer (or processor) of a finished run.
 
     Raises:
@@ -506,7 +506,7 @@ def _trained(run: Path) -> tuple[Any, Any, nn.Module, Any]:
 
 def evaluate(run: Path, data: str | None = None) -> dict[str, float]:
     """Metrics of a run's student on its test set, or on another file with the same columns."""
-    recipe, task, student, tokenizer = _trained(run)
+    recipe, task, student, tokenizer = trained(run)
     if data is None:
         if "given:" in (run / "recipe.yaml").read_text(encoding="utf-8"):
             raise RecipeError(f"{run} was given its data in memory; evaluate it on a file with --data.")
@@ -531,7 +531,7 @@ def evaluate(run: Path, data: str | None = None) -> dict[str, float]:
 
 def predict(run: Path, inputs: Sequence[str]) -> Iterator[tuple[str, float | None, str]]:
     """(label, probability, input) for each input, with a run's student; (value, None, input) for regression."""
-    recipe, task, student, tokenizer = _trained(run)
+    recipe, task, student, tokenizer = trained(run)
     yield from task.predict(recipe, student, tokenizer, inputs)
 
 
