@@ -1,4 +1,4 @@
-"""How `make docs` builds the site: the sources are the repository's own Markdown pages, so that links to README.md are checked."""
+"""How `make docs` builds the site. Sources are the pages as they lie here, README.md too, so that all links are checked."""
 
 from __future__ import annotations
 
