@@ -21,12 +21,8 @@ medians of ratios with quartiles. Exits 1 if a bar is missed by more than the no
 
 from __future__ import annotations
 
-import itertools
-import json
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +30,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 import taskkd as kd
-from benchmarks.figures import Figure, Options, Part, parser, run, take_turns
+from benchmarks.figures import Figure, Options, Part, parser, peak, run, take_turns
 from taskkd.detection.methods import METHODS
 from taskkd.detection.models import build
 from taskkd.detection.shared import SharedImages
@@ -314,23 +310,6 @@ def _each(value: Any) -> tuple[Tensor, ...]:
 
 
 # ---- memory
-
-
-def peak(work: Callable[[], Any], device: str) -> float:
-    """MB that torch has taken at the worst moment, above what it had before."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    taken = itertools.accumulate(e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"]))
-    return max(taken) / 2**20
 
 
 def memory(options: Options) -> list[Figure]:

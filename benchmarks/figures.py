@@ -7,6 +7,7 @@ a bar is missed by more than the noise or a part failed; one that fails does not
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -215,6 +217,25 @@ def fresh_process(module: str, *arguments: str) -> list[float]:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} failed:\n{done.stderr}")
     return [float(word) for word in done.stdout.splitlines()[-1].split()]
+
+
+def peak(work: Work, device: str = "cpu") -> float:
+    """MB that torch has taken at the worst moment, above what it had before."""
+    import torch
+
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    taken = itertools.accumulate(e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"]))
+    return max(taken) / 2**20
 
 
 # ---- the command line
