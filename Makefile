@@ -5,7 +5,7 @@ UV := $(BIN)/uv
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint format bench constraints clean
+.PHONY: demo test test-all lint format docs linkcheck bench constraints clean
 
 .venv: .venv/.installed
 
@@ -36,6 +36,17 @@ format: .venv/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site, from the Markdown pages and the docstrings: every warning is an error, such as a link to a heading that is not there.
+SPHINX := $(BIN)/python -m sphinx --color --fail-on-warning --keep-going --nitpicky --quiet --fresh-env --conf-dir docs
+
+docs: .venv/.installed
+	$(SPHINX) --builder html . docs/_build/html
+	@echo docs/_build/html/index.html
+
+# Links to other sites; it needs the network, so CI does without.
+linkcheck: .venv/.installed
+	$(SPHINX) --builder linkcheck . docs/_build/linkcheck
+
 # Peers to compare with live in their own environment, so that they decide nothing about ours.
 .venv-bench/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt .venv/.installed
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
@@ -51,4 +62,4 @@ constraints:
 	  --no-emit-index-url --output-file constraints.txt
 
 clean:
-	rm -rf .venv .venv-bench runs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-bench runs build dist docs/_build .pytest_cache .mypy_cache .ruff_cache

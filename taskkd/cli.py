@@ -220,7 +220,7 @@ def augment(
     """Write copies of texts in which words are replaced by others that fit (TinyBERT's data augmentation)."""
     from taskkd.errors import DataError
     from taskkd.nlp import augment as making
-    from taskkd.nlp.data import read_rows
+    from taskkd.nlp.text import read_rows
     from taskkd.progress import track
 
     columns = text or ["text"]

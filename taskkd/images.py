@@ -14,7 +14,7 @@ from torch import Tensor
 
 from taskkd.errors import DataError
 
-__all__ = ["Source", "decode", "header_size", "in_file", "in_memory"]
+__all__ = ["Source", "decode", "existing_folder", "header_size", "in_file", "in_memory", "named_file"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,33 @@ def in_file(path: Path) -> Source:
 def in_memory(name: str, content: bytes) -> Source:
     """An image whose bytes are held."""
     return Source(name, functools.partial(bytes, content))
+
+
+def named_file(path: str | Path, use: str) -> Source:
+    """The image file that is named on the command line.
+
+    Args:
+        path: of the file.
+        use: what it is for, for the error: "detectors predict on image files".
+
+    Raises:
+        DataError: there is none.
+    """
+    if not Path(path).is_file():
+        what = f"is a folder; name its images ({path}/*)" if Path(path).is_dir() else "no such file"
+        raise DataError(f"{path}: {what}; {use}.")
+    return in_file(Path(path))
+
+
+def existing_folder(path: str | Path) -> Path:
+    """A folder.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not Path(path).is_dir():
+        raise DataError(f"{path}: no such folder.")
+    return Path(path)
 
 
 def header_size(source: Source, image_id: int) -> tuple[int, int]:

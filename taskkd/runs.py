@@ -457,7 +457,7 @@ def distill(
         baseline: whether the student alone is trained as well, for comparison.
         seeds: one run each.
         **data: what else the task's data takes; for nlp `processing_class`, `text`, `label`, `test`, `unlabelled`,
-            `max_length`, `stride`, `no_answer`, `masking`, `mask_share` (see `taskkd.nlp.given.GivenTask`); for
+            `max_length`, `stride`, `no_answer`, `masking`, `mask_share` (see `taskkd.nlp.given.GivenNlp`); for
             detection `test`, `images`, `classes`, `augment`, `metric`, `size`, `bad` (see
             `taskkd.detection.given.GivenDetection`); for segmentation `test`, `classes`, `ignore`, `unlabelled`,
             `augment`, `metric`, `bad` (see `taskkd.segmentation.given.GivenSegmentation`); for face `test`,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
 
 from taskkd.errors import DataError
 
-__all__ = ["Sided", "divided", "shared_images", "shares_of", "spans"]
+__all__ = ["Sided", "divided", "held_out", "limited", "shared_images", "shares_of", "spans"]
 
 
 class Sided(Protocol):
@@ -28,6 +28,8 @@ class Sided(Protocol):
 
 
 R = TypeVar("R", bound=Sided)
+P = TypeVar("P")  # a part of a data set
+Q = TypeVar("Q")
 
 
 def divided(records: Sequence[R], fractions: Sequence[float], *, seed: int = 0) -> list[list[R]]:
@@ -79,6 +81,52 @@ def shares_of(sizes: Mapping[str, float], total: int, of: str = "images", *, lea
     if sum(shares) >= 1:
         raise DataError(f"data.{' and data.'.join(sizes)}: nothing is left of {total} {of} to train on.")
     return [1 - sum(shares), *shares]
+
+
+def held_out(
+    train: P,
+    given: Mapping[str, Q | None],
+    sizes: Mapping[str, float],
+    split: Callable[[P, Sequence[float]], Sequence[P]],
+    total: int,
+    of: str = "images",
+    *,
+    least: int = 0,
+) -> tuple[P, dict[str, P | Q]]:
+    """What is left to train on, and the parts that are evaluated on: what is missing is taken from the training data.
+
+    Args:
+        train: the training data.
+        given: the other parts; None or left out: held out.
+        sizes: of those that may be held out, see `shares_of`.
+        split: divides a part by shares.
+        total, of, least: see `shares_of`.
+
+    Returns:
+        The training data; the parts in the order of `sizes`, then what else was given.
+
+    Raises:
+        DataError: see `shares_of` and `divided`.
+    """
+    missing = [name for name in sizes if given.get(name) is None]
+    taken: dict[str, P] = {}
+    if missing:
+        shares = shares_of({name: sizes[name] for name in missing}, total, of, least=least)
+        train, *rest = split(train, shares)
+        taken = dict(zip(missing, rest, strict=True))
+    found: dict[str, P | Q] = {}
+    for name in (*sizes, *(n for n in given if n not in sizes)):
+        part = taken[name] if name in taken else given[name]
+        if part is not None:
+            found[name] = part
+    return train, found
+
+
+def limited(train: P, size: int | None, total: int, split: Callable[[P, Sequence[float]], Sequence[P]]) -> P:
+    """So much of the training data as a recipe's `train_size` allows, of `total`; None: all."""
+    if size is None or size >= total:
+        return train
+    return split(train, [size / total, 1 - size / total])[0]
 
 
 def shared_images(trained: Sequence[Sided], held_out: Sequence[Sided]) -> str:

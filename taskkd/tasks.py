@@ -1,50 +1,103 @@
-"""What task packages have in common between recipes and models."""
+"""What a task package gives to the rest: how its recipes become data, models, terms and metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar
 
 from torch import nn
 
 from taskkd.caches import file_sha256, weights_sha256
 from taskkd.checkpoints import load_student
+from taskkd.schema import Recipe
+from taskkd.stages import Method
 from taskkd.teachers import Frozen, Teacher
 from taskkd.terms import Match, Term
 
-__all__ = ["GivenModels", "VisionTask"]
-
-D = TypeVar("D")
+__all__ = ["GivenModels", "Task"]
 
 
-class VisionTask:
-    """The glue that the tasks on images share; each overrides what it does otherwise."""
+class Task(ABC):
+    """The glue between recipes and a task package; each task overrides what it does otherwise.
 
-    #: recipes have no `by_task`
-    task_key = "name"
-    task_names: tuple[str, ...] = ()
+    Recipes, data and tables are the task's own. Data has `train`, `validation`, `test`, `unlabelled` (or None),
+    `everything` (all that is trained on), `further_tests`, `collator`, `full_length_collator`, `processing`,
+    `first(table, count)`, `fingerprint()` and `summary()`.
+    """
+
+    #: as `task` in a recipe
+    name: ClassVar[str]
+    recipe: ClassVar[type[Recipe]]
+    methods: ClassVar[Mapping[str, Callable[..., Method]]]
+    #: what `kd.distill` uses where no method is named
+    default_method: ClassVar[str]
+    #: the key of a recipe that `by_task` goes by, and what it may say; most recipes have no `by_task`
+    task_key: ClassVar[str] = "name"
+    task_names: ClassVar[tuple[str, ...]] = ()
     #: what a term of a recipe becomes
     term: Any = Match
     #: in which order samples are drawn
-    sampling = "random"
+    sampling: ClassVar[str] = "random"
+    #: whether a last batch that is not full is left out
+    drop_last: ClassVar[bool] = False
     #: what is to be checked of a trained teacher that is no better than chance
-    at_chance = "the names of the classes and their order"
+    at_chance: ClassVar[str] = "the names of the classes and their order"
+
+    # ---- data
+
+    @abstractmethod
+    def load(self, recipe: Any, folder: Path | None = None) -> Any:
+        """Read and divide the data; `folder` is the run's, None: a look."""
+
+    @abstractmethod
+    def shorthand(self, teacher: Any, student: Any, data: Any) -> dict[str, Any]:
+        """The sections of a recipe that a name or a path stands for."""
+
+    @abstractmethod
+    def read(self, recipe: Any, path: str, student: Any, processing: Any) -> Any:
+        """Another table to evaluate on, with the classes of a trained student."""
+
+    @abstractmethod
+    def latency_batches(self, data: Any, count: int) -> list[dict[str, Any]]:
+        """Real test samples, one by one, as the models' keyword arguments."""
 
     def has_labels(self, data: Any) -> bool:
         """Whether a student can be trained without a teacher."""
         return True
 
-    def teacher_data(self, data: D) -> D:
+    def teacher_data(self, data: Any) -> Any:
         """The data for what runs the teacher alone."""
         return data
+
+    # ---- models
+
+    @abstractmethod
+    def teacher(self, recipe: Any, data: Any, source: str | None = None) -> nn.Module:
+        """The teacher (from `source`, a folder of this run, once it is fine-tuned)."""
+
+    @abstractmethod
+    def student(self, recipe: Any, data: Any, teacher: nn.Module, seed: int) -> nn.Module:
+        """The student at its start; the same for a seed, whatever it is then trained with."""
+
+    @abstractmethod
+    def given(self, *args: Any, **options: Any) -> Task:
+        """This task with models and data that the caller holds."""
+
+    @abstractmethod
+    def trained(self, folder: Path) -> tuple[nn.Module, Any]:
+        """A trained student and its processing (or None), from the folder it was saved in."""
+
+    @abstractmethod
+    def pair(self, data: Any, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
+        """What is to be known of a pair of models before they are distilled: (title, words)."""
 
     def fingerprint(self, recipe: Any) -> str:
         """What tells that the teacher's files are the ones a run was started with; "" for what is downloaded."""
         own = recipe.teacher
         paths = [Path(p) for p in (own.model, own.weights) if p is not None and Path(p).exists()]
-        files = [f for p in paths for f in (sorted(p.glob("*.safetensors")) if p.is_dir() else [p])]
-        return " ".join(file_sha256(f) for f in files)
+        return " ".join(digests(paths))
 
     def reload(self, student: nn.Module, folder: Path) -> nn.Module:
         """Load a trained student of this run into one of the same architecture."""
@@ -52,20 +105,54 @@ class VisionTask:
         return student
 
     def supplier(self, recipe: Any, student: nn.Module, teacher: nn.Module) -> Teacher:
-        """The frozen teacher, on the same images; it stops after the last tensor that is asked for."""
+        """The frozen teacher, on the same inputs; it stops after the last tensor that is asked for."""
         return Frozen(teacher, dtype=recipe.teacher.dtype)
 
+    # ---- training and evaluation
+
+    @abstractmethod
+    def loss(self, recipe: Any, student: nn.Module | None = None, seed: int = 0) -> Any:
+        """The task loss, `(output, batch) -> scalar`; None: the student's own."""
+
+    @abstractmethod
+    def metric(self, data: Any, table: Any) -> Any:
+        """A fresh metric for a table of the data."""
+
+    @abstractmethod
+    def metric_of(self, recipe: Any, student: nn.Module, table: Any) -> Any:
+        """A fresh metric for a trained student on a table that `read` gave."""
+
+    @abstractmethod
+    def collator(self, recipe: Any, processing: Any) -> Any:
+        """Makes a batch of a table that `read` gave."""
+
+    @abstractmethod
+    def chance(self, data: Any) -> float:
+        """The main metric on the validation set without looking at the input."""
+
+    @abstractmethod
+    def predict(
+        self, recipe: Any, student: Any, processing: Any, inputs: Sequence[str]
+    ) -> Iterator[tuple[str, float | None, str]]:
+        """(answer, its score or None, what it is of) for inputs of the command line."""
+
     def fit_terms(self, data: Any, terms: Sequence[Term]) -> list[Term]:
-        """A stage's terms as they are."""
+        """A stage's terms as they suit the data."""
         return list(terms)
 
-    def check_terms(self, data: Any, terms: Sequence[Term], student: nn.Module, batch: Mapping[str, Any]) -> None:
-        """Terms say themselves what they cannot do."""
+    def check_terms(self, data: Any, terms: Sequence[Term], student: nn.Module, batch: Mapping[str, Any]) -> None:  # noqa: B027
+        """Refuse terms that the data does not go with; else terms say themselves what they cannot do."""
 
     def main_metric(self, data: Any) -> str:
         """The metric that models are selected by."""
         name: str = data.config.metric
         return name
+
+
+def digests(paths: Sequence[Path]) -> list[str]:
+    """The SHA-256 of files; of a folder those of its safetensors."""
+    files = [f for p in paths for f in (sorted(p.glob("*.safetensors")) if p.is_dir() else [p])]
+    return [file_sha256(f) for f in files]
 
 
 class GivenModels:

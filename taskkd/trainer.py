@@ -115,16 +115,16 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     Args:
         student: the model to train.
         teacher: a model, `Frozen`, `Cached`, `Ensemble`, ...; a cache that is not complete is built before training.
-        method: a paper's method; or
-        terms: the terms themselves; neither: the student alone.
+        method: a paper's method. Without it and `terms` the student is trained alone.
+        terms: the terms themselves, instead of a method.
         stage: which stage of a method with several (`kd.distill` runs them all).
         task_weight: factor of the task loss (with `terms`; a method brings its own).
         task_loss: `(output, batch) -> scalar`; default: the student's own loss.
         metric: a streaming `Metric`, used instead of `compute_metrics`: no logits are gathered.
         adapter_learning_rate, adapter_weight_decay: of adapters and learned losses; default: as the student's.
         on_nonfinite: "raise" stops with the name of a non-finite term; "skip" leaves the step out, at most 10 in a row.
-        args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks, optimizers,
-            preprocess_logits_for_metrics: as in `transformers.Trainer`.
+        args: as in `transformers.Trainer`, and so are `data_collator`, `train_dataset`, `eval_dataset`,
+            `processing_class`, `compute_metrics`, `callbacks`, `optimizers` and `preprocess_logits_for_metrics`.
 
     Raises:
         TaskkdError: arguments that contradict each other.

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -243,3 +244,10 @@ def run_job(
     done = subprocess.CompletedProcess(words, process.returncode, output)
     assert not check or done.returncode == 0, output[-4000:]
     return done
+
+
+def rank_results(folder: Path, ranks: int, script: str, *, timeout: float = 240) -> list[dict[str, Any]]:
+    """What each rank of a script wrote: it is called with a folder, and writes `<rank>.pt` in it."""
+    folder.mkdir(exist_ok=True)
+    run_job(str(folder), ranks=ranks, script=script, timeout=timeout)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]

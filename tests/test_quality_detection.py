@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import detection_data, quality, quality_detection
 from taskkd import recipes
-from taskkd.detection.data import DetectionDataset, read
+from taskkd.detection import DetectionDataset, read
 
 
 def table(name: str, folder: Path) -> quality_detection.DetectionTable:

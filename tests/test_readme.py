@@ -75,7 +75,7 @@ def test_the_python_runs(folder: Path, number: int) -> None:
     code = PYTHON[number]
     names: dict[str, Any] = {"torch": torch}
     if "train_dataset=" in code:
-        from taskkd.nlp.data import read_rows, tokenized
+        from taskkd.nlp.text import read_rows, tokenized
 
         rows = read_rows("train.csv", "review", "stars")
         table = tokenized(rows, tiny.tokenizer(), ["negative", "positive"], max_length=32)

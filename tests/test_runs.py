@@ -15,10 +15,9 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import taskkd as kd
-from taskkd import plans, recipes, reports, runs, session
+from taskkd import plans, recipes, reports, runs, session, tasks
 from taskkd.errors import CacheError, DataError, RecipeError, TapError, TaskkdError
-from taskkd.nlp import task as nlp_task
-from taskkd.nlp.task import TASK
+from taskkd.nlp.task import TASK, NlpTask
 from tests import tiny
 
 
@@ -123,7 +122,7 @@ def test_what_a_teacher_computes_in(
 ) -> None:
     seen: list[Any] = []
     made = runs.Frozen
-    for module in (runs, nlp_task):  # cached, live
+    for module in (runs, tasks):  # cached, live
         monkeypatch.setattr(module, "Frozen", lambda model, dtype: seen.append(dtype) or made(model, dtype=dtype))
     run(recipe, tmp_path / "run", "baseline=null", "training.epochs=0.2", *overrides)
     assert seen[-1] == expected  # before it the look at one batch
@@ -214,7 +213,7 @@ def test_a_teacher_that_is_worse_than_the_student_alone_is_pointed_out(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(logging.getLogger("taskkd"), "propagate", True)
-    monkeypatch.setattr(nlp_task.NlpTask, "chance", lambda *_: -1.0)
+    monkeypatch.setattr(NlpTask, "chance", lambda *_: -1.0)
     wrong, folder = tiny.teacher(), tmp_path / "wrong"
     with torch.no_grad():
         wrong.classifier.weight.neg_()

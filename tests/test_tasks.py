@@ -1,4 +1,4 @@
-"""What the tasks on images share: the teacher's files, the given models, terms as they are."""
+"""What the tasks share: one interface, the teacher's files, the given models."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from torch import nn
 
 from taskkd.caches import file_sha256, weights_sha256
-from taskkd.tasks import GivenModels, VisionTask
+from taskkd.detection.task import DetectionTask
+from taskkd.recipes import task_named
+from taskkd.tasks import GivenModels, Task
 
 
 def recipe(model: Path | None = None, weights: str | None = None) -> Any:
@@ -17,7 +20,7 @@ def recipe(model: Path | None = None, weights: str | None = None) -> Any:
 
 
 def test_the_teachers_files_are_told_by_their_bytes(tmp_path: Path) -> None:
-    task, folder, file = VisionTask(), tmp_path / "model", tmp_path / "weights.pth"
+    task, folder, file = DetectionTask(), tmp_path / "model", tmp_path / "weights.pth"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"1")
     (folder / "other.json").write_bytes(b"2")
@@ -28,7 +31,7 @@ def test_the_teachers_files_are_told_by_their_bytes(tmp_path: Path) -> None:
 
 
 def test_given_models_go_before_the_task() -> None:
-    class Given(GivenModels, VisionTask):
+    class Given(GivenModels, DetectionTask):
         def __init__(self) -> None:
             self._student, self._teacher = nn.Linear(2, 2), nn.Linear(2, 3)
 
@@ -38,3 +41,14 @@ def test_given_models_go_before_the_task() -> None:
         "teacher": {"model": f"given:{weights_sha256(given._teacher)[:16]}"},
         "student": {"model": f"given:{weights_sha256(given._student)[:16]}"},
     }
+
+
+@pytest.mark.parametrize("name", ["detection", "segmentation", "nlp", "face"])
+def test_tasks_are_alike(name: str) -> None:
+    """What only some tasks have is listed here; everything else is declared, and documented, in `Task`."""
+    task = task_named(name)
+    assert isinstance(task, Task)
+    assert task.name == name
+    assert task.default_method in task.methods
+    own = {key for key in vars(type(task)) if not key.startswith("_")} - set(dir(Task)) - set(Task.__annotations__)
+    assert own <= {"nlp": {"complete"}, "face": {"draw", "equip", "ready"}}.get(name, {"draw"})

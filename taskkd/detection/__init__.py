@@ -1,7 +1,7 @@
 """Object detection: detectors of torchvision and transformers, any other through tap names."""
 
 from taskkd.deprecations import lookup
-from taskkd.detection.data import DetectionDataset, collate, read, tree_crowns
+from taskkd.detection.datasets import DetectionDataset, collate
 from taskkd.detection.methods import (
     METHODS,
     auto,
@@ -27,9 +27,11 @@ from taskkd.detection.methods import (
 )
 from taskkd.detection.metrics import CocoMetric, VocMetric
 from taskkd.detection.models import build, load, save
+from taskkd.detection.readers import read
 from taskkd.detection.teacher import DetectorTeacher
 from taskkd.detection.terms import DetectionTerm, NeckTerm
 from taskkd.detection.transformers_models import TransformersDetector
+from taskkd.detection.trees import tree_crowns
 
 __all__ = [
     "METHODS",

@@ -11,12 +11,14 @@ from typing import Any, Literal
 from torch import nn
 
 from taskkd.detection import models
-from taskkd.detection.data import read
+from taskkd.detection.data import DetectionData
+from taskkd.detection.description import DETECTOR
 from taskkd.detection.hub import read_hub
 from taskkd.detection.mapped import mapped
+from taskkd.detection.readers import read
 from taskkd.detection.records import Annotations
 from taskkd.detection.schema import Data
-from taskkd.detection.task import DetectionData, DetectionTask
+from taskkd.detection.task import DetectionTask
 from taskkd.detection.tiles import split
 from taskkd.errors import DataError, RecipeError
 from taskkd.schema import options_of
@@ -125,10 +127,9 @@ class GivenDetection(GivenModels, DetectionTask):
 def _detector(source: nn.Module | str | Path) -> nn.Module:
     """A detector with torchvision's interface."""
     if isinstance(source, str | Path):
-        if not any((Path(source) / name).is_file() for name in (models.DETECTOR, "config.json")):
+        if not any((Path(source) / name).is_file() for name in (DETECTOR, "config.json")):
             raise RecipeError(
-                f"{str(source)!r} is no detector's folder: expected {models.DETECTOR} in it, or config.json of "
-                "transformers."
+                f"{str(source)!r} is no detector's folder: expected {DETECTOR} in it, or config.json of transformers."
             )
         return models.load(source)
     from taskkd.detection.transformers_models import TransformersDetector, is_transformers

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from taskkd.detection import models
+from taskkd.detection.description import Description
 from taskkd.errors import RecipeError, nearest
 
 __all__ = ["mapped"]
@@ -129,7 +130,7 @@ def mapped(teacher: nn.Module, label_map: Mapping[Any, str], classes: Sequence[s
         config.id2label, config.label2id = dict(enumerate(classes)), {name: i for i, name in enumerate(classes)}
     else:
         kind = f"{type(teacher).__module__}.{type(teacher).__qualname__}"
-        found.description = models.Description(None, tuple(classes), kind)  # type: ignore[assignment]
+        found.description = Description(None, tuple(classes), kind)  # type: ignore[assignment]
     return found
 
 

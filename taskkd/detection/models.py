@@ -7,7 +7,6 @@ class with its own keys, or `TransformersDetector`, and takes `model(images, tar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,14 +15,14 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from taskkd.backbones import check_fit, downloaded, read_weights
-from taskkd.descriptions import WEIGHTS, load_weights, read_description, write_description
+from taskkd.descriptions import WEIGHTS, load_weights
 from taskkd.detection.architectures import assemble, builder_of
 from taskkd.detection.config import Architecture, DetectorConfig
+from taskkd.detection.description import DETECTOR, Description
 from taskkd.errors import DataError, RecipeError, nearest
 
 __all__ = ["Description", "build", "class_count", "class_names", "describe", "existing", "load", "save"]
 
-DETECTOR = "detector.json"
 # The last layers, whose size depends on the number of classes.
 CLASSIFIERS = (
     "roi_heads.box_predictor.",
@@ -31,43 +30,6 @@ CLASSIFIERS = (
     "head.classification_head.cls_logits.",
     "head.classification_head.module_list.",
 )
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a detector's folder says beside its weights.
-
-    It has `save_pretrained`, so it can stand where a trainer saves a tokenizer beside a model (`processing_class`).
-
-    Args:
-        config: None: the model was not built here.
-        names: of the classes, without the background; label i + 1 is `names[i]`.
-        kind: the model's class.
-    """
-
-    config: DetectorConfig | None
-    names: tuple[str, ...]
-    kind: str
-
-    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
-        """Write `detector.json`."""
-        names = list(self.names)
-        write_description(Path(folder) / DETECTOR, self.kind, self.config, names=names)
-
-    @classmethod
-    def read(cls, folder: str | Path) -> Description:
-        """What `save_pretrained` wrote.
-
-        Raises:
-            DataError: it is not there, not readable, or of a newer version.
-            RecipeError: the config in it was changed to what cannot be.
-        """
-        return read_description(Path(folder) / DETECTOR, "a detector", cls._made)
-
-    @classmethod
-    def _made(cls, data: Mapping[str, Any]) -> Description:
-        config = None if data["config"] is None else DetectorConfig.of(data["config"])
-        return cls(config, tuple(map(str, data["names"])), str(data["kind"]))
 
 
 def build(config: DetectorConfig | Mapping[str, Any], classes: int | Sequence[str], *, seed: int = 0) -> nn.Module:

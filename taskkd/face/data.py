@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from taskkd.face.schema import Balanced, Data, Sample, Verification
 from taskkd.face.transforms import build
 from taskkd.face.verification import few_negatives
 from taskkd.images import header_size, in_memory
-from taskkd.splits import shares_of
+from taskkd.splits import held_out, limited
 
 __all__ = ["FaceData", "VerificationTable", "from_faces", "load"]
 
@@ -232,24 +233,16 @@ def from_faces(
         unlabelled: faces of unknown people.
     """
     sizes = {"validation": config.validation_size, "test": config.test_size}
-    missing = [name for name in sizes if given.get(name) is None]
-    parts: dict[str, Pairs | Faces] = {name: part for name, part in given.items() if part is not None}
-    if missing:
-        count = len(np.unique(train.labels[train.labels >= 0]))
-        # pairs are of two people, too
-        shares = shares_of({name: sizes[name] for name in missing}, count, "identities", least=2)
-        train, *held = split(train, shares, seed=config.split_seed)
-        parts |= dict(zip(missing, held, strict=True))
-    if config.train_size is not None and config.train_size < len(train.identities):
-        share = config.train_size / len(train.identities)
-        train = split(train, [share, 1 - share], seed=config.split_seed)[0]
+    cut, count = partial(split, seed=config.split_seed), len(np.unique(train.labels[train.labels >= 0]))
+    parts: dict[str, Pairs | Faces]
+    train, parts = held_out(train, given, sizes, cut, count, "identities", least=2)  # pairs are of two people, too
+    train = limited(train, config.train_size, len(train.identities), cut)
     for name, part in parts.items():
         if isinstance(part, Faces) and (line := shared_identities(train, part)):
             logger.warning("%s: %s", name, line)
     for note in train.notes:
         logger.info(note)
-    ordered = [*sizes, *(name for name in parts if name not in sizes)]
-    pairs = {name: _paired(parts[name], config, name) for name in ordered}
+    pairs = {name: _paired(part, config, name) for name, part in parts.items()}
     return FaceData(train, pairs, config, unlabelled, _hard(config, train))
 
 

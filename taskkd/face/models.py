@@ -21,7 +21,6 @@ from taskkd.face.model import FaceModel
 from taskkd.face.timm_networks import timm_face
 
 __all__ = [
-    "Description",
     "FaceConfig",
     "build",
     "check_student",

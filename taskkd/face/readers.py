@@ -12,7 +12,7 @@ from taskkd.errors import DataError
 from taskkd.face.recordio import read_recordio
 from taskkd.face.records import Bad, Faces, checked
 from taskkd.hub import check_columns, images_of, load_split
-from taskkd.images import Source, in_file
+from taskkd.images import Source, existing_folder, in_file
 from taskkd.packages import INSTALL, locate
 from taskkd.problems import Problems
 
@@ -34,7 +34,7 @@ def read_folder(root: str | Path, *, size: int | None = None, bad: Bad = "error"
     Raises:
         DataError: the folder is missing or has no images, or as `bad` says; with the file.
     """
-    folder = _folder(root)
+    folder = existing_folder(root)
     problems = Problems(str(folder), bad)
     for stray in _images(folder, deep=False):
         problems.left_out("images", f"{stray}: the image is in no identity's folder; {folder} holds one for each")
@@ -66,7 +66,7 @@ def read_images(folders: str | Path | Sequence[str | Path], *, size: int | None 
         DataError: a folder is missing or empty, or as `bad` says.
     """
     names = [folders] if isinstance(folders, str | Path) else list(folders)
-    sources = [in_file(file) for name in names for file in _images(_folder(name))]
+    sources = [in_file(file) for name in names for file in _images(existing_folder(name))]
     return checked(_unlabelled(sources, size), Problems(" and ".join(map(str, names)), bad))
 
 
@@ -150,12 +150,6 @@ def orl(size: int | None = 112) -> Faces:
 
 def _unlabelled(sources: list[Source], size: int | None) -> Faces:
     return Faces(sources, np.full(len(sources), -1), [], size)
-
-
-def _folder(path: str | Path) -> Path:
-    if not Path(path).is_dir():
-        raise DataError(f"{path}: no such folder.")
-    return Path(path)
 
 
 def _images(folder: Path, *, deep: bool = True) -> list[Path]:

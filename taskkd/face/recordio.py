@@ -19,15 +19,15 @@ import os
 import struct
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from taskkd.errors import DataError
-from taskkd.face.records import Array, Bad, Faces, checked
+from taskkd.face.records import Array, Bad, Faces, Sources, checked
 from taskkd.images import Source
 from taskkd.problems import Problems
 
@@ -249,8 +249,8 @@ def write_index(path: str | Path) -> Path:
     return index
 
 
-class _Images(Sequence[Source]):
-    """The images of a file, made into sources when they are asked for."""
+class _Images(Sources):
+    """The images of a file."""
 
     def __init__(self, file: RecordFile, positions: Array) -> None:
         self.file, self.positions = file, positions
@@ -258,13 +258,7 @@ class _Images(Sequence[Source]):
     def __len__(self) -> int:
         return len(self.positions)
 
-    @overload
-    def __getitem__(self, number: int) -> Source: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Source]: ...
-    def __getitem__(self, number: int | slice) -> Source | Sequence[Source]:
-        if isinstance(number, slice):
-            return _Images(self.file, self.positions[number])
+    def at(self, number: int) -> Source:
         position = int(self.positions[number])
         name = f"{self.file.path}, key {self.file.keys[position]}"
         return Source(name, functools.partial(self.file.image, position))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, overload
@@ -17,7 +18,18 @@ from taskkd.images import Source, decode
 from taskkd.problems import Problems, usable
 from taskkd.splits import divided
 
-__all__ = ["Bad", "Face", "Faces", "checked", "image_of", "shared_identities", "split", "squared", "with_unlabelled"]
+__all__ = [
+    "Bad",
+    "Face",
+    "Faces",
+    "Sources",
+    "checked",
+    "image_of",
+    "shared_identities",
+    "split",
+    "squared",
+    "with_unlabelled",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +123,27 @@ class Faces:
         return text + (f", {unknown} of them without an identity" if unknown and len(counts) else "")
 
 
-class _Chosen(Sequence[Source]):
+class Sources(Sequence[Source], ABC):
+    """Images that are made into sources when they are asked for."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def at(self, number: int) -> Source:
+        """One of them, by its number from 0 on."""
+
+    @overload
+    def __getitem__(self, number: int) -> Source: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Source]: ...
+    def __getitem__(self, number: int | slice) -> Source | Sequence[Source]:
+        if isinstance(number, slice):
+            return _Chosen(self, np.arange(len(self))[number])
+        return self.at(range(len(self))[number])
+
+
+class _Chosen(Sources):
     """Some of some sources."""
 
     def __init__(self, sources: Sequence[Source], numbers: Array) -> None:
@@ -121,17 +153,11 @@ class _Chosen(Sequence[Source]):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    @overload
-    def __getitem__(self, number: int) -> Source: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Source]: ...
-    def __getitem__(self, number: int | slice) -> Source | Sequence[Source]:
-        if isinstance(number, slice):
-            return _Chosen(self.sources, self.numbers[number])
+    def at(self, number: int) -> Source:
         return self.sources[int(self.numbers[number])]
 
 
-class _Joined(Sequence[Source]):
+class _Joined(Sources):
     """Some sources after others."""
 
     def __init__(self, first: Sequence[Source], others: Sequence[Source]) -> None:
@@ -140,15 +166,8 @@ class _Joined(Sequence[Source]):
     def __len__(self) -> int:
         return len(self.first) + len(self.others)
 
-    @overload
-    def __getitem__(self, number: int) -> Source: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Source]: ...
-    def __getitem__(self, number: int | slice) -> Source | Sequence[Source]:
-        if isinstance(number, slice):
-            return _Chosen(self, np.arange(len(self))[number])
-        place = range(len(self))[number]
-        return self.first[place] if place < len(self.first) else self.others[place - len(self.first)]
+    def at(self, number: int) -> Source:
+        return self.first[number] if number < len(self.first) else self.others[number - len(self.first)]
 
 
 def with_unlabelled(faces: Faces, others: Faces) -> Faces:

@@ -26,10 +26,10 @@ from taskkd.face.partial_fc import PartialFC
 from taskkd.face.readers import read_folder
 from taskkd.face.records import Faces, squared
 from taskkd.face.schema import FaceRecipe
-from taskkd.images import decode, in_file
+from taskkd.images import decode, named_file
 from taskkd.session import training_arguments
 from taskkd.stages import Method
-from taskkd.tasks import VisionTask
+from taskkd.tasks import Task
 
 __all__ = ["TASK", "FaceTask", "embedded"]
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 SIDE = 112
 
 
-class FaceTask(VisionTask):
+class FaceTask(Task):
     """The glue between recipes and this package."""
 
     name = "face"
@@ -233,12 +233,9 @@ class FaceTask(VisionTask):
             raise DataError(
                 f"{len(inputs)} image to compare: expected two or more, the first is compared with the others."
             )
-        missing = next((path for path in inputs if not Path(path).is_file()), None)
-        if missing is not None:
-            what = f"is a folder; name its images ({missing}/*)" if Path(missing).is_dir() else "no such file"
-            raise DataError(f"{missing}: {what}; faces are compared by aligned crops, image files.")
+        files = [named_file(path, "faces are compared by aligned crops, image files") for path in inputs]
         size = recipe.data.size or student.size
-        images = [squared(decode(in_file(Path(path)), 0), size) for path in inputs]
+        images = [squared(decode(file, 0), size) for file in files]
         first, *others = (student.embed(image[None])[0] for image in images)
         for path, other in zip(inputs[1:], others, strict=True):
             yield "similarity", float(first @ other), f"{inputs[0]} | {path}"

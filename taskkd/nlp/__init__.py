@@ -2,6 +2,7 @@
 
 from taskkd.deprecations import lookup
 from taskkd.nlp.architectures import distilbert_from_bert
+from taskkd.nlp.kinds.sequences import task_loss
 from taskkd.nlp.layers import hidden_taps
 from taskkd.nlp.methods import (
     METHODS,
@@ -23,7 +24,6 @@ from taskkd.nlp.methods import (
 )
 from taskkd.nlp.models import load_model, load_tokenizer, student_from_layers
 from taskkd.nlp.sentence import SentenceEncoder, load_sentence_encoder
-from taskkd.nlp.task import task_loss
 
 __all__ = [
     "METHODS",

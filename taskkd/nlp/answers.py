@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from taskkd.errors import DataError
-from taskkd.nlp.data import READERS
+from taskkd.nlp.text import READERS
 
 __all__ = ["Answers", "exact_match", "f1", "squad_questions"]
 

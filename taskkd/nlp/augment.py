@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from taskkd.caches import file_sha256
 from taskkd.errors import DataError
 from taskkd.nlp import models
-from taskkd.nlp.data import Row, same_text
+from taskkd.nlp.text import Row, same_text
 from taskkd.nlp.word_replacement import WordReplacement
 from taskkd.nlp.word_vectors import WordVectors
 from taskkd.schema import Model

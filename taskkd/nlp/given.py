@@ -12,17 +12,17 @@ from typing import Any, Literal
 from torch import nn
 
 from taskkd.errors import DataError, RecipeError
-from taskkd.nlp import data as text
-from taskkd.nlp import models, tokenization
+from taskkd.nlp import models, text, tokenization
+from taskkd.nlp.data import NlpData, select_by, two_tokenizers
 from taskkd.nlp.kinds import Encoding, kind_of
-from taskkd.nlp.task import NlpData, NlpTask, select_by, two_tokenizers
+from taskkd.nlp.task import NlpTask
 from taskkd.nlp.tokenization import fitting_length
 from taskkd.tasks import GivenModels
 
-__all__ = ["GivenTask"]
+__all__ = ["GivenNlp"]
 
 
-class GivenTask(GivenModels, NlpTask):
+class GivenNlp(GivenModels, NlpTask):
     """The NLP task with a given student and teacher; data as paths, lists of dicts, data frames, or HF `Dataset`s.
 
     The teacher's head says which kind of task it is. A `Dataset` with `input_ids` is used as it is (`labels` or the

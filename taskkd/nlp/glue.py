@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import field_validator
 
 from taskkd.errors import DataError, nearest
-from taskkd.nlp.data import Row, Splits, hub_rows, text_row
+from taskkd.nlp.text import Row, Splits, hub_rows, text_row
 from taskkd.schema import Model
 
 __all__ = ["GLUE_TASKS", "HIDDEN_LABELS", "HUB", "Glue", "GlueTask"]

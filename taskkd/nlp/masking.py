@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from taskkd.augmentation import Augmented, generator_for
-from taskkd.nlp.data import as_table
+from taskkd.nlp.text import as_table
 
 __all__ = ["Masked", "Masker", "text_lines"]
 

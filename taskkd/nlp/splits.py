@@ -6,7 +6,7 @@ import functools
 from dataclasses import replace
 
 from taskkd.errors import DataError
-from taskkd.nlp import data as text
+from taskkd.nlp import text
 from taskkd.nlp.kinds.sentences import texts_row
 from taskkd.nlp.schema import Data, ScoredPairs, Size
 

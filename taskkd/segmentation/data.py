@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from taskkd.segmentation.readers import LAYOUTS, read_folder, read_hub, read_ima
 from taskkd.segmentation.records import Annotations, tiles
 from taskkd.segmentation.schema import Data, Part, Source
 from taskkd.segmentation.transforms import build
-from taskkd.splits import divided, shared_images, shares_of
+from taskkd.splits import divided, held_out, limited, shared_images
 
 __all__ = ["SegmentationData", "from_annotations", "load", "read_part"]
 
@@ -156,25 +157,19 @@ def _divided(config: Data, given: Mapping[str, Annotations | None]) -> dict[str,
             name: replace(part, records=tiles(part.records, config.tiles.size, overlap=overlaps.get(name, 0)))
             for name, part in found.items()
         }
-    total = len(found["train"])
-    if config.train_size is not None and config.train_size < total:
-        share = config.train_size / total
-        found["train"] = _split(found["train"], [share, 1 - share], config.split_seed)[0]
+    train = found["train"]
+    found["train"] = limited(train, config.train_size, len(train), partial(_split, seed=config.split_seed))
     return found
 
 
 def _held_out(config: Data, given: Mapping[Any, Annotations | None]) -> dict[str, Annotations]:
     """All three parts; what is missing of validation and test is taken from train."""
-    train = given["train"]
+    others = dict(given)
+    train = others.pop("train")
     assert train is not None
     sizes = {"validation": config.validation_size, "test": config.test_size}
-    missing = [name for name in sizes if given[name] is None]
-    held: list[Annotations] = []
-    if missing:
-        train, *held = _split(train, shares_of({name: sizes[name] for name in missing}, len(train)), config.split_seed)
-    taken = dict(zip(missing, held, strict=True))
-    kept = {name: part for name in sizes if (part := taken.get(name) or given[name]) is not None}
-    return {"train": train, **kept}
+    train, found = held_out(train, others, sizes, partial(_split, seed=config.split_seed), len(train))
+    return {"train": train, **found}
 
 
 def _split(annotations: Annotations, shares: Sequence[float], seed: int) -> list[Annotations]:

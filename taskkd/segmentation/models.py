@@ -24,7 +24,7 @@ from taskkd.segmentation.description import SEGMENTER, Description
 from taskkd.segmentation.segmenter import Segmenter
 from taskkd.segmentation.transformers_networks import TransformersSegmenter, is_transformers, shape_needed
 
-__all__ = ["Description", "build", "check_student", "class_names", "describe", "existing", "load", "save", "wrap"]
+__all__ = ["build", "check_student", "class_names", "describe", "existing", "load", "save", "wrap"]
 
 # The last layers, whose size depends on the number of classes.
 CLASSIFIERS = (

@@ -8,7 +8,7 @@ from typing import Any
 
 from taskkd.errors import DataError, nearest
 from taskkd.hub import check_columns, images_of, load_split
-from taskkd.images import Source, in_file
+from taskkd.images import Source, existing_folder, in_file
 from taskkd.problems import Problems
 from taskkd.segmentation.labels import ADE20K, CAMVID, CITYSCAPES, VOC, Labels, labels_of
 from taskkd.segmentation.records import Annotations, Bad, Record, checked
@@ -49,11 +49,11 @@ def read_folder(
     Raises:
         DataError: a folder is missing or empty, or as `bad` says; with the file.
     """  # fmt: skip
-    folder = _folder(images)
+    folder = existing_folder(images)
     labels = classes if isinstance(classes, Labels) else _labels(classes, ignore, masks, str(images))
     if masks is None:
         return _annotations(str(folder), ((i, None) for i in _images(folder)), labels, bad)
-    known = {f.relative_to(masks).with_suffix(""): f for f in _files(_folder(masks), MASKS)}
+    known = {f.relative_to(masks).with_suffix(""): f for f in _files(existing_folder(masks), MASKS)}
 
     def mask(image: Path) -> Path:
         name = image.relative_to(folder).with_suffix("")
@@ -73,7 +73,7 @@ def read_images(folders: str | Path | Sequence[str | Path], *, bad: Bad = "error
         DataError: a folder is missing or empty.
     """
     names = [folders] if isinstance(folders, str | Path) else list(folders)
-    pairs = ((image, None) for name in names for image in _images(_folder(name)))
+    pairs = ((image, None) for name in names for image in _images(existing_folder(name)))
     return _annotations(" and ".join(map(str, names)), pairs, Labels((), ()), bad)
 
 
@@ -134,7 +134,7 @@ def read_voc(
     Raises:
         DataError: as `read_folder`.
     """
-    folder = _folder(root)
+    folder = existing_folder(root)
     own = folder / (masks or ("SegmentationClassAug" if "aug" in part else "SegmentationClass"))
     pairs = (
         (folder / "JPEGImages" / f"{name}.jpg", own / f"{name}.png" if labelled else None)
@@ -222,15 +222,9 @@ def _missing(image: Path, mask: Path | None) -> str:
     return ""
 
 
-def _folder(path: str | Path) -> Path:
-    if not Path(path).is_dir():
-        raise DataError(f"{path}: no such folder.")
-    return Path(path)
-
-
 def _part(folder: Path, part: str) -> Path:
     if not (folder / part).is_dir():
-        known = sorted(f.name for f in _folder(folder).iterdir() if f.is_dir())
+        known = sorted(f.name for f in existing_folder(folder).iterdir() if f.is_dir())
         raise DataError(f"{folder}: no folder {part}{nearest(part, known)}; it has {', '.join(known)}.")
     return folder / part
 
@@ -250,7 +244,7 @@ def _images(folder: Path) -> list[Path]:
 def _listed(lists: Path, part: str) -> list[str]:
     file = lists / f"{part}.txt"
     if not file.is_file():
-        known = sorted(f.stem for f in _folder(lists).glob("*.txt"))
+        known = sorted(f.stem for f in existing_folder(lists).glob("*.txt"))
         raise DataError(f"{lists}: no list {part}.txt{nearest(part, known)}; it has {', '.join(known)}.")
     return [Path(line.split()[0]).stem for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from taskkd.errors import DataError, RecipeError, nearest
-from taskkd.images import decode, in_file
+from taskkd.images import decode, named_file
 from taskkd.segmentation import models
 from taskkd.segmentation.config import SMP, TORCHVISION
 from taskkd.segmentation.data import SegmentationData, load, read_part
@@ -27,7 +27,7 @@ from taskkd.segmentation.records import Annotations, Bad
 from taskkd.segmentation.schema import Part, SegmentationRecipe, Source
 from taskkd.segmentation.segmenter import Segmenter
 from taskkd.segmentation.terms import MapTerm
-from taskkd.tasks import VisionTask
+from taskkd.tasks import Task
 from taskkd.terms import Term
 
 __all__ = ["TASK", "SegmentationTask", "read_path"]
@@ -45,7 +45,7 @@ LAYOUTS = {
 }
 
 
-class SegmentationTask(VisionTask):
+class SegmentationTask(Task):
     """The glue between recipes and this package."""
 
     name = "segmentation"
@@ -213,10 +213,7 @@ class SegmentationTask(VisionTask):
         The mask (PNG, class numbers) is written beside the image as `<name>.mask.png`.
         """
         for path in inputs:
-            if not Path(path).is_file():
-                what = f"is a folder; name its images ({path}/*)" if Path(path).is_dir() else "no such file"
-                raise DataError(f"{path}: {what}; segmentation networks predict on image files.")
-            image = decode(in_file(Path(path)), 0).float() / 255
+            image = decode(named_file(path, "segmentation networks predict on image files"), 0).float() / 255
             with torch.no_grad():
                 logits: Tensor = student(image[None])["logits"]
             mask = predicted(logits, (image.shape[1], image.shape[2]))[0]

@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from taskkd.detection import DetectionDataset, collate, read, tree_crowns
 from taskkd.detection.coco import coco_results, read_coco
-from taskkd.detection.data import TREE_REGIONS, DetectionDataset, collate, read, tree_crowns
 from taskkd.detection.hub import read_hub
 from taskkd.detection.records import Annotations, Record
 from taskkd.detection.tiles import region, split, tiles
+from taskkd.detection.trees import REGIONS
 from taskkd.detection.voc import VOC_CLASSES, read_voc
 from taskkd.errors import DataError
 from taskkd.images import decode, header_size, in_file, in_memory
@@ -615,7 +616,7 @@ def test_the_tree_sample_is_split_honestly() -> None:
     assert [int(c.max()) for c in seen.values()] == [1, 1, 1]
     assert sum(int(c.sum()) for c in seen.values()) == 1249 * 1035 + 2 * 400 * 400  # all of it is used
     assert all(shared_images(parts["train"].records, parts[name].records) == "" for name in ("validation", "test"))
-    assert {part for _, part, _ in TREE_REGIONS} == set(parts)
+    assert {part for _, part, _ in REGIONS} == set(parts)
     sample = DetectionDataset(parts["test"], held=True, ignored=True)[0]
     assert sample["images"].shape == (3, 207, 249)
     assert 0.1 < sample["images"].mean() < 0.9

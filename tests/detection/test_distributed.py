@@ -9,14 +9,12 @@ import torch
 
 from tests.detection import ranks_job
 from tests.detection.detectors import retinanet
-from tests.engine import distance, run_job
+from tests.engine import distance, rank_results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    run_job(str(folder), ranks=2, script=ranks_job.__file__, timeout=240)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return rank_results(tmp_path_factory.mktemp("ranks"), 2, ranks_job.__file__)
 
 
 @pytest.mark.slow

@@ -21,7 +21,8 @@ from taskkd import backbones
 from taskkd.checkpoints import load_student, save_student
 from taskkd.detection import architectures
 from taskkd.detection.config import DetectorConfig
-from taskkd.detection.models import DETECTOR, Description, build, class_count, class_names, describe, load, save
+from taskkd.detection.description import DETECTOR, Description
+from taskkd.detection.models import build, class_count, class_names, describe, load, save
 from taskkd.errors import CheckpointError, DataError, RecipeError
 from tests.detection import tiny_detr
 

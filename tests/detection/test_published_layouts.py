@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from taskkd import recipes
+from taskkd.detection import DetectionDataset, collate, read
 from taskkd.detection.coco import coco_results
-from taskkd.detection.data import DetectionDataset, collate, read
 from taskkd.detection.metrics import COCO_RESULTS, CocoMetric
 from taskkd.detection.task import TASK
 from taskkd.detection.voc import VOC_CLASSES, read_voc

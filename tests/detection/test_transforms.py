@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from taskkd.augmentation import Augmented, generator_for
-from taskkd.detection.data import collate
+from taskkd.detection import collate
 from taskkd.detection.transforms import TRANSFORMS, Augmentation, build
 from taskkd.errors import RecipeError, TaskkdError
 

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.engine import distance, run_job
+from tests.engine import distance, rank_results
 from tests.face import ranks_job
 
 pytestmark = pytest.mark.slow
 
 
-def results(folder: Path, ranks: int) -> list[dict[str, Any]]:
-    folder.mkdir()
-    run_job(str(folder), ranks=ranks, script=ranks_job.__file__, timeout=240)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return results(tmp_path_factory.mktemp("ranks") / "two", 2)
+    return rank_results(tmp_path_factory.mktemp("ranks"), 2, ranks_job.__file__)
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    (found,) = results(tmp_path_factory.mktemp("ranks") / "one", 1)
+    (found,) = rank_results(tmp_path_factory.mktemp("ranks"), 1, ranks_job.__file__)
     return found
 
 

@@ -14,8 +14,8 @@ import torch
 import transformers
 from transformers import BertConfig, BertTokenizer, DistilBertConfig
 
-from taskkd.nlp.data import Row
 from taskkd.nlp.kinds import KINDS, Encoding
+from taskkd.nlp.text import Row
 
 FIRST, LAST = ["anna", "bruno", "clara", "david", "elena"], ["weber", "moreau", "silva", "novak", "lindgren"]
 CITIES, JOBS = ["paris", "lisbon", "vienna", "oslo", "prague"], ["baker", "teacher", "painter", "doctor", "pilot"]

@@ -14,7 +14,7 @@ from taskkd.__main__ import main
 from taskkd.errors import DataError, RecipeError
 from taskkd.nlp import augment
 from taskkd.nlp.augment import Augment, augmented
-from taskkd.nlp.data import Row, read_rows
+from taskkd.nlp.text import Row, read_rows
 from taskkd.nlp.word_replacement import WordReplacement
 from tests import tiny
 

@@ -16,9 +16,9 @@ import taskkd as kd
 from taskkd import losses, recipes, reports, runs
 from taskkd.errors import DataError, RecipeError
 from taskkd.nlp import METHODS, heads, models
-from taskkd.nlp.data import Row
 from taskkd.nlp.kinds.base import Encoding
 from taskkd.nlp.kinds.causal import CAUSAL_LM, next_token_loss
+from taskkd.nlp.text import Row
 from tests import tiny
 from tests.nlp import wordpieces
 

@@ -342,17 +342,17 @@ def test_distil_in_one_call_with_models_in_memory(kind: str, tmp_path: Path) -> 
 
 
 def test_class_numbers_in_memory_are_tags(tmp_path: Path) -> None:
-    from taskkd.nlp.given import GivenTask
+    from taskkd.nlp.given import GivenNlp
 
     rows = [dict(zip(("tokens", "tags"), people.tagged(f), strict=True)) for f in people.facts(10)]
     numbered = [{**r, "tags": [people.TAGS.index(t) for t in r["tags"]]} for r in rows]
     given = {"processing_class": people.tokenizer()}
     teacher = people.model("token_classification")
-    tables = [GivenTask([0], teacher, data, data, **given).load(None).train for data in (rows, numbered)]
+    tables = [GivenNlp([0], teacher, data, data, **given).load(None).train for data in (rows, numbered)]
     assert list(tables[0]["labels"]) == list(tables[1]["labels"])
     numbered[3]["tags"][2] = 4
     with pytest.raises(DataError, match=r"sample 3: label 4 is not in 0 \.\. 3"):
-        GivenTask([0], teacher, numbered, numbered, **given)
+        GivenNlp([0], teacher, numbered, numbered, **given)
 
 
 @pytest.mark.parametrize(
@@ -416,13 +416,13 @@ def test_a_bare_encoder_is_fine_tuned_first(tmp_path: Path) -> None:
 def test_a_table_that_the_caller_has_tokenized_beside_unlabelled_text(tmp_path: Path) -> None:
     import datasets
 
-    from taskkd.nlp.given import GivenTask
+    from taskkd.nlp.given import GivenNlp
 
     kind = KINDS["token_classification"]
     rows = kind.encode(people.rows_of(kind.name, 12), people.tokenizer(), people.TAGS, ENCODING)
     own = datasets.Dataset.from_dict({**rows.remove_columns(["id", "word_mask"]).to_dict(), "source": ["x"] * 12})
     free = people.write(kind.name, tmp_path, "free", people.facts(5))
-    task = GivenTask(
+    task = GivenNlp(
         [0], people.model(kind.name), own, own, unlabelled=free, processing_class=people.tokenizer()
     )  # fmt: skip
     everything = task.load(None).everything

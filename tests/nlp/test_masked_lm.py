@@ -6,7 +6,7 @@ import torch
 
 from taskkd.augmentation import generator_for
 from taskkd.errors import DataError
-from taskkd.nlp import data
+from taskkd.nlp import text
 from taskkd.nlp.kinds import Encoding
 from taskkd.nlp.kinds.masked import MASKED_LM as KIND
 from taskkd.nlp.masking import Masked, Masker
@@ -16,14 +16,14 @@ from tests.nlp import people
 DYNAMIC, STATIC = Encoding(32, mask_share=0.3), Encoding(32, masking="static", mask_share=0.3)
 
 
-def rows(count: int = 20) -> list[data.Row]:
+def rows(count: int = 20) -> list[text.Row]:
     return people.rows_of(KIND.name, count)
 
 
 def test_a_text_file_has_a_text_on_each_line(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("anna works in paris .\n\n  bruno lives in oslo .\n")
-    found = data.read_rows(path, "text", "", row=KIND.row, readers=KIND.readers)
+    found = text.read_rows(path, "text", "", row=KIND.row, readers=KIND.readers)
     assert [(r.text, r.where) for r in found] == [
         ("anna works in paris .", f"{path}, line 1"),
         ("bruno lives in oslo .", f"{path}, line 3"),
@@ -76,7 +76,7 @@ def test_static_masks_and_those_of_evaluation_are_fixed() -> None:
 
 
 def test_long_texts_are_cut_into_pieces() -> None:
-    row = data.Row("anna works in paris . " * 20, None, None, "")
+    row = text.Row("anna works in paris . " * 20, None, None, "")
     table = KIND.encode([row], people.tokenizer(), [], Encoding(32))
     assert len(table) == math.ceil(100 / 30)
     assert list(table["id"]) == [0, 1, 2, 3]

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from taskkd.errors import RecipeError
+from taskkd.nlp import task_loss
 from taskkd.nlp.answers import Answers
 from taskkd.nlp.entities import Tags
 from taskkd.nlp.metrics import Classification, MaskedTokens, Regression, best_constant, chosen
-from taskkd.nlp.task import task_loss
 
 
 def test_classification_by_hand() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from taskkd.errors import DataError
-from taskkd.nlp import data
+from taskkd.nlp import text
 from taskkd.nlp.answers import Answers, exact_match, f1
 from taskkd.nlp.kinds import Encoding
 from taskkd.nlp.kinds.questions import QUESTION_ANSWERING as KIND
@@ -17,8 +17,8 @@ MILL = Path(__file__).parent / "files" / "questions.json"
 TEXT = ["question", "context"]
 
 
-def read(path: Path, label: str | None = "answers") -> list[data.Row]:
-    return data.read_rows(path, TEXT, label, row=KIND.row, readers=KIND.readers)
+def read(path: Path, label: str | None = "answers") -> list[text.Row]:
+    return text.read_rows(path, TEXT, label, row=KIND.row, readers=KIND.readers)
 
 
 def windows(*, training: bool = True, length: int = 120, stride: int = 30) -> Any:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from taskkd.errors import DataError
-from taskkd.nlp import data
+from taskkd.nlp import text
 from taskkd.nlp.entities import Tags, entities, has_entities
 from taskkd.nlp.kinds import Encoding
 from taskkd.nlp.kinds.tokens import TOKEN_CLASSIFICATION as KIND
@@ -15,8 +15,8 @@ from tests.nlp import people
 NEWS = Path(__file__).parent / "files" / "news.conll"
 
 
-def read(path: Path, text: str = "tokens", label: str | None = "tags") -> list[data.Row]:
-    return data.read_rows(path, text, label, row=KIND.row, readers=KIND.readers)
+def read(path: Path, column: str = "tokens", label: str | None = "tags") -> list[text.Row]:
+    return text.read_rows(path, column, label, row=KIND.row, readers=KIND.readers)
 
 
 def test_a_conll_file() -> None:
@@ -68,12 +68,12 @@ def test_a_hub_data_set_of_class_numbers(tmp_path: Path, monkeypatch: pytest.Mon
     features = datasets.Features({"tokens": datasets.List(datasets.Value("string")), "tags": tags})
     table = datasets.Dataset.from_dict({"tokens": [["anna", "works"]], "tags": [[1, 0]]}, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
-    assert data.hub_rows("news", None, "train", "tokens", "tags", row=KIND.row)[0].label == ["B-PER", "O"]
+    assert text.hub_rows("news", None, "train", "tokens", "tags", row=KIND.row)[0].label == ["B-PER", "O"]
 
 
 def test_the_first_piece_of_a_word_has_its_label() -> None:
-    row = data.Row("", None, ["B-PER", "I-PER", "O"], "", ("Anna", "Lindgren", "zoo"))
-    free = data.Row("", None, None, "", row.words)
+    row = text.Row("", None, ["B-PER", "I-PER", "O"], "", ("Anna", "Lindgren", "zoo"))
+    free = text.Row("", None, None, "", row.words)
     table = KIND.encode([row, free], people.tokenizer(), people.TAGS, Encoding(32), first_id=5)
     assert list(table["id"]) == [5, 6]
     # [CLS] anna lind ##gren z ##o ##o [SEP]
@@ -86,13 +86,13 @@ def test_the_first_piece_of_a_word_has_its_label() -> None:
 
 
 def test_an_unknown_tag_is_named() -> None:
-    row = data.Row("", None, ["O", "B-PRE"], "f.conll, line 7", ("in", "anna"))
+    row = text.Row("", None, ["O", "B-PRE"], "f.conll, line 7", ("in", "anna"))
     with pytest.raises(DataError, match=r"f\.conll, line 7: tag 'B-PRE' of word 2, 'anna', is not one of the 4 tags"):
         KIND.encode([row], people.tokenizer(), people.TAGS, Encoding(32))
 
 
 def test_words_that_are_cut_off_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    rows = [data.Row("", None, ["O"] * n, f"line {n}", ("in",) * n) for n in (3, 9, 8)]
+    rows = [text.Row("", None, ["O"] * n, f"line {n}", ("in",) * n) for n in (3, 9, 8)]
     with caplog.at_level(logging.WARNING):
         KIND.encode(rows, people.tokenizer(), people.TAGS, Encoding(8))
     (record,) = caplog.records

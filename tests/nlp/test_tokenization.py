@@ -214,7 +214,7 @@ def test_in_one_call(folder: Path, tmp_path: Path) -> None:
     for run in (result, named):
         assert run.report["distilled"]["distilled"]["0"]["test"]["accuracy"] > 0.8
         assert tokenization.same(AutoTokenizer.from_pretrained(run.output_dir / "student"), small)
-    from taskkd.nlp.data import Row, tokenized
+    from taskkd.nlp.text import Row, tokenized
 
     table = tokenized([Row("a film", None, "positive", "")] * 20, large, ["negative", "positive"], max_length=16)
     with pytest.raises(RecipeError, match="give data with texts, not with `input_ids`"):

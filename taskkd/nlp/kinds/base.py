@@ -9,8 +9,8 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 from torch import Tensor, nn
 
 from taskkd.nlp.collation import Collator
-from taskkd.nlp.data import Reader, Row
 from taskkd.nlp.heads import Head
+from taskkd.nlp.text import Reader, Row
 
 __all__ = ["ComparesWithTeacher", "Encoding", "Kind", "Prediction"]
 

@@ -10,17 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from taskkd.errors import DataError
-from taskkd.nlp import data, heads
+from taskkd.nlp import heads
 from taskkd.nlp.collation import Collator
-from taskkd.nlp.data import Reader, Row
 from taskkd.nlp.kinds.base import Encoding, Prediction, Table
 from taskkd.nlp.masking import text_lines
 from taskkd.nlp.metrics import NextTokens
+from taskkd.nlp.text import Reader, Row, as_table, in_chunks, text_row
 
 __all__ = ["CAUSAL_LM", "CausalKind", "next_token_loss"]
 
-#: texts that are tokenized together
-CHUNK = 1000
 #: tokens that `predict` adds to a line
 LONGEST = 40
 
@@ -55,7 +53,7 @@ class CausalKind:
 
     def row(self, entry: Mapping[str, Any], text: str | Sequence[str], label: str | None, where: str) -> Row:
         """A text, or a prompt and an answer."""
-        return data.text_row(entry, text, None, where)
+        return text_row(entry, text, None, where)
 
     def has_label(self, row: Row) -> bool:
         """Always: a text is its own label."""
@@ -78,10 +76,7 @@ class CausalKind:
         Raises:
             DataError: there are no rows, or an answer is cut off as a whole.
         """
-        if not rows:
-            raise DataError("there are no rows to tokenize.")
-        chunks = (rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK))
-        return data.as_table((_columns(chunk, tokenizer, encoding.max_length) for chunk in chunks), first_id)
+        return as_table((_columns(chunk, tokenizer, encoding.max_length) for chunk in in_chunks(rows)), first_id)
 
     def adopt(
         self, table: Table, tokenizer: Any, names: Sequence[str], encoding: Encoding, *, label: str | None,

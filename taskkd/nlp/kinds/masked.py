@@ -10,18 +10,15 @@ import torch
 from torch import nn
 
 from taskkd.errors import DataError
-from taskkd.nlp import data, heads, models
+from taskkd.nlp import heads, models
 from taskkd.nlp.collation import Collator
-from taskkd.nlp.data import Reader, Row
 from taskkd.nlp.kinds.base import Encoding, Prediction, Table
 from taskkd.nlp.kinds.sequences import task_loss
 from taskkd.nlp.masking import Masked, Masker, text_lines
 from taskkd.nlp.metrics import MaskedTokens
+from taskkd.nlp.text import Reader, Row, as_table, in_chunks, text_row
 
 __all__ = ["MASKED_LM", "MaskedKind"]
-
-#: texts that are tokenized together
-CHUNK = 1000
 
 
 class MaskedKind:
@@ -47,7 +44,7 @@ class MaskedKind:
         """
         if not isinstance(text, str):
             raise DataError(f"{where}: masked language modelling takes one column of text, got {', '.join(text)}.")
-        return data.text_row(entry, text, None, where)
+        return text_row(entry, text, None, where)
 
     def has_label(self, row: Row) -> bool:
         """Always: a text is its own label."""
@@ -76,11 +73,8 @@ class MaskedKind:
         Raises:
             DataError: there are no rows, or the tokenizer has no mask token.
         """
-        if not rows:
-            raise DataError("there are no rows to tokenize.")
-        chunks = (rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK))
         return self._masked(
-            data.as_table((_pieces(chunk, tokenizer, encoding) for chunk in chunks), first_id),
+            as_table((_pieces(chunk, tokenizer, encoding) for chunk in in_chunks(rows)), first_id),
             tokenizer,
             encoding,
             training,

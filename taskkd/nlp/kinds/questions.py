@@ -10,17 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from taskkd.errors import DataError
-from taskkd.nlp import data, heads, models
+from taskkd.nlp import heads, models
 from taskkd.nlp.answers import Answers, squad_questions
 from taskkd.nlp.collation import Collator
-from taskkd.nlp.data import Reader, Row
 from taskkd.nlp.kinds.base import Encoding, Prediction, Table
+from taskkd.nlp.text import Reader, Row, as_table, in_chunks, text_row
 
 __all__ = ["QUESTION_ANSWERING", "QuestionKind", "span_loss"]
 
 POSITIONS = ("start_positions", "end_positions")
-#: rows that are tokenized together
-CHUNK = 1000
 
 
 def span_loss(output: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -63,7 +61,7 @@ class QuestionKind:
         """
         if isinstance(text, str):
             raise DataError(f"{where}: question answering takes two columns, question and context; got {text!r}.")
-        own = data.text_row(entry, text, label, where)
+        own = text_row(entry, text, label, where)
         answers = None if own.label is None else _answers(own.label, str(label), where)
         for answer, start in answers or ():
             found = (own.pair or "")[start : start + len(answer)]
@@ -100,16 +98,12 @@ class QuestionKind:
             DataError: there are no rows, a question leaves no room for its context, or one has no answer although
                 `no_answer` is not set.
         """
-        if not rows:
-            raise DataError("there are no rows to tokenize.")
+        chunks = in_chunks(rows)
         self._check(rows, tokenizer, encoding)
-        chunks = [range(i, min(i + CHUNK, len(rows))) for i in range(0, len(rows), CHUNK)]
-        return data.as_table(
-            (
-                _windows([rows[i] for i in chunk], tokenizer, encoding, None if training else first_id + chunk.start)
-                for chunk in chunks
-            ),
-            first_id,
+        firsts = [first_id + n * len(chunks[0]) for n in range(len(chunks))]
+        numbered = zip(chunks, firsts, strict=True)
+        return as_table(
+            (_windows(chunk, tokenizer, encoding, None if training else first) for chunk, first in numbered), first_id
         )
 
     def _check(self, rows: Sequence[Row], tokenizer: Any, encoding: Encoding) -> None:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from taskkd.errors import DataError, RecipeError
 from taskkd.losses.primitives import l2_normalise
-from taskkd.nlp import data, heads, models
+from taskkd.nlp import heads, models
 from taskkd.nlp.collation import Collator
-from taskkd.nlp.data import Reader, Row
 from taskkd.nlp.kinds.base import Encoding, Prediction, Table
 from taskkd.nlp.masking import text_lines
 from taskkd.nlp.similarity import Similarity, pairwise_cosines
+from taskkd.nlp.text import Reader, Row, columns_of, encode_label, text_row
 
 __all__ = ["SCORED_PAIRS", "SENTENCE_EMBEDDING", "SentenceKind", "TextsCollator", "texts_row"]
 
@@ -48,8 +48,8 @@ def texts_row(entry: Mapping[str, Any], text: str | Sequence[str], label: str | 
     Raises:
         DataError: a column is missing or its value is no text.
     """
-    values = [data.text_row(entry, column, None, where).text for column in text]
-    score = None if label is None else data.columns_of(entry, [label], where)[0]
+    values = [text_row(entry, column, None, where).text for column in text]
+    score = None if label is None else columns_of(entry, [label], where)[0]
     return Row(values[0], values[1], score, where, texts=tuple(values))
 
 
@@ -74,7 +74,7 @@ class SentenceKind:
     def row(self, entry: Mapping[str, Any], text: str | Sequence[str], label: str | None, where: str) -> Row:
         """One sample; labels are not looked at."""
         if isinstance(text, str):
-            return data.text_row(entry, text, None, where)
+            return text_row(entry, text, None, where)
         return texts_row(entry, text, None, where)
 
     def has_label(self, row: Row) -> bool:
@@ -106,7 +106,7 @@ class SentenceKind:
         if rows[0].texts is not None:
             flat = {k: [v[i : i + count] for i in range(0, len(v), count)] for k, v in flat.items()}
         if not training and any(row.label is not None for row in rows):
-            flat["labels"] = [data.encode_label(row, None) for row in rows]
+            flat["labels"] = [encode_label(row, None) for row in rows]
         return datasets.Dataset.from_dict({**flat, "id": list(range(first_id, first_id + len(rows)))})
 
     def adopt(

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from taskkd.errors import DataError
-from taskkd.nlp import data, heads, models
+from taskkd.nlp import heads, models
 from taskkd.nlp.collation import Collator
-from taskkd.nlp.data import Reader, Row
 from taskkd.nlp.kinds.base import Encoding, Prediction, Table
 from taskkd.nlp.metrics import Classification, Regression
+from taskkd.nlp.text import Reader, Row, has_label, label_names, text_row, tokenized
 
 __all__ = ["CLASSIFICATION", "REGRESSION", "SequenceKind", "adopt_labels", "task_loss"]
 
@@ -70,7 +70,7 @@ class SequenceKind:
     max_length = 128
     readers: Mapping[str, Reader] = {}
     tokenizer_options: Mapping[str, Any] = {}
-    row = staticmethod(data.text_row)
+    row = staticmethod(text_row)
     loss = staticmethod(task_loss)
 
     def __init__(self, name: str) -> None:
@@ -79,13 +79,13 @@ class SequenceKind:
 
     def has_label(self, row: Row) -> bool:
         """Whether there is a label and it is not empty."""
-        return data.has_label(row)
+        return has_label(row)
 
     def names(self, rows: Sequence[Row], given: Sequence[str] | None) -> list[str]:
         """The classes, sorted as numbers where all are; none for regression."""
         if self.regression:
             return []
-        names = list(given or data.label_names(rows))
+        names = list(given or label_names(rows))
         if len(names) < 2:
             raise DataError(f"classification needs two labels or more, the training data has {names}.")
         return names
@@ -98,9 +98,9 @@ class SequenceKind:
         self, rows: Sequence[Row], tokenizer: Any, names: Sequence[str], encoding: Encoding, *, first_id: int = 0,
         training: bool = True,
     ) -> Table:  # fmt: skip
-        """See `taskkd.nlp.data.tokenized`."""
+        """See `taskkd.nlp.@tokenized`."""
         known = None if self.regression else names
-        return data.tokenized(rows, tokenizer, known, max_length=encoding.max_length, first_id=first_id)
+        return tokenized(rows, tokenizer, known, max_length=encoding.max_length, first_id=first_id)
 
     def adopt(
         self, table: Table, tokenizer: Any, names: Sequence[str], encoding: Encoding, *, label: str | None,

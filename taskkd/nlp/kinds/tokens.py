@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from taskkd.errors import DataError, nearest
-from taskkd.nlp import data, heads, models
+from taskkd.nlp import heads, models
 from taskkd.nlp.collation import Collator
-from taskkd.nlp.data import Reader, Row
 from taskkd.nlp.entities import Tags, column_sentences, has_entities
 from taskkd.nlp.kinds.base import Encoding, Prediction, Table
 from taskkd.nlp.kinds.sequences import adopt_labels, task_loss
+from taskkd.nlp.text import Reader, Row, as_table, columns_of
 
 __all__ = ["TOKEN_CLASSIFICATION", "TokenKind"]
 
@@ -42,7 +42,7 @@ class TokenKind:
         """
         if not isinstance(text, str):
             raise DataError(f"{where}: token classification takes one column of words, got {', '.join(text)}.")
-        values = data.columns_of(entry, [text] if label is None else [text, label], where)
+        values = columns_of(entry, [text] if label is None else [text, label], where)
         words = _items(values[0], text, where)
         if not words or not all(isinstance(w, str) for w in words):
             raise DataError(f"{where}: column {text!r} holds {values[0]!r}, expected a list of words.")
@@ -95,7 +95,7 @@ class TokenKind:
             [-100 if w is None else number[w] for w in first] for first, number in zip(firsts, numbers, strict=True)
         ]
         _tell_lost(rows, columns["word_mask"], encoding)
-        return data.as_table([columns], first_id)
+        return as_table([columns], first_id)
 
     def adopt(
         self,

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from taskkd.errors import DataError
-from taskkd.nlp import data
+from taskkd.nlp import text
 from tests import tiny
 
 
-def rows(count: int) -> list[data.Row]:
-    return [data.Row(f"text {i}", None, "a" if i % 2 else "b", f"row {i}") for i in range(count)]
+def rows(count: int) -> list[text.Row]:
+    return [text.Row(f"text {i}", None, "a" if i % 2 else "b", f"row {i}") for i in range(count)]
 
 
 def test_csv_tsv_jsonl_parquet_give_the_same_rows(tmp_path: Path) -> None:
@@ -23,13 +23,13 @@ def test_csv_tsv_jsonl_parquet_give_the_same_rows(tmp_path: Path) -> None:
     table.to_json(tmp_path / "a.jsonl")
     table.to_parquet(tmp_path / "a.parquet")
     for suffix in ("csv", "tsv", "jsonl", "parquet"):
-        found = data.read_rows(tmp_path / f"a.{suffix}", "text", "label")
+        found = text.read_rows(tmp_path / f"a.{suffix}", "text", "label")
         assert [(r.text, r.label) for r in found] == content, suffix
 
 
 def test_a_byte_order_mark_and_quoted_line_breaks_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes('\ufefftext,label\n"two\nlines, really",x\n'.encode())
-    (found,) = data.read_rows(tmp_path / "a.csv", "text", "label")
+    (found,) = text.read_rows(tmp_path / "a.csv", "text", "label")
     assert (found.text, found.label, found.where[-6:]) == ("two\nlines, really", "x", "line 3")
 
 
@@ -55,59 +55,59 @@ def test_a_byte_order_mark_and_quoted_line_breaks_are_read(tmp_path: Path) -> No
 def test_bad_files_end_in_a_sentence(tmp_path: Path, name: str, content: str, sentence: str) -> None:
     (tmp_path / name).write_text(content)
     if content == "text,label\nx\n":  # a short line: the label is missing, the sample counts as unlabelled
-        assert data.read_rows(tmp_path / name, "text", "label")[0].label is None
+        assert text.read_rows(tmp_path / name, "text", "label")[0].label is None
         return
     with pytest.raises(DataError, match=sentence):
-        data.read_rows(tmp_path / name, "text", "label")
+        text.read_rows(tmp_path / name, "text", "label")
 
 
 def test_a_missing_file_and_other_encodings(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.csv: no such file"):
-        data.read_rows(tmp_path / "none.csv", "text", "label")
+        text.read_rows(tmp_path / "none.csv", "text", "label")
     (tmp_path / "a.csv").write_bytes("text,label\ncaf\xe9,1\n".encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8 text"):
-        data.read_rows(tmp_path / "a.csv", "text", "label")
+        text.read_rows(tmp_path / "a.csv", "text", "label")
 
 
 def test_labels() -> None:
-    names = data.label_names([data.Row("", None, v, "") for v in ("10", "9", "2", None, "")])
+    names = text.label_names([text.Row("", None, v, "") for v in ("10", "9", "2", None, "")])
     assert names == ["2", "9", "10"]
-    assert data.label_names(rows(3)) == ["a", "b"]
-    assert data.encode_label(data.Row("", None, "9", ""), names) == 1
-    assert data.encode_label(data.Row("", None, None, ""), names) == -100
-    assert math.isnan(data.encode_label(data.Row("", None, None, ""), None))
-    assert data.encode_label(data.Row("", None, "1.5", ""), None) == 1.5
+    assert text.label_names(rows(3)) == ["a", "b"]
+    assert text.encode_label(text.Row("", None, "9", ""), names) == 1
+    assert text.encode_label(text.Row("", None, None, ""), names) == -100
+    assert math.isnan(text.encode_label(text.Row("", None, None, ""), None))
+    assert text.encode_label(text.Row("", None, "1.5", ""), None) == 1.5
     with pytest.raises(DataError, match=re.escape("f.csv, line 4: label '11' is not one of the 3 labels 2, 9, 10")):
-        data.encode_label(data.Row("", None, "11", "f.csv, line 4"), names)
+        text.encode_label(text.Row("", None, "11", "f.csv, line 4"), names)
     with pytest.raises(DataError, match=r"line 4: label 'x' is not a finite number"):
-        data.encode_label(data.Row("", None, "x", "line 4"), None)
+        text.encode_label(text.Row("", None, "x", "line 4"), None)
 
 
 def test_holdout_is_disjoint_complete_and_the_same_for_a_seed() -> None:
-    first, second, rest = data.holdout(rows(20), [5, 3], seed=3)
+    first, second, rest = text.holdout(rows(20), [5, 3], seed=3)
     assert [len(first), len(second), len(rest)] == [5, 3, 12]
     assert {r.text for r in [*first, *second, *rest]} == {r.text for r in rows(20)}
-    assert data.holdout(rows(20), [5, 3], seed=3)[0] == first
-    assert data.holdout(rows(20), [5, 3], seed=4)[0] != first
+    assert text.holdout(rows(20), [5, 3], seed=3)[0] == first
+    assert text.holdout(rows(20), [5, 3], seed=4)[0] != first
     with pytest.raises(DataError, match="20 rows cannot be cut"):
-        data.holdout(rows(20), [15, 6], seed=0)
+        text.holdout(rows(20), [15, 6], seed=0)
 
 
 def test_the_sentiment_sample_has_no_text_twice() -> None:
-    movie = data.sentiment_rows(["movie"])
+    movie = text.sentiment_rows(["movie"])
     assert 9_900 < len(movie) <= 10_072
     assert {r.label for r in movie} == {"positive", "negative"}
-    assert len({data.same_text(r.text) for r in movie}) == len(movie)
-    scores = data.sentiment_rows(["movie", "nyt"], label="score")
+    assert len({text.same_text(r.text) for r in movie}) == len(movie)
+    scores = text.sentiment_rows(["movie", "nyt"], label="score")
     assert len(scores) > len(movie)
     assert all(-4 <= float(r.label) <= 4 for r in scores if r.label is not None)
     with pytest.raises(DataError, match="no domain 'movies' \\(did you mean 'movie'"):
-        data.sentiment_rows(["movies"])
+        text.sentiment_rows(["movies"])
 
 
 def test_tokenized_pairs_ids_and_truncation() -> None:
-    table = data.tokenized(
-        [data.Row("the film", "was dull", "a", ""), data.Row("a " * 99, "plot", None, "")],
+    table = text.tokenized(
+        [text.Row("the film", "was dull", "a", ""), text.Row("a " * 99, "plot", None, "")],
         tiny.tokenizer(), ["a", "b"], max_length=16, first_id=40,
     )  # fmt: skip
     assert table["id"] == [40, 41] if isinstance(table["id"], list) else list(table["id"]) == [40, 41]
@@ -115,22 +115,22 @@ def test_tokenized_pairs_ids_and_truncation() -> None:
     assert len(table[0]["input_ids"]) == 7
     assert len(table[1]["input_ids"]) == 16
     with pytest.raises(DataError, match="no rows"):
-        data.tokenized([], tiny.tokenizer(), ["a"], max_length=8)
+        text.tokenized([], tiny.tokenizer(), ["a"], max_length=8)
 
 
 def test_a_hub_data_set_from_a_local_folder(tmp_path: Path) -> None:
     tiny.write_csv(tmp_path / "train.csv", tiny.sentences(9))
-    found = data.hub_rows(str(tmp_path), None, "train", "text", "label")
+    found = text.hub_rows(str(tmp_path), None, "train", "text", "label")
     assert [(r.text, r.label) for r in found] == tiny.sentences(9)
     with pytest.raises(DataError, match="cannot be loaded"):
-        data.hub_rows(str(tmp_path / "nothing"), None, "train", "text", "label")
+        text.hub_rows(str(tmp_path / "nothing"), None, "train", "text", "label")
 
 
 def test_texts_on_both_sides_are_told() -> None:
     train, test = rows(5), rows(3)
-    lines = data.shared_texts(data.Splits(train=train, validation=[data.Row("new", None, "a", "")], test=test))
+    lines = text.shared_texts(text.Splits(train=train, validation=[text.Row("new", None, "a", "")], test=test))
     assert lines == ["3 of the 3 test texts are in the training data too; the figures may be too good."]
     assert (
-        data.shared_texts(data.Splits(train=[data.Row("one", "two", "a", "")], test=[data.Row("one", "x", "a", "")]))
+        text.shared_texts(text.Splits(train=[text.Row("one", "two", "a", "")], test=[text.Row("one", "x", "a", "")]))
         == []
     )
