@@ -206,7 +206,8 @@ def summary(page: str, sections: Mapping[str, Section]) -> str:
         text = standing(page, name)
         when = re.search(r"(\d{4}-\d\d-\d\d on commit [\w+]+)", text)
         first = text.partition("\n")[0] or "not measured yet"
-        lines.append(f"| {section.heading} | {first.partition(':** ')[0]} | {when[1] if when else ''} |")
+        first = re.sub(r"(\A\*\*The run .*?):\*\* .*", r"\1**", first)
+        lines.append(f"| {section.heading} | {first} | {when[1] if when else ''} |")
     return "\n".join(lines)
 
 
