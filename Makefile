@@ -5,7 +5,7 @@ UV := $(BIN)/uv
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint format docs linkcheck bench constraints clean
+.PHONY: demo test test-all coverage lint format docs linkcheck bench constraints clean
 
 .venv: .venv/.installed
 
@@ -26,6 +26,10 @@ test: .venv/.installed
 
 test-all: .venv/.installed
 	$(BIN)/python -m pytest -m 'slow or not slow'
+
+# Which lines and branches no fast test runs; what tests start as processes of their own counts.
+coverage: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""How `make docs` builds the site: the sources are the repository's own Markdown pages, so that links to README.md are checked."""
+"""How `make docs` builds the site: from the Markdown pages as they are, so that links to README.md are checked."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from taskkd._version import __version__
 
 if TYPE_CHECKING:
-    from taskkd import adapters, gates, layer_maps, losses, schedules
+    from taskkd import adapters, errors, gates, layer_maps, losses, schedules, taps
     from taskkd.adversarial import Adversarial
     from taskkd.attention import AttentionBasedFeatures, ChannelAttentive
     from taskkd.augmentation import Augmented
@@ -103,11 +103,13 @@ __all__ = [
     "__version__",
     "adapters",
     "distill",
+    "errors",
     "gates",
     "layer_maps",
     "losses",
     "mutual",
     "schedules",
+    "taps",
     "uncertainty_mixup",
 ]
 

@@ -6,9 +6,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from typing import Any
 
 __all__ = ["main"]
+
+
+def _stop(number: int, _: Any) -> None:
+    """End at once; a training, which saves a checkpoint first, has its own handler while it lasts."""
+    signal.signal(number, signal.SIG_DFL)
+    raise SystemExit(128 + number)
 
 
 def main() -> None:
@@ -19,6 +27,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     argv = [a for a in sys.argv[1:] if a != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, _stop)
     code = 0
     try:
         app(argv)
@@ -39,7 +48,8 @@ def main() -> None:
     except OSError as error:
         if debug:
             raise
-        print(f"taskkd: {error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"taskkd: {where}{error.strerror or error}.", file=sys.stderr)
         code = 3
     sys.exit(code)
 

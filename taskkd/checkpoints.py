@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from torch import nn
 from taskkd.caches import file_sha256
 from taskkd.distiller import Distiller
 from taskkd.errors import CheckpointError
+from taskkd.files import fsync, writing
 
 __all__ = ["load_state", "load_student", "newest_checkpoint", "save_state", "save_student", "seal", "staged", "verify"]
 
@@ -34,23 +34,15 @@ STUDENT = "student"
 logger = logging.getLogger(__name__)
 
 
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def seal(folder: Path) -> None:
     """Write the manifest: the sha256 of every file in `folder`, each on disk before it is listed."""
     digests = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        _fsync(path)
+        fsync(path)
         digests[path.relative_to(folder).as_posix()] = file_sha256(path)
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"format": 1, "sha256": digests}, indent=1))
-    _fsync(manifest)
+    fsync(manifest)
 
 
 def verify(folder: Path) -> None:
@@ -82,12 +74,16 @@ def staged(final: Path) -> Iterator[Path]:
     """A folder to write into that becomes `final` only when the block ends well.
 
     A process killed inside the block leaves `final` as it was.
+
+    Raises:
+        CheckpointError: the disk is full, or is not to be written to; `final` is as it was.
     """
     staging = final.with_name(final.name + ".tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    yield staging
-    commit(staging, final)
+    with writing(str(final)):
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        yield staging
+        commit(staging, final)
 
 
 def commit(staging: Path, final: Path) -> None:
@@ -100,7 +96,7 @@ def commit(staging: Path, final: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         staging.replace(final)
-    _fsync(final.parent)
+    fsync(final.parent)
 
 
 def newest_checkpoint(run: Path) -> Path | None:

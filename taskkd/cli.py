@@ -49,6 +49,19 @@ def _show(table: Any) -> None:
     Console(width=max(console.width, wide)).print(table)
 
 
+def run_folder(output_dir: Path | None, name: str) -> Path:
+    """The run's folder: what was asked for, or in `runs/` after the recipe's name.
+
+    Raises:
+        RecipeError: the name leads elsewhere: a recipe says nowhere where to write to.
+    """
+    from taskkd.errors import RecipeError
+
+    if output_dir is None and (name != Path(name).name or name == ".."):
+        raise RecipeError(f"the recipe's name {name!r} is no name of a folder; change it, or give --output-dir.")
+    return output_dir or Path("runs") / name
+
+
 @app.command()
 def distill(
     recipe: RecipeName,
@@ -69,7 +82,7 @@ def distill(
     extra = [f"seeds=[{seeds}]"] if seeds else []
     loaded = recipes.load_recipe(recipe, [*(overrides or []), *extra])
     swept = {k: v if isinstance(v, list) else [v] for k, v in recipes.parse_overrides(sweep or []).items()}
-    folder = output_dir or Path("runs") / loaded.name
+    folder = run_folder(output_dir, loaded.name)
     result = runs.run_recipe(loaded, folder, sweep=swept, say=_say, restart=restart)
     _show(reports.table(result.report))
     if len(result.report["distilled"]) > 1:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
-from taskkd.errors import CheckpointError, DataError
+from taskkd.errors import CheckpointError, DataError, RecipeError
 from taskkd.schema import Model
 
 __all__ = ["WEIGHTS", "load_weights", "read_description", "write_description"]
@@ -47,12 +47,16 @@ def read_description(path: Path, title: str, make: Callable[[Mapping[str, Any]],
 
     Raises:
         DataError: it is not there, not readable, or of a newer version.
+        RecipeError: the config in it was changed to what cannot be.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if (version := data["format"]) != FORMAT:
             raise DataError(f"{path} has format {version}, this version of taskkd reads {FORMAT}.")
-        return make(data)
+        try:
+            return make(data)
+        except RecipeError as error:
+            raise RecipeError(f"{path}: {error}") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not {title}'s description: {type(error).__name__}: {error}.") from None
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from taskkd.adversarial import Adversarial
 from taskkd.errors import NonFiniteError, TapError, TaskkdError, nearest
 from taskkd.perturbation import GradientPerturbation
-from taskkd.preparation import Preparation, TermReport, advise, even_out, measure
+from taskkd.preparation import Preparation, TermReport, advise, even_out, measure, of_the_teacher
 from taskkd.schedules import Progress
 from taskkd.suppliers import Supplier
 from taskkd.taps import Taps, accepted_arguments, describe
@@ -111,6 +111,8 @@ class Distiller(nn.Module):
         self._accepted = accepted_arguments(student.forward)
         self._automatic: dict[str, float] = {}
         self._pending: list[tuple[Mapping[str, Tensor], Any]] = []
+        #: what the teacher gave last, until the next look: whether NaN came from it
+        self._taught: Mapping[str, Any] = {}
         #: losses of the last auxiliary step, for the next look
         self._auxiliary_losses: dict[str, Tensor] = {}
         student_taps = dict.fromkeys(t for term in self._term_list for t in term.student_taps)
@@ -247,6 +249,8 @@ class Distiller(nn.Module):
             run.teacher = early
         elif teacher is not None:
             run.teacher = teacher.prepare(batch, run) if prepare else teacher(batch, run)
+        if not torch.compiler.is_compiling():
+            object.__setattr__(self, "_taught", run.teacher)
         return run
 
     def _check_gradient_paths(self, run: Run) -> None:
@@ -403,8 +407,9 @@ class Distiller(nn.Module):
         Raises:
             NonFiniteError: one was not; the message names term, weight, step and sample ids.
         """
-        pending = self._pending.copy()
+        pending, taught = self._pending.copy(), self._taught
         self._pending.clear()
+        object.__setattr__(self, "_taught", {})
         if self._auxiliary_losses:
             pending += [({"loss": v, n: v}, None) for n, v in self._auxiliary_losses.items()]
             self._auxiliary_losses = {}
@@ -431,7 +436,7 @@ class Distiller(nn.Module):
             part.forget()
         if self.on_nonfinite == "skip":
             return False
-        raise NonFiniteError(self._blame(pending))
+        raise NonFiniteError(self._blame(pending) + of_the_teacher(taught))
 
     def _blame(self, pending: Sequence[tuple[Mapping[str, Tensor], Any]]) -> str:
         weights = self.weights()
@@ -497,6 +502,7 @@ class Distiller(nn.Module):
                 part.forget()
             self._active = active
         self._pending, self._auxiliary_losses = [], {}
+        object.__setattr__(self, "_taught", {})
         open_ = [t for t in self._term_list if t.name not in self._automatic]
         automatic = {t.name: t.automatic.share for t in open_ if t.automatic is not None}
         if automatic:

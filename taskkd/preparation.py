@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,20 @@ class Preparation:
     advice: list[str]
 
 
+def of_the_teacher(taught: Mapping[str, Any]) -> str:
+    """A sentence that names the teacher's taps that are not finite; "" where all are."""
+    bad = ", ".join(repr(tap) for tap, value in taught.items() if not _finite(value))
+    return f" It comes from the teacher: its {bad} is not finite; the student is not to blame." if bad else ""
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(value.detach().isfinite().all())
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return not isinstance(value, list | tuple) or all(map(_finite, value))
+
+
 def measure(
     losses: Sequence[tuple[str, Tensor, Term | None]],
     parameters: Sequence[Tensor],
@@ -60,10 +75,8 @@ def measure(
     reports = []
     for name, value, term in losses:
         if not bool(value.detach().isfinite()):
-            raise NonFiniteError(
-                f"term {name!r} is {value.item()} on the first batch, before any training; look at the teacher's "
-                "and the student's tensors there."
-            )
+            why = of_the_teacher(run.teacher) or " Look at the student's tensors and the labels there."
+            raise NonFiniteError(f"term {name!r} is {value.item()} on the first batch, before any training.{why}")
         gradients = _gradients(value, parameters) if parameters and value.requires_grad else ()
         norms = [g.detach().float().norm() for g in gradients if g is not None]
         reports.append(

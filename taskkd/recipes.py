@@ -10,6 +10,7 @@ import copy
 import importlib
 import inspect
 import io
+import itertools
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
@@ -33,6 +34,8 @@ TASKS = {
     "nlp": "taskkd.nlp.task",
     "segmentation": "taskkd.segmentation.task",
 }
+#: what a file may hold: aliases let a few lines stand for billions of values
+MOST_CHARACTERS, MOST_VALUES, MOST_BRACKETS = 1_000_000, 100_000, 100
 PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null")
 
 # ---- reading
@@ -141,7 +144,8 @@ def _settled(
     if data.get("by_task"):
         task = task_named(wanted.get("task"), title)
         _check_by_task(data["by_task"], base, task, title, lines)
-        changes = data["by_task"].get(_get_key(wanted, task.task_key)) or {}
+        own = _get_key(wanted, task.task_key)
+        changes = (data["by_task"].get(own) if isinstance(own, str) else None) or {}
     for key in (*changes, *overrides):
         lines.pop(tuple(key.split(".")), None)
     return _changed(_changed(base, changes), overrides)
@@ -187,7 +191,7 @@ def task_named(name: Any, title: str = "recipe") -> Any:
     Raises:
         RecipeError: there is no such task.
     """
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         raise RecipeError(f"{title}: task {name!r} is not known{nearest(str(name), TASKS)}; tasks: {', '.join(TASKS)}.")
     return importlib.import_module(TASKS[name]).TASK
 
@@ -269,6 +273,11 @@ def _parse(text: str, title: str) -> tuple[dict[str, Any], dict[tuple[Any, ...],
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+    if len(text) > MOST_CHARACTERS:
+        raise RecipeError(f"{title}: {len(text):,} characters; a recipe has at most {MOST_CHARACTERS:,}.")
+    depths = itertools.accumulate((c in "[{") - (c in "]}") for c in text)
+    if max(depths, default=0) > MOST_BRACKETS:
+        raise RecipeError(f"{title}: more than {MOST_BRACKETS} brackets stand within each other.")
     try:
         loaded = YAML(typ="rt", pure=True).load(text)
     except MarkedYAMLError as error:
@@ -277,10 +286,20 @@ def _parse(text: str, title: str) -> tuple[dict[str, Any], dict[tuple[Any, ...],
         raise RecipeError(f"{title}{where}: {str(error.problem or error.context).splitlines()[0]}.") from None
     except YAMLError as error:
         raise RecipeError(f"{title}: not YAML ({str(error).splitlines()[0]}).") from None
+    except RecursionError:
+        raise RecipeError(f"{title}: {TOO_DEEP}.") from None
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # values that the loader itself trips over
+        raise RecipeError(f"{title}: a value cannot be read ({type(error).__name__}: {error}).") from None
     if not isinstance(loaded, Mapping):
         raise RecipeError(f"{title}: a recipe is a mapping of keys, found {type(loaded).__name__}.")
     lines: dict[tuple[Any, ...], int] = {}
-    return _plain(loaded, (), lines, title), lines
+    try:
+        return _plain(loaded, (), lines, title), lines
+    except RecursionError:
+        raise RecipeError(f"{title}: {TOO_DEEP}.") from None
+
+
+TOO_DEEP = "values stand within each other too deeply, or within themselves"
 
 
 def _plain(value: Any, path: tuple[Any, ...], lines: dict[tuple[Any, ...], int], title: str) -> Any:
@@ -288,6 +307,8 @@ def _plain(value: Any, path: tuple[Any, ...], lines: dict[tuple[Any, ...], int],
     tag = getattr(getattr(value, "tag", None), "value", None)
     if tag and str(tag).removeprefix("tag:yaml.org,2002:") not in PLAIN_TAGS:
         raise RecipeError(f"{title}: the tag {tag} is refused; a recipe holds plain values only.")
+    if len(lines) > MOST_VALUES:
+        raise RecipeError(f"{title}: more than {MOST_VALUES:,} values, with those that aliases repeat.")
     if isinstance(value, Mapping):
         result = {}
         for key, item in value.items():
@@ -297,6 +318,8 @@ def _plain(value: Any, path: tuple[Any, ...], lines: dict[tuple[Any, ...], int],
             result[str(key)] = _plain(item, (*path, key), lines, title)
         return result
     if isinstance(value, list):
+        for i in range(len(value)):
+            lines[(*path, i)] = value.lc.item(i)[0] + 1 if hasattr(value, "lc") and i in (value.lc.data or {}) else 0
         return [_plain(item, (*path, i), lines, title) for i, item in enumerate(value)]
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
@@ -349,7 +372,7 @@ def _position(key: str, part: str, items: Sequence[Any]) -> int:
     names = [item.get("name") if isinstance(item, dict) else None for item in items]
     if part in names:
         return names.index(part)
-    if part.isdigit() and int(part) < len(items):
+    if part.isdecimal() and int(part) < len(items):
         return int(part)
     raise RecipeError(
         f"override {key!r}: no item {part!r} in a list of {len(items)}{nearest(part, filter(None, names))}."

@@ -23,6 +23,7 @@ from taskkd import recipes
 from taskkd.caches import Cached
 from taskkd.checkpoints import save_student, staged
 from taskkd.errors import RecipeError
+from taskkd.files import write_whole
 from taskkd.plans import build_method, look
 from taskkd.session import ADAPTERS, Record, Say, Session, locked, strip, training_arguments
 from taskkd.stages import Stage
@@ -66,7 +67,8 @@ def _claim(folder: Path, text: str) -> None:
                 f"{folder} holds a run of another recipe ({shown}); give another folder (--output-dir), or "
                 "delete it (--restart)."
             )
-    path.write_text(text, encoding="utf-8")
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_whole(path, text)
 
 
 def _as_of_now(path: Path) -> str:
@@ -79,7 +81,7 @@ def _as_of_now(path: Path) -> str:
 
 def _begun(folder: Path) -> bool:
     """Whether anything in a run's folder would be lost."""
-    own = {"run.lock", "recipe.yaml", "run.json"}
+    own = {"run.lock", "recipe.yaml", "recipe.yaml.tmp", "run.json", "run.json.tmp"}
     return any(path.name not in own for path in folder.iterdir()) or bool(Record(folder).finished.keys() - {"inputs"})
 
 

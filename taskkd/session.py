@@ -6,6 +6,8 @@ import contextlib
 import fcntl
 import json
 import math
+import os
+import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +21,8 @@ from torch import nn
 
 from taskkd.augmentation import Augmented
 from taskkd.checkpoints import hand_on, save_state
-from taskkd.errors import RecipeError
+from taskkd.errors import CheckpointError, DataError, RecipeError
+from taskkd.files import write_whole, writing
 from taskkd.progress import ProgressBar
 from taskkd.schema import Training
 from taskkd.signals import SignalStop
@@ -43,7 +46,7 @@ class Record:
             try:
                 self.finished = json.loads(self.path.read_text())["finished"]
             except (ValueError, KeyError, TypeError):
-                raise RecipeError(
+                raise CheckpointError(
                     f"{self.path} is not readable; delete the folder or give another --output-dir."
                 ) from None
 
@@ -52,9 +55,7 @@ class Record:
         if name not in self.finished:
             result = work()
             self.finished[name] = json.loads(json.dumps(result))
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"finished": self.finished}, indent=1))
-            temporary.replace(self.path)
+            write_whole(self.path, json.dumps({"finished": self.finished}, indent=1))
         return self.finished[name]
 
 
@@ -69,13 +70,24 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise RecipeError(f"the run's folder {folder} cannot be made: it, or a part of it, is a file.") from None
-    with (folder / "run.lock").open("w") as lock:
+    except OSError as error:
+        raise DataError(f"the run's folder {folder} cannot be made: {error.strerror}.") from None
+    try:
+        lock = (folder / "run.lock").open("a+")
+    except OSError as error:
+        raise DataError(f"the run's folder {folder} cannot be written to: {error.strerror}.") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            lock.seek(0)
             raise RecipeError(
-                f"another run is at work in {folder}; wait for it or give another --output-dir."
+                f"another run is at work in {folder} ({lock.read(200).strip() or 'no name yet'}); wait for it or give "
+                "another --output-dir."
             ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
         yield
 
 
@@ -237,10 +249,9 @@ class Session:
                 bar.stop()
             seconds = time.perf_counter() - start
             trainer.distiller.close()
-            trainer.save_model(str(folder / "model"))
-            save_state(trainer.distiller, folder / ADAPTERS)
-            for checkpoint in folder.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint, ignore_errors=True)
+            with writing(str(folder / "model")):
+                trainer.save_model(str(folder / "model"))
+                save_state(trainer.distiller, folder / ADAPTERS)
             # The engine keeps the first best epoch; its validation metrics are in the log already.
             history = trainer.state.log_history
             best = max((h for h in history if metric in h), key=lambda h: h[metric]) if judged else {}
@@ -248,6 +259,9 @@ class Session:
             return {"validation": strip(best), "seconds": seconds, "steps": steps, "history": history}
 
         result: dict[str, Any] = self.record.step(step, work)
+        # Only now: a process that is killed among them could use none of those that are left.
+        for checkpoint in (self.folder / step).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
         return result
 
     def evaluated(self, model: nn.Module, table: Any) -> dict[str, float]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from taskkd.errors import CacheError
+from taskkd.files import write_whole
 
 __all__ = ["Files", "Rows", "Writer", "file_sha256", "input_hashes", "load_file", "sized", "token_mask"]
 
@@ -155,9 +156,7 @@ class Writer:
         shutil.rmtree(self.path / name, ignore_errors=True)
         staging.replace(self.path / name)
         self.index["shards"].append({"name": name, "rows": self.rows, "files": files})
-        temporary = self.path / "index.json.tmp"
-        temporary.write_text(json.dumps(self.index, indent=1))
-        temporary.replace(self.path / "index.json")
+        write_whole(self.path / "index.json", json.dumps(self.index, indent=1))
         self._reset()
 
 

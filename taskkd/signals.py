@@ -49,5 +49,5 @@ class SignalStop(transformers.TrainerCallback):  # type: ignore[misc]
     def restore(self) -> None:
         """Put the former handlers back."""
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not of Python
         self._previous = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,6 +36,7 @@ from taskkd.checkpoints import (
 )
 from taskkd.distiller import Distiller, TaskLoss
 from taskkd.errors import CacheError, CheckpointError, NonFiniteError, TaskkdError
+from taskkd.files import writing
 from taskkd.preparation import Preparation
 from taskkd.signals import Interrupted, SignalStop
 from taskkd.stages import Method, Stage, training_only
@@ -316,6 +318,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             resume_from_checkpoint = str(found) if found is not None else None
         elif resume_from_checkpoint:
             verify(Path(resume_from_checkpoint))
+        if resume_from_checkpoint:
+            self._check_batches(Path(resume_from_checkpoint))
         self.complete_cache()
         self.prepare()
         stops = [c for c in self.callback_handler.callbacks if isinstance(c, SignalStop)]
@@ -329,6 +333,25 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             if stop.received is not None:
                 raise Interrupted(128 + stop.received)
         return result
+
+    def _check_batches(self, checkpoint: Path) -> None:
+        """Refuse to go on with other batches than the checkpoint's: what was seen of its epoch would be other samples.
+
+        Raises:
+            CheckpointError: the size of a batch or the number of processes is another.
+        """
+        try:
+            size = json.loads((checkpoint / "trainer_state.json").read_text()).get("train_batch_size")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"checkpoint {checkpoint}: trainer_state.json cannot be read ({error}).") from None
+        ranks = len([*checkpoint.glob("rng_state_*.pth")]) or (1 if (checkpoint / "rng_state.pth").is_file() else None)
+        now = (self._train_batch_size, self.args.world_size)
+        for what, before, own in zip(("batch size", "number of processes"), (size, ranks), now, strict=True):
+            if before not in (None, own):
+                raise CheckpointError(
+                    f"checkpoint {checkpoint} was saved with a {what} of {before}, this training has {own}: go on with "
+                    f"{before}, or begin a new training with the student in {STUDENT}/."
+                )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The engine's optimiser; adapters in a group of their own where they have their own options."""
@@ -564,11 +587,26 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             save_student(self.distiller.student, Path(output_dir or self.args.output_dir), processing)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the engine's, but written beside, sealed by a manifest, and renamed."""
+        """As the engine's, but written beside, sealed by a manifest, and renamed.
+
+        Raises:
+            CheckpointError: it cannot be written; those before are as they were.
+        """
         self.store_flos()
         run = Path(self._get_output_dir(trial))
         final = run / f"checkpoint-{self.state.global_step}"
         staging = final.with_name(final.name + ".tmp")
+        try:
+            with writing(f"checkpoint {final}"):
+                self._write_checkpoint(run, staging, final)
+        except CheckpointError:
+            shutil.rmtree(staging, ignore_errors=True)  # gives the space back
+            raise
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final / STUDENT))
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, run: Path, staging: Path, final: Path) -> None:
         if self.args.should_save:
             # What a killed save left behind would count as a checkpoint when the oldest are deleted.
             for left in (*run.glob("checkpoint-*.tmp"), *run.glob("checkpoint-*.old")):
@@ -603,9 +641,6 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=False,
             )
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final / STUDENT))
-        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)

@@ -146,6 +146,11 @@ def test_the_core_needs_no_engine_and_no_task() -> None:
 # ---- names
 
 
+def _constants_first(name: str) -> tuple[bool, bool, str]:
+    """As ruff sorts `__all__`: constants, classes, functions."""
+    return not name.isupper(), name[0].islower(), name
+
+
 def public() -> list[tuple[str, Any]]:
     found: dict[str, Any] = {}
     for name in [n for n in kd.__all__ if not n.startswith("_")]:
@@ -153,6 +158,10 @@ def public() -> list[tuple[str, Any]]:
     for name in CORE:
         module = importlib.import_module(f"taskkd.{name}")
         assert module.__all__ == sorted(module.__all__), f"{name}.__all__ is sorted"
+        found |= {f"taskkd.{name}.{n}": getattr(module, n) for n in module.__all__}
+    for name in sorted(TASKS):
+        module = importlib.import_module(f"taskkd.{name}")
+        assert module.__all__ == sorted(module.__all__, key=_constants_first), f"{name}.__all__ is sorted"
         found |= {f"taskkd.{name}.{n}": getattr(module, n) for n in module.__all__}
     return sorted(found.items())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +12,15 @@ from typing import Any
 
 from taskkd.detection.records import Annotations, Bad, Boxes, Problems, checked, label_of
 from taskkd.errors import DataError, nearest
+from taskkd.files import inside
 from taskkd.images import Source, header_size, in_file, in_memory
 
 __all__ = ["coco_results", "parse_coco", "read_coco"]
 
+#: bytes, and times: images hardly shrink, annotations by some tens
+BOMB, RATIO = 1 << 26, 200
+#: sides of images are below
+LARGEST = 1 << 31
 KEYS = ("images", "annotations", "categories")
 
 
@@ -52,7 +58,7 @@ def read_coco(
     folder = Path(images) if images is not None else _folder(path, content)
 
     def source(name: str) -> Source | None:
-        file = folder / name
+        file = inside(folder, name, str(path))
         return in_file(file) if file.is_file() else None
 
     return parse_coco(content, str(path), source, classes=classes, bad=bad)
@@ -61,28 +67,43 @@ def read_coco(
 def _read_zip(path: Path, classes: Sequence[str] | None, bad: Bad) -> Annotations:
     try:
         archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, ValueError, EOFError, struct.error):
         raise DataError(f"{path}: not a zip file.") from None
     with archive:
         members = set(archive.namelist())
         found = [n for n in members if n.endswith(".json")]
         if len(found) != 1:
             raise DataError(f"{path}: expected one json file in the archive, found {len(found)}.")
-        content = _parsed(archive.read(found[0]), f"{path}/{found[0]}")
+        content = _parsed(_unpacked(archive, found[0], path), f"{path}/{found[0]}")
         base = PurePosixPath(found[0]).parent
         held: dict[str, Source] = {}
         for entry in content["images"]:
             name = str(entry.get("file_name")) if isinstance(entry, Mapping) else ""
             member = next((m for m in (str(base / name), str(base / "images" / name)) if m in members), None)
             if member is not None:
-                held[name] = in_memory(f"{path.name}/{member}", archive.read(member))
+                held[name] = in_memory(f"{path.name}/{member}", _unpacked(archive, member, path))
     return parse_coco(content, str(path), held.get, classes=classes, bad=bad)
+
+
+def _unpacked(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
+    """A member, in memory: nothing of an archive is written to disk, so that no name of one leads anywhere.
+
+    Raises:
+        DataError: it is damaged, or a bomb: larger than `BOMB` and `RATIO` times as large as it is packed.
+    """
+    about = archive.getinfo(name)
+    if about.file_size > max(BOMB, RATIO * about.compress_size):
+        raise DataError(f"{path}/{name}: {about.compress_size:,} bytes unpack to {about.file_size:,}; it is not read.")
+    try:
+        return archive.read(about)
+    except Exception as error:  # zlib's, of encryption, of a checksum, of a method that is not known
+        raise DataError(f"{path}/{name}: cannot be unpacked ({error}).") from None
 
 
 def _parsed(content: bytes, where: str) -> dict[str, Any]:
     try:
         data = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}).") from None
     if not isinstance(data, dict):
         hint = " (a file of results has no images)" if isinstance(data, list) else ""
@@ -101,7 +122,7 @@ def _folder(path: Path, content: Mapping[str, Any]) -> Path:
     if not isinstance(first, str):
         return path.parent
     for folder in tried:
-        if (folder / first).is_file():
+        if inside(folder, first, str(path)).is_file():
             return folder
     raise DataError(
         f"{path}: its first image {first} is in none of {', '.join(str(t) for t in tried)}; name the folder of images."
@@ -157,14 +178,18 @@ def parse_coco(
 def _image(entry: Any, number: int, where: str) -> tuple[int, str]:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("file_name"), str):
         raise DataError(f"{where}: image {number} (from 0) has no `file_name`.")
-    if type(entry.get("id")) is not int:
-        raise DataError(f"{where}: the id of image {entry['file_name']} is {entry.get('id')!r}, expected a number.")
+    if type(entry.get("id")) is not int or entry["id"].bit_length() > 63:
+        raise DataError(
+            f"{where}: the id of image {entry['file_name']} is {entry.get('id')!r}, expected a number of 64 bits."
+        )
     return entry["id"], entry["file_name"]
 
 
 def _size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
     height, width = entry.get("height"), entry.get("width")
-    return (height, width) if type(height) is int and type(width) is int and height > 0 and width > 0 else None
+    if not isinstance(height, int) or not isinstance(width, int):
+        return None
+    return (height, width) if 0 < height < LARGEST and 0 < width < LARGEST else None
 
 
 def _categories(
@@ -185,7 +210,8 @@ def _categories(
     # Some tools write a group of classes as a category of the same name, that no box is of: names decide.
     names = list(classes) if classes is not None else list(dict.fromkeys(found[i] for i in sorted(found)))
     labels = {i: label_of(found[i], names, where) for i in sorted(found)}
-    used = Counter(a.get("category_id") for a in content["annotations"] if isinstance(a, Mapping))
+    named = (a.get("category_id") for a in content["annotations"] if isinstance(a, Mapping))
+    used = Counter(i for i in named if type(i) is int)
     ids = {label: max((i for i in labels if labels[i] == label), key=lambda i: used[i]) for label in labels.values()}
     return labels, names, [ids.get(label, -1) for label in range(1, len(names) + 1)]
 
@@ -215,10 +241,10 @@ def _annotation(
     box = entry.get("bbox")
     try:
         x, y, width, height = (float(v) for v in box or ())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         problems.left_out("boxes", f"{where}: `bbox` is {box!r}, expected [x, y, width, height]")
         return
-    own = annotation if type(annotation) is int else number
+    own = annotation if type(annotation) is int and annotation.bit_length() < 64 else number
     boxes.add(
         (x, y, x + width, y + height),
         labels[category],

@@ -6,11 +6,13 @@ class with its own keys, or `TransformersDetector`, and takes `model(images, tar
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
@@ -128,7 +130,7 @@ def _of_transformers(config: DetectorConfig, classes: int | Sequence[str] | None
         try:
             made: Any = TransformersDetector
             model: nn.Module = made.from_pretrained(config.model, classes=classes, longest=config.max_size, **size)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
             first = str(error).strip().splitlines()[0]
             hint = nearest((config.model or "").partition("/")[0], get_args(Architecture))
             raise DataError(f"detector {config.model!r} cannot be loaded{hint}: {first}") from None

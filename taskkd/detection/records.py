@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -146,7 +147,7 @@ class Boxes:
         height, width = self.size
         try:
             x0, y0, x1, y1 = (float(v) for v in box)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             self.problems.left_out("boxes", f"{where}: the box is {box!r}, expected four numbers")
             return
         inside = [max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))]
@@ -162,7 +163,7 @@ class Boxes:
             return
         # Files that round their numbers stick out by a fraction of a pixel everywhere.
         self.problems.clipped += max(-x0, -y0, x1 - width, y1 - height) > 1
-        own = area if isinstance(area, int | float) and math.isfinite(area) and area > 0 else None
+        own = area if isinstance(area, int | float) and 0 < area <= sys.float_info.max else None
         full = (inside[2] - inside[0]) * (inside[3] - inside[1])
         self.rows.append((inside, label, float(own if own is not None else full), iscrowd, annotation_id))
 

@@ -11,6 +11,7 @@ from xml.parsers import expat
 
 from taskkd.detection.records import Annotations, Bad, Boxes, Problems, Record, checked, label_of
 from taskkd.errors import DataError, nearest
+from taskkd.files import inside, listed
 from taskkd.images import Source, header_size, in_file
 
 __all__ = ["VOC_CLASSES", "read_voc"]
@@ -85,7 +86,10 @@ def _names(folder: Path, part: str) -> list[str]:
     if not file.is_file():
         known = sorted(f.stem for f in lists.glob("*.txt") if "_" not in f.stem)
         raise DataError(f"{lists}: no list {part}.txt{nearest(part, known)}; it has {', '.join(known)}.")
-    return [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = [line.split()[0] for line in listed(file)]
+    for name in names:
+        inside(folder, name, str(file))
+    return names
 
 
 def _page(folder: Path, name: str) -> _Page:
@@ -94,7 +98,7 @@ def _page(folder: Path, name: str) -> _Page:
         raise DataError(f"{file}: no such file; {folder / 'ImageSets' / 'Main'} lists it.")
     tree = _tree(file)
     images = [folder / "JPEGImages" / f"{name}{suffix}" for suffix in SUFFIXES]
-    images.append(folder / "JPEGImages" / (tree.findtext("filename") or f"{name}.jpg"))
+    images.append(inside(folder / "JPEGImages", tree.findtext("filename") or f"{name}.jpg", str(file)))
     image = next((in_file(path) for path in images if path.is_file()), None)
     height, width = (_number(tree.findtext(f"size/{side}")) for side in ("height", "width"))
     objects = [
@@ -122,7 +126,9 @@ def _tree(file: Path) -> ET.Element:
     try:
         parser.Parse(file.read_bytes(), True)
         tree = builder.close()
-    except expat.ExpatError as error:
+    except (expat.ExpatError, ValueError, LookupError) as error:
+        if not isinstance(error, expat.ExpatError):  # an encoding that is not known
+            raise DataError(f"{file}: not XML ({error}).") from None
         raise DataError(f"{file}, line {error.lineno}: not XML ({expat.ErrorString(error.code)}).") from None
     if tree.tag != "annotation":
         raise DataError(f"{file}: expected an <annotation>, got <{tree.tag}>.")
@@ -130,7 +136,7 @@ def _tree(file: Path) -> ET.Element:
 
 
 def _number(text: str | None) -> int:
-    return int(text) if text and text.strip().isdigit() else 0
+    return int(text) if text and text.strip().isdecimal() and len(text) < 10 else 0
 
 
 def _record(page: _Page, image_id: int, classes: Sequence[str], problems: Problems) -> Record | None:

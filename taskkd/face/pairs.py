@@ -16,6 +16,7 @@ from taskkd.errors import DataError
 from taskkd.face.datasets import FaceDataset, TwoViews
 from taskkd.face.pickles import load_bin
 from taskkd.face.records import Array, Faces
+from taskkd.files import inside
 from taskkd.images import Source, in_file
 
 __all__ = ["Pairs", "make_pairs", "read_bin", "read_csv", "read_lfw", "read_pairs"]
@@ -121,7 +122,7 @@ def read_lfw(path: str | Path, images: str | Path, *, size: int | None = None) -
     table = _Table(path)
     for where, cells in _rows(table.path, tabs=True):
         first, other = cells[:2], [cells[0], cells[2]] if len(cells) == 3 else cells[2:]
-        if len(cells) not in (3, 4) or not (first[1].isdigit() and other[1].isdigit()):
+        if len(cells) not in (3, 4) or not all(n.isdecimal() and len(n) < 10 for n in (first[1], other[1])):
             raise DataError(f"{where}: {' '.join(cells)!r}: expected 'name n1 n2' or 'name1 n1 name2 n2'.")
         table.add(_file_of(folder, first, where), _file_of(folder, other, where), len(cells) == 3)
     return table.pairs(size)
@@ -143,13 +144,14 @@ def read_csv(path: str | Path, images: str | Path | None = None, *, size: int | 
     for number, (where, cells) in enumerate(_rows(table.path, tabs=False)):
         truth = cells[2].lower() if len(cells) == 3 else ""
         if truth not in (*TRUE, *FALSE):
-            if number == 0 and len(cells) == 3 and not (folder / cells[0]).is_file():
+            if number == 0 and len(cells) == 3 and not inside(folder, cells[0], where).is_file():
                 continue  # names of columns
             raise DataError(f"{where}: {','.join(cells)!r}: expected two paths and 1 or 0.")
-        for name in cells[:2]:
-            if not (folder / name).is_file():
-                raise DataError(f"{where}: {folder / name}: no such image.")
-        table.add(folder / cells[0], folder / cells[1], truth in TRUE)
+        one, other = (inside(folder, name, where) for name in cells[:2])
+        for file in (one, other):
+            if not file.is_file():
+                raise DataError(f"{where}: {file}: no such image.")
+        table.add(one, other, truth in TRUE)
     return table.pairs(size)
 
 
@@ -190,7 +192,7 @@ def _rows(path: Path, *, tabs: bool) -> Iterator[tuple[str, list[str]]]:
 
 def _file_of(folder: Path, image: Sequence[str], where: str) -> Path:
     name, number = image
-    stem = folder / name / f"{name}_{int(number):04d}"
+    stem = inside(folder, f"{name}/{name}_{int(number):04d}", where)
     for suffix in SUFFIXES:
         if (file := stem.with_name(f"{stem.name}.{suffix}")).is_file():
             return file

@@ -113,7 +113,9 @@ class _StandIn:
         raise _RefusedError("it changes a function")
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """The one in Python: a memo of the one in C grows to any number that a file of seven bytes names."""
+
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in of a name."""
         if (module, name) not in ALLOWED:

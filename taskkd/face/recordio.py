@@ -135,6 +135,8 @@ class RecordFile:
             raise DataError(f"{index}: the index is empty.")
         if (np.diff(self.keys) == 0).any():
             raise DataError(f"{index}: key {self.keys[:-1][np.diff(self.keys) == 0][0]} is there twice.")
+        if (self.offsets >= self.bytes).any() or (self.offsets < 0).any():
+            raise DataError(f"{index}: an offset is beyond the {self.bytes} bytes of {self.path.name}.")
         for offset in {int(self.offsets.min()), int(self.offsets.max())}:
             self._record(offset, b"")
 

@@ -41,7 +41,7 @@ def squad_questions(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 for question in paragraph["qas"]:
                     where = f"{path}, {title!r}, paragraph {number}, question {question.get('id', '')!r}"
                     yield where, {**question, "context": paragraph["context"]}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not a file of SQuAD ({type(error).__name__}: {error}).") from None
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from taskkd.caches import file_sha256
 from taskkd.errors import DataError, RecipeError
+from taskkd.files import UNREADABLE
 from taskkd.nlp.heads import CAUSAL_LM, MASKED_LM, SENTENCE, SEQUENCE, TOKENS, Head, head_of, head_of_checkpoint
 from taskkd.packages import PACKAGE, locate
 from taskkd.taps import accepted_arguments
@@ -60,8 +61,8 @@ def _from_pretrained(auto: Any, source: str, **options: Any) -> Any:
     try:
         # False, not None: with None the library asks on the terminal whether to run the repository's code.
         return auto.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+    except UNREADABLE as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"model {source!r} cannot be loaded: {first}") from error
 
 

@@ -98,7 +98,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: not JSON ({error}).") from None
             if not isinstance(row, dict):
                 raise DataError(f"{path}, line {number}: expected an object, got {type(row).__name__}.")
@@ -111,8 +111,8 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not a parquet file ({error}).") from None
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path}: not a parquet file ({str(error).splitlines()[0]}).") from None
     yield from ((f"{path}, line {number}", row) for number, row in enumerate(rows, 1))
 
 
@@ -334,7 +334,7 @@ def encode_label(row: Row, names: Sequence[str] | None) -> int | float:
     if names is None:
         try:
             number = float(row.label)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             number = math.inf
         if math.isinf(number):
             raise DataError(f"{row.where}: label {row.label!r} is not a finite number.")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from taskkd.errors import DataError, nearest
+from taskkd.files import listed
 from taskkd.hub import check_columns, images_of, load_split
 from taskkd.images import Source, existing_folder, in_file
 from taskkd.problems import Problems
@@ -246,7 +247,7 @@ def _listed(lists: Path, part: str) -> list[str]:
     if not file.is_file():
         known = sorted(f.stem for f in existing_folder(lists).glob("*.txt"))
         raise DataError(f"{lists}: no list {part}.txt{nearest(part, known)}; it has {', '.join(known)}.")
-    return [Path(line.split()[0]).stem for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [Path(line.split()[0]).stem for line in listed(file)]
 
 
 #: readers of the layouts that need no more than a folder and a part
