@@ -104,8 +104,8 @@ def bert(settings: dict[str, int], **options: Any) -> nn.Module:
 
 
 PAIRS = {
-    "small": Pair("6 layers of 384 -> 3 of 384", sizes(6, 384), sizes(3, 384), 128, 8),
-    "base": Pair("BERT-base -> 4 layers of 312", sizes(12, 768), sizes(4, 312), 96, 6),
+    "small": Pair("6 layers of 384 -> 3 of 384", sizes(6, 384), sizes(3, 384), 128, 6),
+    "base": Pair("BERT-base -> 4 layers of 312", sizes(12, 768), sizes(4, 312), 96, 4),
 }
 
 
