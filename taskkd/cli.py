@@ -75,11 +75,16 @@ def distill(
     restart: Annotated[
         bool, typer.Option(help="Delete what the run's folder holds and start from the beginning.")
     ] = False,
+    wall_time: Annotated[
+        float | None,
+        typer.Option(help="Hours after which the run saves a checkpoint and ends with code 75, to be started again."),
+    ] = None,
 ) -> None:
     """Run a recipe: teacher, student alone, distilled student; print the table. Run it again to go on after a stop."""
     from taskkd import recipes, reports, runs
 
     extra = [f"seeds=[{seeds}]"] if seeds else []
+    extra += [f"training.wall_time={wall_time}"] if wall_time is not None else []
     loaded = recipes.load_recipe(recipe, [*(overrides or []), *extra])
     swept = {k: v if isinstance(v, list) else [v] for k, v in recipes.parse_overrides(sweep or []).items()}
     folder = run_folder(output_dir, loaded.name)
@@ -88,6 +93,23 @@ def distill(
     if len(result.report["distilled"]) > 1:
         _say(f"selected on validation: {result.report['selected']}")
     _say(f"student: {folder / 'student'}   report: {folder / 'report.json'}   curves: {folder / 'curves.png'}")
+
+
+@app.command()
+def cache(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output_dir: OutputDir = None,
+    sweep: Annotated[list[str] | None, typer.Option(help="As of `taskkd distill`.")] = None,
+    wall_time: Annotated[float | None, typer.Option(help="As of `taskkd distill`.")] = None,
+) -> None:
+    """Build the teacher's caches that `taskkd distill` with the same words then reads. Run it again after a stop."""
+    from taskkd import recipes, runs
+
+    extra = [f"training.wall_time={wall_time}"] if wall_time is not None else []
+    loaded = recipes.load_recipe(recipe, [*(overrides or []), *extra])
+    swept = {k: v if isinstance(v, list) else [v] for k, v in recipes.parse_overrides(sweep or []).items()}
+    runs.build_caches(loaded, output_dir or Path("runs") / loaded.name, sweep=swept, say=_say)
 
 
 @app.command()
