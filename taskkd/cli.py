@@ -75,11 +75,16 @@ def distill(
     restart: Annotated[
         bool, typer.Option(help="Delete what the run's folder holds and start from the beginning.")
     ] = False,
+    wall_time: Annotated[
+        float | None,
+        typer.Option(help="Hours after which the run saves a checkpoint and ends with code 75, to be started again."),
+    ] = None,
 ) -> None:
     """Run a recipe: teacher, student alone, distilled student; print the table. Run it again to go on after a stop."""
     from taskkd import recipes, reports, runs
 
     extra = [f"seeds=[{seeds}]"] if seeds else []
+    extra += [f"training.wall_time={wall_time}"] if wall_time is not None else []
     loaded = recipes.load_recipe(recipe, [*(overrides or []), *extra])
     swept = {k: v if isinstance(v, list) else [v] for k, v in recipes.parse_overrides(sweep or []).items()}
     folder = run_folder(output_dir, loaded.name)
@@ -87,7 +92,24 @@ def distill(
     _show(reports.table(result.report))
     if len(result.report["distilled"]) > 1:
         _say(f"selected on validation: {result.report['selected']}")
-    _say(f"student: {folder / 'student'}   report: {folder / 'report.json'}   curves: {folder / 'curves.png'}")
+    _say(f"student: {folder / 'student'}   report: {folder / 'report.html'}   numbers: {folder / 'report.json'}")
+
+
+@app.command()
+def cache(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output_dir: OutputDir = None,
+    sweep: Annotated[list[str] | None, typer.Option(help="As of `taskkd distill`.")] = None,
+    wall_time: Annotated[float | None, typer.Option(help="As of `taskkd distill`.")] = None,
+) -> None:
+    """Build the teacher's caches that `taskkd distill` with the same words then reads. Run it again after a stop."""
+    from taskkd import recipes, runs
+
+    extra = [f"training.wall_time={wall_time}"] if wall_time is not None else []
+    loaded = recipes.load_recipe(recipe, [*(overrides or []), *extra])
+    swept = {k: v if isinstance(v, list) else [v] for k, v in recipes.parse_overrides(sweep or []).items()}
+    runs.build_caches(loaded, output_dir or Path("runs") / loaded.name, sweep=swept, say=_say)
 
 
 @app.command()
@@ -171,6 +193,20 @@ def methods(
         options = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
         _say(f"{task:12} {method:20} {cards.paper_of(function)}")
         _say(f"{'':33} {', '.join(f'{p.name}={p.default}' for p in options)}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The page. Default: report.html, in the run's folder if there is one run.")
+    ] = None,
+) -> None:
+    """Write a page (HTML, with its charts as PNG beside it) of one run, or of several side by side."""
+    from taskkd import pages
+
+    written = pages.write_page(runs, output or (runs[0] if len(runs) == 1 else Path()) / "report.html")
+    _say(f"report: {written[0]}   charts: {len(written) - 1} PNG files beside it")
 
 
 @app.command()

@@ -16,7 +16,8 @@ import taskkd as kd
 
 ROOT = Path(kd.__file__).parent
 TASKS = {"detection", "segmentation", "nlp", "face"}
-ABOVE = {"recipes", "runs", "cli", "reports", "exports", "__main__", "plans"}  # what may know tasks
+#: what may know tasks
+ABOVE = {"recipes", "runs", "cli", "reports", "finished", "comparisons", "pages", "exports", "__main__", "plans"}
 FILES = sorted(ROOT.rglob("*.py"))
 CORE = [
     "errors",

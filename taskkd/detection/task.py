@@ -25,7 +25,7 @@ from taskkd.detection.schema import Data, DetectionRecipe
 from taskkd.detection.teacher import DetectorTeacher
 from taskkd.images import decode, named_file
 from taskkd.portable import Portable
-from taskkd.tasks import Task
+from taskkd.tasks import Task, groups_of
 from taskkd.teachers import Teacher
 
 __all__ = ["TASK", "DetectionTask"]
@@ -71,9 +71,10 @@ class DetectionTask(Task):
         classes = models.class_names(student) or None
         return DetectionDataset(read(path, classes=classes, bad=recipe.data.bad), ignored=True)
 
-    def latency_batches(self, data: DetectionData, count: int) -> list[dict[str, Any]]:
-        """Real test images, one by one, as the models' keyword arguments."""
-        return [{"images": [data.test[i]["images"]]} for i in range(min(count, 16, len(data.test)))]
+    def latency_batches(self, data: DetectionData, count: int, size: int = 1) -> list[dict[str, Any]]:
+        """Real test images in batches of `size`, as the models' keyword arguments."""
+        images = [data.test[i]["images"] for i in range(min(count, 16, len(data.test)))]
+        return [{"images": group} for group in groups_of(images, size)]
 
     # ---- models
 

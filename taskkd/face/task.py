@@ -31,7 +31,7 @@ from taskkd.images import decode, named_file
 from taskkd.portable import Portable
 from taskkd.session import training_arguments
 from taskkd.stages import Method
-from taskkd.tasks import Task
+from taskkd.tasks import Task, groups_of
 
 __all__ = ["TASK", "FaceTask", "embedded"]
 
@@ -88,9 +88,10 @@ class FaceTask(Task):
         """Whether a student can be trained without a teacher."""
         return len(data.identities) > 1
 
-    def latency_batches(self, data: FaceData, count: int) -> list[dict[str, Any]]:
-        """Real test images, one by one, as the models' keyword arguments."""
-        return [{"images": data.test[2 * i]["images"][None]} for i in range(min(count, len(data.test) // 2))]
+    def latency_batches(self, data: FaceData, count: int, size: int = 1) -> list[dict[str, Any]]:
+        """Real test images in batches of `size`, as the models' keyword arguments."""
+        images = [data.test[2 * i]["images"] for i in range(min(count, len(data.test) // 2))]
+        return [{"images": torch.stack(group)} for group in groups_of(images, size)]
 
     # ---- models
 

@@ -24,7 +24,7 @@ from taskkd.nlp.schema import Data, NlpRecipe
 from taskkd.nlp.sentence import SentenceEncoder, load_sentence_encoder
 from taskkd.nlp.splits import read_splits
 from taskkd.portable import Portable
-from taskkd.tasks import Task, digests
+from taskkd.tasks import Task, digests, groups_of
 from taskkd.terms import Term
 
 __all__ = ["TASK", "NlpTask"]
@@ -135,11 +135,20 @@ class NlpTask(Task):
             table = beside(table, kind.with_teacher(other, teacher, reads))
         return table
 
-    def latency_batches(self, data: NlpData, count: int) -> list[dict[str, Any]]:
-        """Real test samples, one by one, as the models' keyword arguments."""
+    def examples(self, data: NlpData, networks: Mapping[str, nn.Module]) -> dict[str, Any] | None:
+        """Test texts on which the models (the teacher first) disagree; None for other kinds than classification."""
+        if data.kind is not CLASSIFICATION:
+            return None
+        from taskkd.nlp.disagreements import disagreements
+
+        return disagreements(data, networks)
+
+    def latency_batches(self, data: NlpData, count: int, size: int = 1) -> list[dict[str, Any]]:
+        """Real test samples in batches of `size`, as the models' keyword arguments."""
         rows = [data.test[i] for i in range(min(count, len(data.test)))]
         keep = {n for name in data.tokenizer.model_input_names for n in (name, f"teacher_{name}")}
-        return [dict(data.collator([{k: v for k, v in row.items() if k in keep}])) for row in rows]
+        kept = [{k: v for k, v in row.items() if k in keep} for row in rows]
+        return [dict(data.collator(group)) for group in groups_of(kept, size)]
 
     def has_labels(self, data: NlpData) -> bool:
         """Whether a student can be trained without a teacher."""

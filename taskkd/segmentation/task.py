@@ -29,7 +29,7 @@ from taskkd.segmentation.records import Annotations, Bad
 from taskkd.segmentation.schema import Part, SegmentationRecipe, Source
 from taskkd.segmentation.segmenter import Segmenter
 from taskkd.segmentation.terms import MapTerm
-from taskkd.tasks import Task
+from taskkd.tasks import Task, groups_of
 from taskkd.terms import Term
 
 __all__ = ["TASK", "SegmentationTask", "read_path"]
@@ -107,9 +107,10 @@ class SegmentationTask(Task):
             )
         return SegmentationDataset(found)
 
-    def latency_batches(self, data: SegmentationData, count: int) -> list[dict[str, Any]]:
-        """Real test images, one by one, as the models' keyword arguments."""
-        return [{"images": data.test[i]["images"][None]} for i in range(min(count, 16, len(data.test)))]
+    def latency_batches(self, data: SegmentationData, count: int, size: int = 1) -> list[dict[str, Any]]:
+        """Real test images in batches of `size`, as the models' keyword arguments; cut to the smallest of a batch."""
+        images = [data.test[i]["images"] for i in range(min(count, 16, len(data.test)))]
+        return [{"images": _stacked(group)} for group in groups_of(images, size)]
 
     # ---- models
 
@@ -240,6 +241,12 @@ class SegmentationTask(Task):
         from taskkd.segmentation.pictures import draw
 
         draw(data.test, networks, data.classes, path)
+
+
+def _stacked(images: Sequence[Tensor]) -> Tensor:
+    """Images as one batch, each cut to the smallest height and width."""
+    height, width = (min(image.shape[side] for image in images) for side in (1, 2))
+    return torch.stack([image[:, :height, :width] for image in images])
 
 
 def _write(mask: Tensor, path: Path) -> Path:
