@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import logging
@@ -81,8 +80,8 @@ def export(
 
     Raises:
         RecipeError: it is no finished run, or no such format.
-        DataError: `output` is there already, or cannot be written.
-        CheckpointError: what was written does not give what the live model gives.
+        DataError: `output` is there already.
+        CheckpointError: it cannot be written, or what was written does not give what the live model gives.
         TaskkdError: onnx is not installed, or the network cannot be had without taskkd.
     """
     folder = Path(run)
@@ -95,26 +94,20 @@ def export(
     own = task.portable(recipe, student.eval(), processing)
     samples, shown = _samples(recipe, task, folder, own)
     exported = Exported(final, format, inputs=shown)
-    try:
-        with staged(final) as staging:
-            try:
-                _write(own, task, samples, staging, exported, tolerance)
-                report = _report(folder)
-                text = cards.card(
-                    recipe, own, exported, report, license=license, paper=_paper(recipe, task),
-                    recipe_text=recipes.dump_recipe(recipe),
-                )  # fmt: skip
-                (staging / "README.md").write_text(text, encoding="utf-8")
-                preprocessing = json.dumps(own.preprocessing, indent=1) + "\n"
-                (staging / "preprocessing.json").write_text(preprocessing, encoding="utf-8")
-                seal(staging)
-            except BaseException:
-                shutil.rmtree(staging, ignore_errors=True)
-                raise
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC):
+    with staged(final) as staging:
+        try:
+            _write(own, task, samples, staging, exported, tolerance)
+            text = cards.card(
+                recipe, own, exported, _report(folder), license=license, paper=_paper(recipe, task),
+                recipe_text=recipes.dump_recipe(recipe),
+            )  # fmt: skip
+            (staging / "README.md").write_text(text, encoding="utf-8")
+            preprocessing = json.dumps(own.preprocessing, indent=1) + "\n"
+            (staging / "preprocessing.json").write_text(preprocessing, encoding="utf-8")
+            seal(staging)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
             raise
-        raise DataError(f"{final} cannot be written: {error.strerror}.") from None
     return exported
 
 

@@ -237,14 +237,14 @@ def test_wrong_use_gets_a_sentence(made: dict[str, Path], tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="it is a file"):
         exports.export(made["nlp"], output=tmp_path / "file", overwrite=True)
-    with pytest.raises(DataError, match=r"file/inside cannot be written: Not a directory"):
+    with pytest.raises(CheckpointError, match=r"file/inside cannot be written: Not a directory"):
         exports.export(made["nlp"], output=tmp_path / "file" / "inside")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_a_folder_that_cannot_be_written(made: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(DataError, match="cannot be written: Permission denied"):
+    with pytest.raises(CheckpointError, match="cannot be written: Permission denied"):
         exports.export(made["nlp"], output=tmp_path / "locked" / "out")
 
 
