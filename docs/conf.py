@@ -16,7 +16,7 @@ exclude_patterns = [".*", "docs/_build", "docs/site", "runs", "tests", "taskkd",
 
 myst_heading_anchors = 4
 myst_links_external_new_tab = False
-suppress_warnings = ["myst.header"]  # README.md has its subheadings where a reader of a code host wants them
+suppress_warnings = ["myst.header"]  # README.md has subheadings where a reader of a code host wants them
 
 default_role = "code"  # `name` in a docstring
 autodoc_member_order = "bysource"

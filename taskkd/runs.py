@@ -7,6 +7,7 @@ Folder of a run: `recipe.yaml` (resolved), `run.json` (finished steps and their 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import itertools
@@ -26,17 +27,18 @@ from torch import nn
 
 from taskkd import recipes
 from taskkd._version import __version__
-from taskkd.caches import Cached
+from taskkd.caches import Cached, human
 from taskkd.checkpoints import save_student, staged
 from taskkd.errors import RecipeError
 from taskkd.files import write_whole
 from taskkd.plans import build_method, look
 from taskkd.session import ADAPTERS, Record, Say, Session, locked, strip, training_arguments
-from taskkd.stages import Stage
+from taskkd.signals import Budget
+from taskkd.stages import Method, Stage
 from taskkd.teachers import Frozen, Teacher
 from taskkd.trainer import Trainer
 
-__all__ = ["Result", "distill", "evaluate", "predict", "run_recipe"]
+__all__ = ["Result", "build_caches", "distill", "evaluate", "predict", "run_recipe", "trained"]
 
 logger = logging.getLogger(__name__)
 
@@ -115,28 +117,14 @@ def run_recipe(
 
     Raises:
         TaskkdError: of the kind that says what is wrong.
-        Interrupted: a signal came; the run can be started again.
+        Interrupted: a signal came, or the time of `training.wall_time` is up; the run can be started again.
     """
     from taskkd import pages, reports
 
-    transformers.utils.logging.disable_progress_bar()  # one bar a training is enough
     variants = _variants(recipe, sweep or {})
-    task = task or recipes.task_named(recipe.task)
-    with locked(folder):
-        if restart:
-            for path in folder.iterdir():
-                if path.name != "run.lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        _claim(folder, recipes.dump_recipe(recipe))
-        session = Session(recipe, task, task.load(recipe, folder), folder, Record(folder), say)
-        say(f"data: {session.data.summary()}")
-        _same_inputs(session)
-        if "teacher" not in session.record.finished:
-            # A wrong tap or shape is told before the teacher is trained, not after.
-            raw = task.teacher(recipe, session.data)
-            for variant in variants.values():
-                look(variant, task, session.data, session.student(raw, recipe.seeds[0]), raw)
-        teacher = _teacher(session)
+    with _opened(recipe, folder, say, restart=restart, task=task) as session:
+        task = session.task
+        teacher = _ready_teacher(session, variants)
         finished = session.record.finished
         report: dict[str, Any] = {
             "recipe": recipe.name,
@@ -174,6 +162,90 @@ def run_recipe(
         reports.write(report, folder)
         pages.write_page([folder], folder / "report.html", pictures=False)
         return Result(student, report, folder)
+
+
+@contextlib.contextmanager
+def _opened(recipe: Any, folder: Path, say: Say, *, restart: bool = False, task: Any = None) -> Iterator[Session]:
+    """The session of a run whose folder is this process's own, with its data; its time runs from here."""
+    if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise RecipeError(
+            f"a recipe is run by one process, and this is one of {ranks}: start it without torchrun, or train on "
+            "several with `kd.Trainer` in a script of your own (docs/clusters.md)."
+        )
+    transformers.utils.logging.disable_progress_bar()  # one bar a training is enough
+    task = task or recipes.task_named(recipe.task)
+    with Budget(recipe.training.wall_time) as budget, locked(folder):
+        if restart:
+            for path in folder.iterdir():
+                if path.name != "run.lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _claim(folder, recipes.dump_recipe(recipe))
+        session = Session(recipe, task, task.load(recipe, folder), folder, Record(folder), say, budget)
+        say(f"data: {session.data.summary()}")
+        _same_inputs(session)
+        yield session
+
+
+def _ready_teacher(session: Session, variants: Mapping[str, Any]) -> nn.Module:
+    """The teacher; a wrong tap or shape is told before it is trained, not after."""
+    if "teacher" not in session.record.finished:
+        raw = session.task.teacher(session.recipe, session.data)
+        for variant in variants.values():
+            look(variant, session.task, session.data, session.student(raw, session.recipe.seeds[0]), raw)
+    return _teacher(session)
+
+
+def build_caches(
+    recipe: Any,
+    folder: Path,
+    *,
+    sweep: Mapping[str, Sequence[Any]] | None = None,
+    say: Say = print,
+    restart: bool = False,
+) -> list[Path]:
+    """Build the teacher's caches that a run of this recipe reads, before it; a build that was stopped goes on.
+
+    The teacher is fine-tuned first where the recipe says so, as the run would.
+
+    Args:
+        recipe, folder, sweep, say, restart: as of `run_recipe`, which then goes on in the folder.
+
+    Returns:
+        The folders of the caches, each once.
+
+    Raises:
+        CacheError: a cache does not fit the budget or the disk, or cannot be built.
+        RecipeError: no stage of the recipe's method can read a cache; the message says why.
+    """
+    variants = _variants(recipe, sweep or {})
+    with _opened(recipe, folder, say, restart=restart) as session:
+        teacher = _ready_teacher(session, variants)
+        reasons, built = [], {}
+        for name, variant in variants.items():
+            own = replace(session, recipe=variant)
+            student = own.student(teacher, recipe.seeds[0])
+            method = _equipped(own, student, teacher)
+            for stage in method.stages:
+                supplier = _supplier(own, student, teacher, stage, live="full_length" in method.needs)
+                if not isinstance(supplier, Cached):
+                    reasons.append(f"stage {stage.name!r} {_why_live(variant, supplier)}")
+                elif supplier.path not in built:
+                    count = own.complete(student, stage, supplier, own.data.everything)
+                    built[supplier.path] = size = sum(f.stat().st_size for f in supplier.path.rglob("*") if f.is_file())
+                    say(f"cache of {name}, {stage.name}: {count:,} samples, {human(size)} in {supplier.path}")
+        if not built:
+            raise RecipeError(f"{recipe.name}: there is nothing to cache: {'; '.join(dict.fromkeys(reasons))}.")
+        for reason in dict.fromkeys(reasons):
+            say(f"note: {reason}")
+        return list(built)
+
+
+def _why_live(recipe: Any, supplier: Teacher | None) -> str:
+    if supplier is None:
+        return "reads nothing of the teacher"
+    if recipe.teacher.cache is None:
+        return "has no cache: `teacher.cache` is null, as it is by default where a cache cannot hold what is read"
+    return "reads what the teacher gives for padding, which a cache does not hold"
 
 
 def _costs(session: Session, teacher: nn.Module, student: nn.Module) -> dict[str, dict[str, float | None]]:
@@ -335,10 +407,7 @@ def _distilled(session: Session, teacher: nn.Module, seed: int, name: str) -> di
     """The distilled student: the stages of the method one after the other, from the start of the student alone."""
     base = f"seed-{seed}/{name}"
     student = session.student(teacher, seed)
-    method = build_method(session.recipe, session.task, session.data, student, teacher)
-    equip = getattr(session.task, "equip", None)
-    if equip is not None and equip(session, method, teacher):
-        method = build_method(session.recipe, session.task, session.data, student, teacher)
+    method = _equipped(session, student, teacher)
     outcome: dict[str, Any] = {}
     seconds, steps, model = 0.0, 0, ""
     full_length = "full_length" in method.needs
@@ -369,6 +438,15 @@ def _distilled(session: Session, teacher: nn.Module, seed: int, name: str) -> di
     test = session.tested(f"{base}/test", lambda: student)
     session.say(f"{name}, seed {seed}: {session.metric} {outcome['validation'][session.metric]:.4f} on validation")
     return {**outcome, "test": test, "by_class": session.by_class(f"{base}/test"), "model": model}
+
+
+def _equipped(session: Session, student: nn.Module, teacher: nn.Module) -> Method:
+    """The method, after the teacher was given what the method needs of it."""
+    method = build_method(session.recipe, session.task, session.data, student, teacher)
+    equip = getattr(session.task, "equip", None)
+    if equip is not None and equip(session, method, teacher):
+        method = build_method(session.recipe, session.task, session.data, student, teacher)
+    return method
 
 
 def _supplier(
@@ -412,7 +490,7 @@ def _select(session: Session, teacher: nn.Module, report: dict[str, Any]) -> tup
 # ---- after training
 
 
-def _trained(run: Path) -> tuple[Any, Any, nn.Module, Any]:
+def trained(run: Path) -> tuple[Any, Any, nn.Module, Any]:
     """Recipe, task, student and tokenizer (or processor) of a finished run.
 
     Raises:
@@ -428,7 +506,7 @@ def _trained(run: Path) -> tuple[Any, Any, nn.Module, Any]:
 
 def evaluate(run: Path, data: str | None = None) -> dict[str, float]:
     """Metrics of a run's student on its test set, or on another file with the same columns."""
-    recipe, task, student, tokenizer = _trained(run)
+    recipe, task, student, tokenizer = trained(run)
     if data is None:
         if "given:" in (run / "recipe.yaml").read_text(encoding="utf-8"):
             raise RecipeError(f"{run} was given its data in memory; evaluate it on a file with --data.")
@@ -453,7 +531,7 @@ def evaluate(run: Path, data: str | None = None) -> dict[str, float]:
 
 def predict(run: Path, inputs: Sequence[str]) -> Iterator[tuple[str, float | None, str]]:
     """(label, probability, input) for each input, with a run's student; (value, None, input) for regression."""
-    recipe, task, student, tokenizer = _trained(run)
+    recipe, task, student, tokenizer = trained(run)
     yield from task.predict(recipe, student, tokenizer, inputs)
 
 

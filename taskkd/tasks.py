@@ -11,6 +11,7 @@ from torch import nn
 
 from taskkd.caches import file_sha256, weights_sha256
 from taskkd.checkpoints import load_student
+from taskkd.portable import Portable
 from taskkd.schema import Recipe
 from taskkd.stages import Method
 from taskkd.teachers import Frozen, Teacher
@@ -92,6 +93,14 @@ class Task(ABC):
     @abstractmethod
     def given(self, *args: Any, **options: Any) -> Task:
         """This task with models and data that the caller holds."""
+
+    @abstractmethod
+    def portable(self, recipe: Any, student: nn.Module, processing: Any) -> Portable:
+        """A trained student as it leaves a run; `recipe` is None for a look at a model."""
+
+    @abstractmethod
+    def named(self, name: str) -> tuple[nn.Module, Any]:
+        """A model by what a recipe calls it, and its tokenizer, for a look at it."""
 
     @abstractmethod
     def trained(self, folder: Path) -> tuple[nn.Module, Any]:

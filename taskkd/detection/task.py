@@ -19,10 +19,12 @@ from taskkd.detection.families import family_of
 from taskkd.detection.mapped import mapped
 from taskkd.detection.methods import METHODS
 from taskkd.detection.metrics import CocoMetric, VocMetric
+from taskkd.detection.portable import portable
 from taskkd.detection.readers import read
 from taskkd.detection.schema import Data, DetectionRecipe
 from taskkd.detection.teacher import DetectorTeacher
 from taskkd.images import decode, named_file
+from taskkd.portable import Portable
 from taskkd.tasks import Task, groups_of
 from taskkd.teachers import Teacher
 
@@ -104,6 +106,16 @@ class DetectionTask(Task):
         own = recipe.teacher
         supplier: Teacher = DetectorTeacher(teacher, student, size=own.size, dtype=own.dtype)
         return supplier
+
+    def portable(self, recipe: DetectionRecipe | None, student: nn.Module, processing: Any) -> Portable:
+        """A trained student as it leaves a run."""
+        return portable(student)
+
+    def named(self, name: str) -> tuple[nn.Module, Any]:
+        """A model by what a recipe calls it, for a look at it: what is built has random weights."""
+        own = {key: value for key, value in _named(name, {}).items() if key != "weights"}
+        config = DetectorConfig.of(own)
+        return (models.existing(config) if config.model else models.build(config, 2)).eval(), None
 
     def pair(self, data: DetectionData, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
         """What is to be known of a pair of detectors before they are distilled."""

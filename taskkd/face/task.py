@@ -23,10 +23,12 @@ from taskkd.face.metrics import VerificationMetric
 from taskkd.face.model import FaceModel
 from taskkd.face.pairs import Pairs, make_pairs, read_pairs
 from taskkd.face.partial_fc import PartialFC
+from taskkd.face.portable import portable
 from taskkd.face.readers import read_folder
 from taskkd.face.records import Faces, squared
 from taskkd.face.schema import FaceRecipe
 from taskkd.images import decode, named_file
+from taskkd.portable import Portable
 from taskkd.session import training_arguments
 from taskkd.stages import Method
 from taskkd.tasks import Task, groups_of
@@ -166,6 +168,14 @@ class FaceTask(Task):
     def trained(self, folder: Path) -> tuple[nn.Module, Any]:
         """A trained student, from the folder it was saved in."""
         return models.load(folder).eval(), None
+
+    def portable(self, recipe: FaceRecipe | None, student: nn.Module, processing: Any) -> Portable:
+        """A trained student as it leaves a run."""
+        return portable(student)
+
+    def named(self, name: str) -> tuple[nn.Module, Any]:
+        """A model by what a recipe calls it, for a look at it: what is built has random weights."""
+        return models.build(_named(name, {})).eval(), None
 
     def pair(self, data: FaceData, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
         """What is to be known of a pair of models before they are distilled."""

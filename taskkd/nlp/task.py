@@ -19,9 +19,11 @@ from taskkd.nlp.kinds.sentences import texts_row
 from taskkd.nlp.kinds.sequences import CLASSIFICATION
 from taskkd.nlp.methods import METHODS
 from taskkd.nlp.pairs import describe_pair
+from taskkd.nlp.portable import portable
 from taskkd.nlp.schema import Data, NlpRecipe
 from taskkd.nlp.sentence import SentenceEncoder, load_sentence_encoder
 from taskkd.nlp.splits import read_splits
+from taskkd.portable import Portable
 from taskkd.tasks import Task, digests, groups_of
 from taskkd.terms import Term
 
@@ -193,6 +195,15 @@ class NlpTask(Task):
         """What tells that the teacher's files are the ones a run was started with; "" for a hub name."""
         folder = Path(models.resolve(recipe.teacher.model))
         return " ".join(digests([folder] if folder.is_dir() else []))
+
+    def portable(self, recipe: NlpRecipe | None, student: nn.Module, processing: Any) -> Portable:
+        """A trained student as it leaves a run."""
+        length = None if recipe is None else encoding_of(recipe.data, processing).max_length
+        return portable(student, processing, length)
+
+    def named(self, name: str) -> tuple[nn.Module, Any]:
+        """A model and its tokenizer by what a recipe calls it, for a look at it."""
+        return models.load_model(name).eval(), models.load_tokenizer(name)
 
     def pair(self, data: NlpData, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
         """What is to be known of a pair of models before they are distilled."""

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from taskkd.errors import DataError, RecipeError, nearest
 from taskkd.images import decode, named_file
+from taskkd.portable import Portable
 from taskkd.segmentation import models
-from taskkd.segmentation.config import SMP, TORCHVISION
+from taskkd.segmentation.config import SMP, TORCHVISION, SegmenterConfig
 from taskkd.segmentation.data import SegmentationData, load, read_part
 from taskkd.segmentation.datasets import SegmentationDataset, collate
 from taskkd.segmentation.loss import PixelCrossEntropy
@@ -23,6 +24,7 @@ from taskkd.segmentation.mapped import mapped
 from taskkd.segmentation.methods import METHODS
 from taskkd.segmentation.metrics import SegmentationMetric, predicted
 from taskkd.segmentation.nuclei import nuclei
+from taskkd.segmentation.portable import portable
 from taskkd.segmentation.records import Annotations, Bad
 from taskkd.segmentation.schema import Part, SegmentationRecipe, Source
 from taskkd.segmentation.segmenter import Segmenter
@@ -151,6 +153,16 @@ class SegmentationTask(Task):
     def trained(self, folder: Path) -> tuple[nn.Module, Any]:
         """A trained student, from the folder it was saved in."""
         return models.load(folder).eval(), None
+
+    def portable(self, recipe: SegmentationRecipe | None, student: nn.Module, processing: Any) -> Portable:
+        """A trained student as it leaves a run."""
+        return portable(student)
+
+    def named(self, name: str) -> tuple[nn.Module, Any]:
+        """A model by what a recipe calls it, for a look at it: what is built has random weights."""
+        own = {key: value for key, value in _named(name, {}).items() if key != "weights"}
+        config = SegmenterConfig.of(own)
+        return (models.existing(config) if config.model else models.build(config, 2)).eval(), None
 
     def pair(self, data: SegmentationData, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
         """What is to be known of a pair of networks before they are distilled.
