@@ -97,6 +97,9 @@ def test_the_twelve_numbers_are_pycocotools(capsys: pytest.CaptureFixture[str]) 
         assert results[f"AP/{name}"] == pytest.approx(precision[:, :, number, 0, 2].mean(), abs=1e-12)
     assert "AP/yak" not in results  # there is none
     assert sum(results[f"AP/{name}"] for name in CLASSES[:4]) / 4 == pytest.approx(results["AP"])
+    classes = seen(CocoMetric(CLASSES, records), batches).by_class()
+    assert {f"AP/{name}": own["AP"] for name, own in classes.items()} == {k: results[k] for k in results if "/" in k}
+    assert sum(own["AP50"] for own in classes.values()) / 4 == pytest.approx(results["AP50"])
     json.dumps(results, allow_nan=False)
     assert capsys.readouterr().out == ""
 

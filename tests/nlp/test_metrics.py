@@ -19,6 +19,8 @@ def test_classification_by_hand() -> None:
     assert found["accuracy"] == pytest.approx(3 / 5)
     # per class F1: 0 -> 2*1/(2+2), 1 -> 2*1/(2+1), 2 -> 2*1/(1+2)
     assert found["f1"] == pytest.approx((0.5 + 2 / 3 + 2 / 3) / 3)
+    assert metric.by_class()["1"] == {"precision": 1, "recall": 0.5, "f1": pytest.approx(2 / 3), "samples": 2}
+    assert list(Classification(2, ["no", "yes"]).by_class()) == ["no", "yes"]
 
 
 def test_binary_f1_is_that_of_the_second_class() -> None:

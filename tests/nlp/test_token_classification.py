@@ -133,6 +133,9 @@ def test_f1_by_hand_and_from_two_processes() -> None:
     merged = Tags(people.TAGS)
     merged.merge([p.state() for p in parts])
     assert merged.compute() == found
+    assert merged.by_class() == whole.by_class()
+    assert whole.by_class()["PER"] == {"precision": 1, "recall": 1, "f1": 1, "entities": 1}
+    assert whole.by_class()["LOC"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "entities": 2}
     assert Tags(people.TAGS).compute() == {"accuracy": 0, "f1": 0, "precision": 0, "recall": 0}
 
 

@@ -161,3 +161,13 @@ def test_options_that_are_refused() -> None:
         SegmentationMetric([])
     with pytest.raises(DataError, match="no `labels`"):
         SegmentationMetric(NAMES).update(torch.zeros(1, 4, 2, 2), {})
+
+
+def test_classes_that_occur_have_their_own_results() -> None:
+    prediction, given = batch()
+    metric = SegmentationMetric(NAMES)
+    metric.update(prediction, given)
+    results, classes = metric.compute(), metric.by_class()
+    assert {f"IoU/{name}": own["IoU"] for name, own in classes.items()} == {k: results[k] for k in results if "/" in k}
+    assert "tree" not in classes
+    assert sum(own["accuracy"] for own in classes.values()) / 3 == pytest.approx(results["mean_accuracy"])
