@@ -10,7 +10,7 @@ import torch
 
 from tests.detection import ranks_job
 from tests.detection.detectors import retinanet
-from tests.engine import distance, rank_results, run_job
+from tests.engine import distance, rank_results
 
 
 @pytest.fixture(scope="module")
