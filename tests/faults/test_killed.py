@@ -58,9 +58,9 @@ def same(run: Path, whole: Path) -> None:
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
     reports = [untimed(json.loads((folder / "report.json").read_text())) for folder in (run, whole)]
-    assert json.dumps(reports[0]) == json.dumps(reports[1])  # where NaN equals NaN
+    assert json.dumps(reports[0], sort_keys=True) == json.dumps(reports[1], sort_keys=True)  # where NaN equals NaN
     histories = [history(folder) for folder in (run, whole)]
-    assert json.dumps(histories[0]) == json.dumps(histories[1])
+    assert json.dumps(histories[0], sort_keys=True) == json.dumps(histories[1], sort_keys=True)
     assert list(run.rglob("checkpoint-*")) == []
 
 
