@@ -5,7 +5,7 @@ UV := $(BIN)/uv
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint format docs linkcheck bench constraints clean
+.PHONY: demo test test-all coverage lint format docs linkcheck bench constraints clean
 
 .venv: .venv/.installed
 
@@ -26,6 +26,10 @@ test: .venv/.installed
 
 test-all: .venv/.installed
 	$(BIN)/python -m pytest -m 'slow or not slow'
+
+# Which lines and branches no fast test runs; what tests start as processes of their own counts.
+coverage: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -53,9 +57,9 @@ linkcheck: .venv/.installed
 	$(UV) pip install --quiet --python .venv-bench/bin/python --constraint constraints.txt --editable . -r benchmarks/requirements.txt
 	touch $@
 
+# All of speed and memory, into docs/benchmarks.md. No part of CI: shared machines tell nothing of time.
 bench: .venv-bench/.installed
-	.venv-bench/bin/python benchmarks/overhead.py
-	.venv-bench/bin/python benchmarks/nlp.py
+	.venv-bench/bin/python -m benchmarks
 
 constraints:
 	$(UV) pip compile pyproject.toml --extra timm --extra smp --extra faster --extra detr --extra onnx --extra tensorboard --extra docs --extra dev --universal --python-version 3.11 --no-header --no-annotate \

@@ -1,4 +1,4 @@
-"""How `make docs` builds the site: the sources are the repository's own Markdown pages, so that links to README.md are checked."""
+"""How `make docs` builds the site: from the Markdown pages as they are, so that links to README.md are checked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ exclude_patterns = [".*", "docs/_build", "docs/site", "runs", "tests", "taskkd",
 
 myst_heading_anchors = 4
 myst_links_external_new_tab = False
-suppress_warnings = ["myst.header"]  # README.md has its subheadings where a reader of a code host wants them
+suppress_warnings = ["myst.header"]  # README.md has subheadings where a reader of a code host wants them
 
 default_role = "code"  # `name` in a docstring
 autodoc_member_order = "bysource"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from taskkd._version import __version__
 
 if TYPE_CHECKING:
-    from taskkd import adapters, gates, layer_maps, losses, schedules
+    from taskkd import adapters, errors, gates, layer_maps, losses, schedules, taps
     from taskkd.adversarial import Adversarial
     from taskkd.attention import AttentionBasedFeatures, ChannelAttentive
     from taskkd.augmentation import Augmented
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from taskkd.contrastive import ContrastiveRelation, ContrastiveRepresentation
     from taskkd.distiller import Distiller
     from taskkd.ensembles import Ensemble, LatentGate
+    from taskkd.exports import export
     from taskkd.mixup import uncertainty_mixup
     from taskkd.recipes import distill
     from taskkd.stages import Method, Stage
@@ -57,6 +58,7 @@ _WHERE = {
     "Term": "taskkd.terms",
     "Trainer": "taskkd.trainer",
     "distill": "taskkd.recipes",
+    "export": "taskkd.exports",
     "mutual": "taskkd.cohorts",
     "uncertainty_mixup": "taskkd.mixup",
 }
@@ -103,11 +105,14 @@ __all__ = [
     "__version__",
     "adapters",
     "distill",
+    "errors",
+    "export",
     "gates",
     "layer_maps",
     "losses",
     "mutual",
     "schedules",
+    "taps",
     "uncertainty_mixup",
 ]
 

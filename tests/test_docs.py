@@ -47,3 +47,58 @@ def test_the_numbers_of_the_concepts_are_right() -> None:
     exec(compile(block, "concepts.md", "exec"), names)  # it asserts the sum itself
     assert set(names["out"]) == {"loss", "task", "logits", "body"}
     assert names["weights"] == pytest.approx({"task": 0.1, "logits": 0.9, "body": 0.2})
+
+
+ROOT = DOCS.parent
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), ROOT / "benchmarks" / "README.md"])
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as code hosts name them; the second of a name has `-1`."""
+    found: dict[str, int] = {}
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
+    for heading in re.findall(r"^#+ +(.*)$", text, re.M):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")
+        name = re.sub(r"[^\w\- ]", "", plain.strip().lower()).replace(" ", "-")
+        found[name] = found.get(name, -1) + 1
+    return {name if i == 0 else f"{name}-{i}" for name, count in found.items() for i in range(count + 1)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_links_between_pages_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
+    text = re.sub(r"`[^`\n]*`", "", text)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue  # of another site: `make linkcheck`, with a network
+        path, _, name = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), f"{target}: no such file"
+        assert there.is_relative_to(ROOT), f"{target}: outside of the repository"
+        if name and "api" not in there.parts:  # headings of the API's pages are checked by the site
+            assert name in anchors(there), f"{target}: no such heading"
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    """Every name is one of a page, and no page is lost; some appear by a pattern, when they are there."""
+    index = (DOCS / "index.md").read_text()
+    trees = re.findall(r"```\{toctree\}\n(.*?)```", index, re.S)
+    names = [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
+    found = {path.resolve() for name in names for path in DOCS.glob(f"{name}.md") if "*" in name}
+    found |= {(DOCS / f"{name}.md").resolve() for name in names if "*" not in name}
+    assert all(path.is_file() for path in found)
+    assert found >= set(DOCS.rglob("*.md")) - {DOCS / "index.md"}
+
+
+def test_every_public_name_is_in_the_api_reference() -> None:
+    """Those of the packages that the reference has pages of; the strict build sees that they can be rendered."""
+    import importlib
+
+    text = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    for module in ("taskkd", "taskkd.losses", "taskkd.nlp", "taskkd.detection", "taskkd.segmentation", "taskkd.face"):
+        package = importlib.import_module(module)
+        submodules = {"adapters", "gates", "layer_maps", "losses", "schedules", "targets"}
+        for name in set(package.__all__) - submodules - {"METHODS", "__version__"}:
+            assert re.search(rf":: {re.escape(module)}\.{name}$", text, re.M), f"{module}.{name} has no entry"
+    errors = importlib.import_module("taskkd.errors")
+    assert all(f":: taskkd.errors.{name}\n" in text for name in errors.__all__)

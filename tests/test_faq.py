@@ -207,7 +207,6 @@ def provoked(title: str, path: Path) -> str:
     return str(result)
 
 
-
 def test_every_sentence_of_the_page_is_provoked() -> None:
     assert {title for title, said in SAID.items() if said} == set(PROVOKED)
     assert len(SECTIONS) > 20

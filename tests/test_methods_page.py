@@ -104,3 +104,57 @@ def test_every_public_name_exists() -> None:
         value: Any = {"losses": losses, "gates": gates, "schedules": schedules, "kd": kd}[module]
         for part in path.split("."):
             value = getattr(value, part)
+
+
+WHICH = (Path(__file__).parent.parent / "docs" / "methods" / "which.md").read_text()
+RESULTS = (Path(__file__).parent.parent / "docs" / "results.md").read_text()
+TITLES = {
+    "nlp": "NLP",
+    "detection": "Object detection",
+    "segmentation": "Semantic segmentation",
+    "face": "Face recognition",
+}
+
+
+def anchor(heading: str) -> str:
+    """The name by which a heading is linked, as code hosts make it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def which(task: str) -> dict[str, tuple[str, str, str]]:
+    section = WHICH.partition(f"\n## {TITLES[task]}\n")[2].partition("\n## ")[0]
+    return {m[1]: (m[2], m[3], m[4]) for m in re.finditer(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \|$", section, re.M)}
+
+
+@pytest.mark.parametrize("task", TITLES)
+def test_every_method_says_when_it_helps_when_it_hurts_and_what_it_gave(task: str) -> None:
+    rows = which(task)
+    assert set(rows) == set(getattr(kd, task).METHODS)
+    for helps, hurts, measured in rows.values():
+        assert len(helps) > 15
+        assert len(hurts) > 15
+        assert measured == "not measured here" or measured.startswith("[")
+
+
+@pytest.mark.parametrize("task", TITLES)
+def test_what_a_method_gave_is_what_the_results_say(task: str) -> None:
+    """The row is there, in the table of that heading, and its first verdict is the one that is named."""
+    tables = {anchor(t): text for t, text in re.findall(r"^##+ (.*?)\n(.*?)(?=^##+ |\Z)", RESULTS, re.M | re.S)}
+    for name, (_, _, measured) in which(task).items():
+        found = re.match(r"\[(.+)\]\(\.\./results\.md#([\w-]+)\): (.+)$", measured)
+        if found is None:
+            continue
+        title, where, verdict = found.groups()
+        assert where in tables, name
+        if verdict in ("gain", "loss", "no difference above 2 s.e."):
+            (row,) = [line for line in tables[where].splitlines() if line.startswith(f"| {title}")][:1]
+            assert re.search(r"\| (gain|loss|no difference above 2 s\.e\.) \|", row)[1] == verdict, name  # type: ignore[index]
+
+
+@pytest.mark.parametrize("task", TITLES)
+def test_every_method_has_its_paper_and_defaults_on_a_page(task: str) -> None:
+    pages = [p for p in (Path(__file__).parent.parent / "docs" / "methods").glob("*.md") if p.name != "which.md"]
+    text = "".join(p.read_text() for p in pages if p.name.startswith(task) or p.name == "README.md")
+    text += (Path(__file__).parent.parent / "docs" / f"{task}.md").read_text()
+    for name in getattr(kd, task).METHODS:
+        assert f"`{name}`" in text, name

@@ -51,4 +51,4 @@ def test_tasks_are_alike(name: str) -> None:
     assert task.name == name
     assert task.default_method in task.methods
     own = {key for key in vars(type(task)) if not key.startswith("_")} - set(dir(Task)) - set(Task.__annotations__)
-    assert own <= {"nlp": {"complete"}, "face": {"draw", "equip", "ready"}}.get(name, {"draw"})
+    assert own <= {"nlp": {"complete", "examples"}, "face": {"draw", "equip", "ready"}}.get(name, {"draw"})

@@ -28,6 +28,7 @@ from taskkd.detection.methods import (
 from taskkd.detection.metrics import CocoMetric, VocMetric
 from taskkd.detection.models import build, load, save
 from taskkd.detection.readers import read
+from taskkd.detection.records import Annotations
 from taskkd.detection.teacher import DetectorTeacher
 from taskkd.detection.terms import DetectionTerm, NeckTerm
 from taskkd.detection.transformers_models import TransformersDetector
@@ -35,6 +36,7 @@ from taskkd.detection.trees import tree_crowns
 
 __all__ = [
     "METHODS",
+    "Annotations",
     "CocoMetric",
     "DetectionDataset",
     "DetectionTerm",

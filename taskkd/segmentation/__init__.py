@@ -19,11 +19,15 @@ from taskkd.segmentation.methods import (
 )
 from taskkd.segmentation.metrics import SegmentationMetric
 from taskkd.segmentation.models import build, load, save, wrap
+from taskkd.segmentation.nuclei import nuclei
+from taskkd.segmentation.readers import read_folder
+from taskkd.segmentation.records import Annotations
 from taskkd.segmentation.segmenter import Segmenter
 from taskkd.segmentation.terms import MapTerm
 
 __all__ = [
     "METHODS",
+    "Annotations",
     "MapTerm",
     "PixelCrossEntropy",
     "SegmentationDataset",
@@ -41,6 +45,8 @@ __all__ = [
     "ifvd",
     "load",
     "masked_generative",
+    "nuclei",
+    "read_folder",
     "save",
     "soft_targets",
     "structured",

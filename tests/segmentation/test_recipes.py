@@ -128,6 +128,8 @@ def overrides(name: str, folder: Path) -> list[str]:
     if "validation_size" in content["data"]:
         found.append("data.validation_size=2")
     for side in ("teacher", "student"):
+        if size := content[side].get("size"):  # at which the network looks at its images
+            found.append(f"{side}.size={[length // SHRINK for length in size]}")
         if "model" in content[side]:
             found.append(f"{side}.model={folder / side}")
         else:

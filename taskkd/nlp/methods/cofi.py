@@ -73,7 +73,7 @@ def cofi(
     temperature: Annotated[float, Gt(0)] = 2.0,
     layer_weight: Annotated[float, Interval(ge=0, le=1)] = 0.9,
 ) -> Method:
-    """`(1 - layer_weight)` times soft targets, `layer_weight` times each teacher layer with the nearest of the student's.
+    """`(1 - layer_weight)` times soft targets, `layer_weight` times each teacher layer with the nearest student layer.
 
     Source: Xia, Zhong, Chen 2022, "Structured Pruning Learns Compact and Accurate Models": the layer distillation
     objective of CoFi, without its pruning. Which student layer learns from which is found anew in every step; weights
