@@ -32,7 +32,7 @@ data:
 teacher: {{model: {teacher}}}
 student: {{layers: [0, 2]}}
 method: {{name: tinybert}}
-training: {{{TRAINING.format(batch=8)}}}
+training: {{{TRAINING.format(batch=8)}, max_steps: 8}}
 baseline: {{learning_rates: [1e-3], epochs: 1}}
 """
 
