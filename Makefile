@@ -57,9 +57,9 @@ linkcheck: .venv/.installed
 	$(UV) pip install --quiet --python .venv-bench/bin/python --constraint constraints.txt --editable . -r benchmarks/requirements.txt
 	touch $@
 
+# All of speed and memory, into docs/benchmarks.md. No part of CI: shared machines tell nothing of time.
 bench: .venv-bench/.installed
-	.venv-bench/bin/python benchmarks/overhead.py
-	.venv-bench/bin/python benchmarks/nlp.py
+	.venv-bench/bin/python -m benchmarks
 
 constraints:
 	$(UV) pip compile pyproject.toml --extra timm --extra smp --extra faster --extra detr --extra onnx --extra tensorboard --extra docs --extra dev --universal --python-version 3.11 --no-header --no-annotate \

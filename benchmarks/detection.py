@@ -1,6 +1,6 @@
 """Speed and memory of distilling detectors.
 
-    python benchmarks/detection.py [--only feature|second|dense|regions|memory] [--rounds N] [--device cpu|cuda]
+    python -m benchmarks.detection [--only feature|second|dense|regions|memory] [--rounds N] [--device cpu|cuda]
 
 Models are random, images random, boxes random but of sensible sizes; speed does not depend on what they show.
 
@@ -21,15 +21,8 @@ medians of ratios with quartiles. Exits 1 if a bar is missed by more than the no
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import json
-import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,14 +30,15 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 import taskkd as kd
+from benchmarks.figures import Figure, Options, Part, parser, peak, run, take_turns
 from taskkd.detection.methods import METHODS
 from taskkd.detection.models import build
 from taskkd.detection.shared import SharedImages
 from taskkd.detection.teacher import DetectorTeacher
 
 SIDE, BATCH, CLASSES = 160, 4, 10
+NAMES = {"retinanet": "RetinaNet", "faster_rcnn": "Faster R-CNN"}
 SMALL = {"min_size": SIDE, "max_size": SIDE, "rois_per_image": 64, "proposals": 400}
-NOISE = 0.01
 
 
 # ---- what is timed
@@ -125,67 +119,44 @@ class Pair:
         return self.teacher.roi_heads.box_predictor(self.teacher.roi_heads.box_head(pooled))
 
 
-def seconds(work: Callable[[], Any], device: str) -> float:
-    """How long it takes."""
-    if device == "cpu":
-        start = time.process_time()
-        work()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
+Work = Callable[[], Any]
 
 
-def ratios(
-    whole: Callable[[], Any], parts: Sequence[Callable[[], Any]], rounds: int, device: str
-) -> tuple[float, float, float]:
-    """Quartiles of the time of `whole` over that of all `parts`, in rounds of changing order."""
-    found = []
-    for number in range(rounds + 2):
-        works = [whole, *parts]
-        order = list(range(len(works)))
-        taken = {i: seconds(works[i], device) for i in (order if number % 2 else order[::-1])}
-        if number >= 2:  # the first are warm-up
-            found.append(taken[0] / sum(taken[i] for i in order[1:]))
-    low, middle, high = statistics.quantiles(found, n=4)
-    return low, middle, high
+def over_parts(
+    title: str, whole: Work, parts: Sequence[Work], rounds: int, options: Options, at_most: float | None = None
+) -> Figure:
+    """The time of `whole` over that of all `parts`, each timed by itself."""
+    works = {"whole": whole, **{f"part {i}": part for i, part in enumerate(parts)}}
+    taken = take_turns(works, options.count(rounds), device=options.device)
+    together = [sum(times) for times in zip(*(taken[f"part {i}"] for i in range(len(parts))), strict=True)]
+    return Figure.over(title, taken["whole"], together, at_most=at_most)
 
 
-def report(title: str, found: tuple[float, float, float], bar: str, good: bool) -> bool:
-    """Print a line; whether the bar is met."""
-    low, middle, high = found
-    print(f"{title}: {middle:.3f} ({low:.3f} .. {high:.3f}), bar {bar}{'' if good else '  MISSED'}", flush=True)
-    return good
-
-
-def feature(rounds: int, device: str) -> bool:
+def feature(options: Options) -> list[Figure]:
     """A feature method."""
-    good = True
-    for architecture in ("retinanet", "faster_rcnn"):
-        pair = Pair(architecture, "pearson_kd", device)
-        found = ratios(pair.distil, [pair.alone, pair.backbone], rounds, device)
-        again = ratios(pair.alone, [pair.alone], max(rounds // 2, 4), device)
-        print(
-            f"  {architecture}: a step of the student over another: {again[1]:.3f} ({again[0]:.3f} .. {again[2]:.3f})"
+    found = []
+    for architecture, name in NAMES.items():
+        pair = Pair(architecture, "pearson_kd", options.device)
+        title = f"{name}: Pearson KD over the student's step and the teacher's backbone and pyramid"
+        found.append(over_parts(title, pair.distil, [pair.alone, pair.backbone], 10, options, at_most=1.03))
+        found.append(
+            over_parts(f"{name}: the student's step over itself: the noise", pair.alone, [pair.alone], 6, options)
         )
-        good &= report(f"{architecture}, Pearson KD over its parts", found, "1.03", found[1] <= 1.03 + NOISE)
-    return good
+    return found
 
 
-def second(rounds: int, device: str) -> bool:
+def second(options: Options) -> list[Figure]:
     """Responses of second stages."""
-    pair = Pair("faster_rcnn", "chen", device)
-    found = ratios(pair.distil, [pair.alone, pair.heads], rounds, device)
-    return report("faster_rcnn, Chen 2017 over its parts", found, "none", good=True)
+    pair = Pair("faster_rcnn", "chen", options.device)
+    title = "Faster R-CNN: Chen 2017 over the student's step, the teacher's backbone and heads on the student's regions"
+    return [over_parts(title, pair.distil, [pair.alone, pair.heads], 6, options)]
 
 
-def dense(rounds: int, device: str) -> bool:
+def dense(options: Options) -> list[Figure]:
     """Responses at anchors."""
-    pair = Pair("retinanet", "gid", device)
-    found = ratios(pair.distil, [pair.alone, pair.heads], rounds, device)
-    return report("retinanet, GID over its parts", found, "none", good=True)
+    pair = Pair("retinanet", "gid", options.device)
+    title = "RetinaNet: GID over the student's step, the teacher's backbone and head"
+    return [over_parts(title, pair.distil, [pair.alone, pair.heads], 6, options)]
 
 
 # ---- regions: loops over images and boxes, written from the formulas
@@ -265,12 +236,12 @@ def loop_instances(
     return found
 
 
-def regions(rounds: int, device: str, count: int = 100, side: int = 640) -> bool:
+def regions(options: Options, count: int = 100, side: int = 640) -> list[Figure]:
     """Masks and instances of four images of 640 pixels, five levels, nine anchors in a cell of the dense ones."""
     from taskkd.detection.methods.gid import general_instances
     from taskkd.detection.regions import assign_levels, fgd_masks, fgfi_masks, inside_boxes
 
-    generator = torch.Generator().manual_seed(0)
+    device, generator = options.device, torch.Generator().manual_seed(0)
     boxes = [random_boxes(count, side, generator).to(device) for _ in range(BATCH)]
     shapes = [(side // s, side // s) for s in (8, 16, 32, 64, 128)]
     strides = [(float(side // h), float(side // w)) for h, w in shapes]
@@ -289,26 +260,26 @@ def regions(rounds: int, device: str, count: int = 100, side: int = 640) -> bool
         return general_instances(*dense, *moved, sizes=[(side, side)] * BATCH, instances=count).boxes
 
     cases: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-        "FGFI masks": (
+        "FGFI's masks": (
             lambda: fgfi_masks(boxes, anchors, shapes, finest=finest),
             lambda: loop_fgfi(boxes, anchors, shapes, levels),
         ),
-        "FGD masks": (
+        "FGD's masks": (
             lambda: fgd_masks(boxes, shapes, [(float(side), float(side))] * BATCH),
             lambda: loop_fgd(boxes, shapes, side),
         ),
-        "DeFeat masks": (
+        "boxes as masks (DeFeat)": (
             lambda: inside_boxes(boxes, shapes, strides, finest=finest),
             lambda: loop_inside(boxes, shapes, side, levels),
         ),
-        "general instances": (ours_instances, lambda: loop_instances(*dense, *moved, count, side)),
+        "general instances (GID)": (ours_instances, lambda: loop_instances(*dense, *moved, count, side)),
     }
-    good = True
+    found = []
     for name, (ours, loop) in cases.items():
         check_same(name, ours(), loop())
-        found = ratios(loop, [ours], min(rounds, 10), device)
-        good &= report(f"{name}, loops over boxes over ours", found, "10", found[1] >= 10)
-    return good
+        taken = take_turns({"loop": loop, "ours": ours}, options.count(5), warm_up=1, device=device)
+        found.append(Figure.over(f"{name}: a loop over boxes over ours", taken["loop"], taken["ours"], at_least=10))
+    return found
 
 
 def images_of(shared: SharedImages) -> Any:
@@ -341,28 +312,11 @@ def _each(value: Any) -> tuple[Tensor, ...]:
 # ---- memory
 
 
-def peak(work: Callable[[], Any], device: str) -> float:
-    """MB that torch has taken at the worst moment, above what it had before."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    taken = itertools.accumulate(e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"]))
-    return max(taken) / 2**20
-
-
-def memory(rounds: int, device: str) -> bool:
+def memory(options: Options) -> list[Figure]:
     """Without what models, optimiser and data take."""
-    good = True
-    for architecture in ("retinanet", "faster_rcnn"):
-        pair = Pair(architecture, "pearson_kd", device)
+    figures = []
+    for architecture, name in NAMES.items():
+        pair = Pair(architecture, "pearson_kd", options.device)
 
         def parts(pair: Pair = pair) -> None:
             held = pair.backbone()
@@ -372,28 +326,25 @@ def memory(rounds: int, device: str) -> bool:
         for work in (pair.distil, parts):
             work()  # what is made once
             pair.optimizer.zero_grad()
-            found.append(peak(work, device))
-        ratio = found[0] / found[1]
-        print(f"  {architecture}: {found[0]:.1f} MB over {found[1]:.1f} MB")
-        good &= report(f"{architecture}, peak memory over that of the parts", (ratio,) * 3, "1.1", ratio <= 1.1)
-    return good
+            found.append(peak(work, options.device))
+        detail = f"{found[0]:.1f} MB over {found[1]:.1f} MB"
+        title = f"{name}: peak memory of a step with Pearson KD over that of its parts"
+        figures.append(Figure(title, found[0] / found[1], at_most=1.1, detail=detail))
+    return figures
 
 
-CASES = {"feature": feature, "second": second, "dense": dense, "regions": regions, "memory": memory}
+PARTS = {
+    "feature": Part("a step with a feature method over the sum of its parts", feature),
+    "second": Part("a step with responses of second stages over the sum of its parts", second),
+    "dense": Part("a step with responses at anchors over the sum of its parts", dense),
+    "regions": Part("masks and instances of four images of 640 pixels, 100 boxes each, five levels", regions),
+    "memory": Part("memory above that of models, optimiser and data", memory),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(description="Speed and memory of distilling detectors.")
-    parser.add_argument("--only", choices=sorted(CASES))
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    names = [options.only] if options.only else list(CASES)
-    good = [CASES[name](options.rounds, options.device) for name in names]
-    return int(not all(good))
+    return run(PARTS, parser(__doc__, PARTS, device=True).parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time of the losses of face recognition over their usual forms, and of steps of training.
 
-    python benchmarks/face.py [--only SECTION] [--rounds N] [--device cpu|cuda]
+    python -m benchmarks.face [--only SECTION] [--rounds N] [--device cpu|cuda]
 
 Sections `cache`, `live`, `classifier`, `memory` and `verify` are in `face_steps.py`. The others are of losses, each of
 several cases; a case is a loss, forward and backward, of random embeddings or similarities. The usual
@@ -20,18 +20,17 @@ medians of ratios with quartiles. Ratios are the usual form's over ours. Exits 1
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from face_steps import KINDS, STEPS, memory_here, seconds
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.face_steps import KINDS, STEPS, memory_here
+from benchmarks.figures import Figure, Options, Part, parser, quartiles, run, steady, take_turns
 from taskkd.face.histograms import soft_histogram
 from taskkd.face.methods.ddl import ddl_loss
 from taskkd.face.methods.ekd import ANCHORS, ekd_loss, false_positive_thresholds, pair_similarities
@@ -79,14 +78,14 @@ def spectrum(histogram: Tensor) -> Tensor:
 
 def histograms() -> list[Case]:
     """At each size over both usual forms."""
-    forms = {"loop": loop_histogram, "product": product_histogram}
+    forms = {"over a loop over the nodes": loop_histogram, "over all values at all nodes": product_histogram}
     return [
         Case(
-            f"histogram {count} over {name}",
+            f"{count} similarities each, {name}",
             lambda count=count: random(4, count).sigmoid(),
             lambda x, form=form: spectrum(torch.stack([form(row) for row in x])),
             lambda x: spectrum(soft_histogram(x)),
-            10 if count == 256 and name == "loop" else None,
+            10 if count == 256 and form is loop_histogram else None,
         )
         for count in (32, 256, 2048)
         for name, form in forms.items()
@@ -122,7 +121,7 @@ def ddls() -> list[Case]:
     """At each size."""
     return [
         Case(
-            f"ddl {count}",
+            f"{count} identities and pairs",
             lambda count=count: random(6 * count, FEATURES) + 0.5,
             usual_ddl,
             lambda x: ddl_loss(*branches(x), detach_easy=False),
@@ -174,7 +173,7 @@ def ekds() -> list[Case]:
     """At each size."""
     return [
         Case(
-            f"ekd {count}",
+            f"{count} embeddings",
             lambda count=count: random(count, FEATURES),
             usual_ekd,
             our_ekd,
@@ -183,9 +182,6 @@ def ekds() -> list[Case]:
         )
         for count in (64, 256, 1024)
     ]
-
-
-SECTIONS: dict[str, Callable[[], list[Case]]] = {"histogram": histograms, "ddl": ddls, "ekd": ekds}
 
 
 # ---- measuring
@@ -221,44 +217,41 @@ def check_same(case: Case, x: Tensor) -> None:
         sys.exit(f"{case.name}: the forms differ: {a:.6g} and {b:.6g}, gradients by {off:.2g}.")
 
 
-def run(case: Case, rounds: int, device: str) -> bool:
-    """Measure and print a case; whether its bars are met."""
-    x = case.inputs().to(device).requires_grad_()
-    check_same(case, x)
-    taken: dict[str, list[float]] = {"usual": [], "ours": []}
-    for number in range(rounds):
-        for which in ("usual", "ours") if number % 2 else ("ours", "usual"):
-            taken[which].append(1e3 * seconds(partial(step, getattr(case, which), x), device))
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(*taken.values(), strict=True)], n=4)
-    usual, ours = (statistics.median(t) for t in taken.values())
-    good = (case.bar is None or middle >= case.bar) and (case.limit is None or ours < case.limit)
-    bars = [] if case.bar is None else [f"at least {case.bar:g}"]
-    bars += [] if case.limit is None else [f"less than {case.limit:g} ms"]
-    print(
-        f"{case.name}: {middle:.2f} ({low:.2f} .. {high:.2f}), {usual:.2f} ms over {ours:.2f} ms; "
-        f"bar {', '.join(bars) or 'none'}{'' if good else '  MISSED'}",
-        flush=True,
-    )
-    return good
+def measured(made: Callable[[], list[Case]], options: Options) -> list[Figure]:
+    """Both forms of each case."""
+    found = []
+    for case in made():
+        x = case.inputs().to(options.device).requires_grad_()
+        check_same(case, x)
+        works = {which: partial(step, getattr(case, which), x) for which in ("usual", "ours")}
+        taken = take_turns(works, options.count(15), warm_up=0, device=options.device)
+        found.append(Figure.over(case.name, taken["usual"], taken["ours"], at_least=case.bar))
+        if case.limit is not None:
+            own = quartiles([1e3 * t for t in taken["ours"]])
+            found.append(Figure.of(f"{case.name}, ours alone", own, unit="ms", at_most=case.limit))
+    return found
+
+
+PARTS = {
+    "histogram": Part(
+        "histograms of 1000 nodes of a DDL step, the usual forms over ours", partial(measured, histograms)
+    ),
+    "ddl": Part("DDL, two branches of so many identities and pairs, 512 features", partial(measured, ddls)),
+    "ekd": Part("EKD on so many embeddings of 512, over a full sort of all negatives", partial(measured, ekds)),
+    **STEPS,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(description="Time of the losses of face recognition, and of steps of training.")
-    parser.add_argument("--only", choices=[*SECTIONS, *STEPS])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--memory", choices=list(KINDS), help="print the MB of one kind of classifier")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    if options.memory:
-        print(*memory_here(options.memory, options.device))
+    command = parser(__doc__, PARTS, device=True)
+    command.add_argument("--memory", choices=list(KINDS), help="print the MB of one kind of classifier")
+    given = command.parse_args(arguments)
+    if given.memory:
+        steady()
+        print(*memory_here(given.memory, given.device))
         return 0
-    names = [options.only] if options.only else [*SECTIONS, *STEPS]
-    good = [run(case, options.rounds, options.device) for n in names if n in SECTIONS for case in SECTIONS[n]()]
-    good += [STEPS[name](options.rounds, options.device) for name in names if name in STEPS]
-    return int(not all(good))
+    return run(PARTS, given)
 
 
 if __name__ == "__main__":

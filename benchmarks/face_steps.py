@@ -19,25 +19,21 @@ Trainings live side by side in one process and take turns, a step each, in rando
 from __future__ import annotations
 
 import math
-import os
-import random
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from face_records import write
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import taskkd as kd
+from benchmarks.face_records import write
+from benchmarks.figures import Figure, Options, Part, fresh_process, quartiles, reset_peak, resident, take_turns
 from taskkd.caches import CACHE_KEY
 from taskkd.face import models
 from taskkd.face.datasets import FaceDataset, RandomFlip, collate
@@ -50,44 +46,6 @@ from taskkd.schedules import Progress
 
 IDENTITIES, MANY, FEATURES, BATCH = 100, 100_000, 512, 64
 Work = Callable[[], Any]
-
-
-# ---- measuring
-
-
-def seconds(work: Work, device: str = "cpu") -> float:
-    """How long it takes: CPU time, on a GPU wall time."""
-    if device == "cpu":
-        start = time.process_time()
-        work()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def take_turns(works: dict[str, Work], rounds: int, device: str, warm_up: int = 2) -> dict[str, list[float]]:
-    """Seconds of each in every round."""
-    order = random.Random(0)
-    taken: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(rounds + warm_up):
-        for name in order.sample(list(works), len(works)):
-            took = seconds(works[name], device)
-            if number >= warm_up:
-                taken[name].append(took)
-    return taken
-
-
-def report(title: str, over: list[float], under: list[float], most: float | None = None, least: float = 0) -> bool:
-    """Print the quartiles of the ratios of rounds; whether the bar is met."""
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(over, under, strict=True)], n=4)
-    bar = f"at most {most:g}" if most is not None else f"at least {least:g}" if least else "none"
-    good = middle >= least and (most is None or middle <= most)
-    both = f"{1e3 * statistics.median(over):.2f} ms over {1e3 * statistics.median(under):.2f} ms"
-    print(f"{title}: {middle:.3f} ({low:.3f} .. {high:.3f}), {both}; bar {bar}{'' if good else '  MISSED'}", flush=True)
-    return good
 
 
 # ---- trainings
@@ -191,23 +149,26 @@ def contenders(folder: Path, size: int, width: int, batch: int, device: str) -> 
     return works
 
 
-def cache(rounds: int, device: str) -> bool:
+def cache(options: Options) -> list[Figure]:
     """Distilling from a full cache over training the student alone."""
-    good = True
+    found = []
     for size, width, batch in ((56, 16, 64), (112, 64, 16)):
         with tempfile.TemporaryDirectory() as name:
-            taken = take_turns(contenders(Path(name), size, width, batch, device), rounds, device)
-        title = f"{size} pixels, width {width}"
-        report(f"{title}: the student alone over itself", taken["alone1"], taken["alone2"])
-        lone = taken["alone1"] + taken["alone2"]
-        good &= report(f"{title}: beside ArcFace over alone", taken["beside1"] + taken["beside2"], lone, most=1.05)
-        good &= report(f"{title}: mimic over alone", taken["mimic1"] + taken["mimic2"], lone, most=1.05)
-    return good
+            works = contenders(Path(name), size, width, batch, options.device)
+            taken = take_turns(works, options.count(8), device=options.device)
+        title, lone = f"{size} pixels, width {width}, batches of {batch}", taken["alone1"] + taken["alone2"]
+        beside, mimic = (taken[f"{kind}1"] + taken[f"{kind}2"] for kind in ("beside", "mimic"))
+        found += [
+            Figure.over(f"{title}: the cosine beside ArcFace over ArcFace alone", beside, lone, at_most=1.05),
+            Figure.over(f"{title}: the cosine without the head over ArcFace alone", mimic, lone, at_most=1.05),
+            Figure.over(f"{title}: ArcFace alone over itself: the noise", taken["alone1"], taken["alone2"]),
+        ]
+    return found
 
 
-def live(rounds: int, device: str) -> bool:
+def live(options: Options) -> list[Figure]:
     """A large teacher on every batch over its cache."""
-    size, batch = 112, 8
+    size, batch, device = 112, 8, options.device
     with tempfile.TemporaryDirectory() as name:
         data = faces(Path(name) / "faces", 2 * batch, size)
         teacher = network("iresnet50", 1).eval()
@@ -217,8 +178,8 @@ def live(rounds: int, device: str) -> bool:
             "live": distilled(students[0], kd.Frozen(teacher), batches(data, batch, None, device), device, labels=True),
             "cached": distilled(students[1], cached, batches(data, batch, cached, device), device, labels=True),
         }
-        taken = take_turns(works, min(rounds, 8), device, warm_up=1)
-    return report("IResNet-50 to MobileFaceNet: live over cached", taken["live"], taken["cached"])
+        taken = take_turns(works, options.count(5), device=device, warm_up=1)
+    return [Figure.over("live over cached", taken["live"], taken["cached"])]
 
 
 # ---- classifiers
@@ -284,24 +245,36 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def classifier(rounds: int, device: str) -> bool:
+TITLES = {
+    "by hand": "a weight by hand",
+    "trained": "`MarginHead`",
+    "partial": "Partial FC of 0.1 (rows updated in place)",
+    "frozen": "frozen centres",
+    "sampled": "frozen centres, 0.1 sampled",
+    "half": "frozen centres in float16",
+}
+#: MB that these may hold; they leave the optimiser nothing
+LIMITS = {"frozen": 250, "sampled": 250, "half": 130}
+
+
+def classifier(options: Options) -> list[Figure]:
     """Time of a step."""
-    made = {kind: Classifier(kind, device) for kind in KINDS}
-    taken = take_turns({kind: c.step for kind, c in made.items()}, rounds, device)
+    made = {kind: Classifier(kind, options.device) for kind in KINDS}
+    works = {kind: c.step for kind, c in made.items()}
+    taken = take_turns(works, options.count(7), device=options.device)
     first, second = (made[k].embeddings.grad for k in ("by hand", "trained"))
     assert first is not None and second is not None
     if (first - second).norm() > 1e-3 * first.norm():
         sys.exit(f"by hand and trained differ by {float((first - second).norm() / first.norm()):.2g}.")
-    good = report("trained, by hand over ours", taken["by hand"], taken["trained"], least=1)
-    for kind in ("partial", "frozen", "sampled", "half"):
-        good &= report(f"trained over {kind}", taken["trained"], taken[kind], least=1)
-    return good and made["frozen"].state == 0
-
-
-def resident(field: str) -> float:
-    """MB of this process: "VmRSS" now, "VmHWM" at the worst moment since it was reset."""
-    line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(field))
-    return int(line.split()[1]) / 1024
+    trained = taken["trained"]
+    return [
+        Figure.over("by hand with a one-hot margin over `MarginHead`", taken["by hand"], trained, at_least=1),
+        *(
+            Figure.over(f"`MarginHead`, trained, over {name}", trained, taken[kind], at_least=1)
+            for kind, name in TITLES.items()
+            if kind not in ("by hand", "trained")
+        ),
+    ]
 
 
 def memory_here(kind: str, device: str) -> tuple[float, float, float]:
@@ -312,30 +285,22 @@ def memory_here(kind: str, device: str) -> tuple[float, float, float]:
     had = resident("VmRSS")
     made = Classifier(kind, device)
     held = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    reset_peak()
     for _ in range(3):
         made.step()
     return held - had, resident("VmHWM") - held, made.state
 
 
-def memory(rounds: int, device: str) -> bool:
-    """Of each kind, in a process of its own that gives large blocks back when they are freed."""
-    good = True
-    for kind in KINDS:
-        command = [sys.executable, str(Path(__file__).with_name("face.py")), "--memory", kind]
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
-        run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-        held, more, state = (float(x) for x in run.stdout.split()[-3:])
-        bar = {"frozen": 250, "sampled": 250, "half": 130}.get(kind)
-        fits = bar is None or (held < bar and state == 0)
-        wanted = "none" if bar is None else f"less than {bar} MB, no state"
-        print(
-            f"{kind}: holds {held:.0f} MB, steps take {more:.0f} MB more, the optimiser's state {state:.0f} MB; bar "
-            f"{wanted}{'' if fits else '  MISSED'}",
-            flush=True,
-        )
-        good &= fits
-    return good
+def memory(options: Options) -> list[Figure]:
+    """Of each kind, in a process of its own."""
+    found = []
+    for kind, name in TITLES.items():
+        held, more, state = fresh_process("benchmarks.face", "--memory", kind)
+        detail = f"a step at its worst takes {more:.0f} MB more, the optimiser's state is {state:.0f} MB"
+        found.append(Figure(f"{name}: held", held, unit="MB", at_most=LIMITS.get(kind), detail=detail))
+        if kind in LIMITS:
+            found.append(Figure(f"{name}: the optimiser's state", state, unit="MB", at_most=0))
+    return found
 
 
 # ---- verification
@@ -356,24 +321,26 @@ def looped(distances: np.ndarray[Any, Any], same: np.ndarray[Any, Any]) -> list[
     return found
 
 
-def verification(rounds: int, device: str) -> bool:
+def verification(options: Options) -> list[Figure]:
     """6000 pairs, both give the same accuracies."""
     generator = np.random.default_rng(0)
     same = np.arange(6000) // 300 % 2 == 0
     distances = np.clip(generator.normal(np.where(same, 1.0, 1.6), 0.35), 0, 4)
     if not np.array_equal(verify(distances, same).accuracies, looped(distances, same)):
         sys.exit("verification: the loop and ours differ.")
-    taken = take_turns(
-        {"loop": lambda: looped(distances, same), "ours": lambda: verify(distances, same)}, rounds, "cpu"
-    )
-    report("verification of 6000 pairs, a loop over ours", taken["loop"], taken["ours"], least=10)
-    return statistics.median(taken["ours"]) < 0.1
+    works = {"loop": lambda: looped(distances, same), "ours": lambda: verify(distances, same)}
+    taken = take_turns(works, options.count(15))
+    own = quartiles([1e3 * t for t in taken["ours"]])
+    return [
+        Figure.over("a loop over folds and thresholds over ours", taken["loop"], taken["ours"], at_least=10),
+        Figure.of("ours alone", own, unit="ms", at_most=100),
+    ]
 
 
-STEPS: dict[str, Callable[[int, str], bool]] = {
-    "cache": cache,
-    "live": live,
-    "classifier": classifier,
-    "memory": memory,
-    "verify": verification,
+STEPS: dict[str, Part] = {
+    "cache": Part("MobileFaceNet: a step with a full cache over one of the student alone", cache),
+    "live": Part("IResNet-50 to MobileFaceNet, 112 pixels, batches of 8: the teacher on every batch", live),
+    "classifier": Part("a step of a classifier, 64 embeddings of 512, 100,000 identities", classifier),
+    "memory": Part("resident memory of the same classifiers, each in a fresh process", memory),
+    "verify": Part("ten folds of 6000 pairs", verification),
 }

@@ -16,22 +16,19 @@ like length and fused AdamW. TextBrewer 0.2.1.post1 runs as its examples do: tex
 by default, attention by `eager`, whose probabilities stand in for the scores that it cannot get. A second time it is
 given our padding, batches and optimiser, which it takes but does not bring.
 
-    python benchmarks/nlp.py [--only textbrewer|alone|base|loss|relations|memory] [--rounds N] [--json FILE]
+    python -m benchmarks.nlp [--only textbrewer|alone|base|loss|relations|memory] [--rounds N] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import logging
+import importlib.util
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +41,23 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import taskkd as kd
+from benchmarks.figures import (
+    Figure,
+    MissingPeerError,
+    Options,
+    Part,
+    Quartiles,
+    duration,
+    fresh_process,
+    parser,
+    quartiles,
+    ratio,
+    reset_peak,
+    resident,
+    run,
+    steady,
+    take_turns,
+)
 from taskkd import losses
 from taskkd.terms import Match
 
@@ -90,8 +104,8 @@ def bert(settings: dict[str, int], **options: Any) -> nn.Module:
 
 
 PAIRS = {
-    "small": Pair("6 layers of 384 -> 3 of 384", sizes(6, 384), sizes(3, 384), 128, 8),
-    "base": Pair("BERT-base -> 4 layers of 312", sizes(12, 768), sizes(4, 312), 96, 6),
+    "small": Pair("6 layers of 384 -> 3 of 384", sizes(6, 384), sizes(3, 384), 128, 6),
+    "base": Pair("BERT-base -> 4 layers of 312", sizes(12, 768), sizes(4, 312), 96, 4),
 }
 
 
@@ -152,9 +166,7 @@ class Contender(threading.Thread):
     def __init__(self, name: str, train: Callable[[Contender], None]) -> None:
         super().__init__(name=name, daemon=True)
         self.train, self.error = train, None
-        self.seconds: list[float] = []
         self.go, self.stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self.began: float | None = None
         self.start()
         self._wait()
 
@@ -170,11 +182,8 @@ class Contender(threading.Thread):
 
     def pause(self) -> None:
         """Called by the training before each step."""
-        if self.began is not None:
-            self.seconds.append(time.process_time() - self.began)
         self.stopped.release()
         self.go.acquire()
-        self.began = time.process_time()
 
     def step(self) -> None:
         """Let it train for one step."""
@@ -315,61 +324,36 @@ class Batches:
 # ---- measuring
 
 
-def take_turns(makers: dict[str, Callable[[Contender], None]], rounds: int, steps: int) -> Seconds:
-    """CPU seconds of an epoch for every contender and round; a first epoch, which warms up, is left out."""
-    contenders = [Contender(name, train) for name, train in makers.items()]
-    order = random.Random(0)
-    for number in range((rounds + 1) * steps):
-        for contender in order.sample(contenders, len(contenders)):
-            contender.step()
-        if sys.stderr.isatty():
-            print(f"  step {number + 1} of {(rounds + 1) * steps}", end="\r", file=sys.stderr, flush=True)
-    epochs = range(steps, (rounds + 1) * steps, steps)
-    return {c.name: [c.seconds[i : i + steps] for i in epochs] for c in contenders}
+def train_side_by_side(makers: dict[str, Callable[[Contender], None]], rounds: int, steps: int) -> Seconds:
+    """CPU seconds of every contender, epoch and step; a first epoch, which warms up, is left out."""
+    contenders = {name: Contender(name, train) for name, train in makers.items()}
+    taken = take_turns({name: c.step for name, c in contenders.items()}, rounds * steps, warm_up=steps)
+    return {n: [times[i : i + steps] for i in range(0, rounds * steps, steps)] for n, times in taken.items()}
 
 
-Quartiles = tuple[float, float, float]
 Seconds = dict[str, list[list[float]]]  # contender -> epoch -> step
 
 
-def ratio(seconds: Seconds, over: str, under: str) -> Quartiles:
+def epochs_ratio(seconds: Seconds, over: str, under: str) -> Quartiles:
     """One contender's time over another's: each step's median over the epochs, summed; quartiles over the epochs."""
     typical = {n: sum(statistics.median(steps) for steps in zip(*seconds[n], strict=True)) for n in (over, under)}
-    epochs = [sum(a) / sum(b) for a, b in zip(seconds[over], seconds[under], strict=True)]
-    low, _, high = statistics.quantiles(epochs, n=4)
-    return typical[over] / typical[under], low, high
+    low, _, high = ratio(*([sum(epoch) for epoch in seconds[n]] for n in (over, under)))
+    return low, typical[over] / typical[under], high
 
 
-@dataclass
-class Figure:
-    """A measured ratio and its bar."""
-
-    title: str
-    value: Quartiles
-    bar: float | None = None
-    at_least: bool = True
-
-    @property
-    def good(self) -> bool:
-        """Whether the bar is met."""
-        return self.bar is None or (self.value[0] >= self.bar if self.at_least else self.value[0] <= self.bar)
-
-    def __str__(self) -> str:
-        middle, low, high = self.value
-        bar = "" if self.bar is None else f"{'at least' if self.at_least else 'at most'} {self.bar:g}"
-        missed = "" if self.good else "  MISSED"
-        return f"{self.title:74}{middle:8.3f}{f'{low:.3f} .. {high:.3f}':>18}  {bar}{missed}"
+def compared(title: str, seconds: Seconds, over: str, under: str, at_least: float | None = None) -> Figure:
+    """A figure of two contenders, with the median times of a step."""
+    each = [duration(statistics.median(t for epoch in seconds[n] for t in epoch)) for n in (over, under)]
+    found = epochs_ratio(seconds, over, under)
+    return Figure.of(title, found, at_least=at_least, detail=f"{' over '.join(each)} a step")
 
 
-def against_textbrewer(rounds: int | None) -> list[Figure]:
+def against_textbrewer(options: Options) -> list[Figure]:
     """Epoch 1 and later epochs over TextBrewer's, as it comes and with what it can be given."""
-    try:
-        import textbrewer as _  # noqa: F401
-    except ImportError:
-        print("  textbrewer is not installed here (`make bench` installs it); left out", file=sys.stderr)
-        return []
+    if importlib.util.find_spec("textbrewer") is None:
+        raise MissingPeerError("textbrewer is not installed here; `make bench` installs it")
     pair = PAIRS["small"]
-    rounds, table = rounds or pair.rounds, texts(pair.texts)
+    rounds, table = options.count(pair.rounds), texts(pair.texts)
     with tempfile.TemporaryDirectory() as name:
         folder, epochs = Path(name), rounds + 2
         makers = {
@@ -378,59 +362,57 @@ def against_textbrewer(rounds: int | None) -> list[Figure]:
             "textbrewer": textbrewer(pair, table, epochs, folder, helped=False),
             "helped": textbrewer(pair, table, epochs, folder, helped=True),
         }
-        seconds = take_turns(makers, rounds, len(table) // BATCH)
+        seconds = train_side_by_side(makers, rounds, len(table) // BATCH)
     return [
-        Figure("TextBrewer over live (epoch 1)", ratio(seconds, "textbrewer", "live"), 2.0),
-        Figure("TextBrewer over cached (from epoch 2)", ratio(seconds, "textbrewer", "cached"), 3.0),
-        Figure("TextBrewer with our padding, batches, optimiser over live", ratio(seconds, "helped", "live")),
-        Figure("TextBrewer with our padding, batches, optimiser over cached", ratio(seconds, "helped", "cached")),
+        compared("TextBrewer over live (epoch 1)", seconds, "textbrewer", "live", 2.0),
+        compared("TextBrewer over cached (from epoch 2)", seconds, "textbrewer", "cached", 3.0),
+        compared("TextBrewer with our padding, batches, optimiser over live", seconds, "helped", "live"),
+        compared("TextBrewer with our padding, batches, optimiser over cached", seconds, "helped", "cached"),
     ]
 
 
-def against_alone(rounds: int | None) -> list[Figure]:
+def against_alone(options: Options) -> list[Figure]:
     """A step with a full cache over one of fine-tuning the student alone.
 
     Trainings that are alike differ by some percent for as long as they live (where their memory happens to lie), so
     there are three of each, and the quartiles are those of all pairs.
     """
     pair = PAIRS["small"]
-    rounds, table = rounds or pair.rounds, texts(pair.texts)
+    rounds, table = options.count(pair.rounds), texts(pair.texts)
     with tempfile.TemporaryDirectory() as name:
         makers: dict[str, Callable[[Contender], None]] = {}
         for copy in "123":
             folder = Path(name) / copy
             makers[f"alone-{copy}"] = alone(pair, table, rounds + 2, folder)
             makers[f"cached-{copy}"] = taskkd(pair, table, rounds + 2, folder, cached=True)
-        seconds = take_turns(makers, rounds, len(table) // BATCH)
+        seconds = train_side_by_side(makers, rounds, len(table) // BATCH)
     others = [(f"alone-{a}", f"alone-{b}") for a in "123" for b in "123" if a != b]
     crossed = [(f"cached-{a}", f"alone-{b}") for a in "123" for b in "123"]
     return [
-        Figure("two trainings of the student alone, one over the other (noise)", spread(seconds, others)),
-        Figure("cached over the student alone", spread(seconds, crossed), 1.05, at_least=False),
+        Figure.of("two trainings of the student alone, one over the other (noise)", spread(seconds, others)),
+        Figure.of("cached over the student alone (`transformers.Trainer`)", spread(seconds, crossed), at_most=1.05),
     ]
 
 
 def spread(seconds: Seconds, pairs: Sequence[tuple[str, str]]) -> Quartiles:
-    """Median and quartiles of the ratios of pairs of contenders."""
-    low, middle, high = statistics.quantiles([ratio(seconds, *names)[0] for names in pairs], n=4)
-    return middle, low, high
+    """Quartiles of the ratios of pairs of contenders."""
+    return quartiles([epochs_ratio(seconds, *names)[1] for names in pairs])
 
 
-def base(rounds: int | None) -> list[Figure]:
+def base(options: Options) -> list[Figure]:
     """What a cache is worth for a real pair."""
     pair = PAIRS["base"]
-    rounds = rounds or pair.rounds
-    table = texts(pair.texts)
+    rounds, table = options.count(pair.rounds), texts(pair.texts)
     with tempfile.TemporaryDirectory() as name:
         makers = {
             "live": taskkd(pair, table, rounds + 2, Path(name), cached=False),
             "cached": taskkd(pair, table, rounds + 2, Path(name), cached=True),
         }
-        seconds = take_turns(makers, rounds, len(table) // BATCH)
-    return [Figure("live over cached", ratio(seconds, "live", "cached"), 3.5)]
+        seconds = train_side_by_side(makers, rounds, len(table) // BATCH)
+    return [compared("live over cached", seconds, "live", "cached", 3.5)]
 
 
-def loss_share(rounds: int | None) -> list[Figure]:
+def loss_share(options: Options) -> list[Figure]:
     """All terms, forward and backward to the tensors they read, over the whole step with a cached teacher."""
     pair = PAIRS["small"]
     table = texts(pair.texts)
@@ -444,7 +426,7 @@ def loss_share(rounds: int | None) -> list[Figure]:
         distiller.train()
         optimizer = torch.optim.AdamW(distiller.parameters(), lr=RATE, fused=True)
         shares = []
-        for number in range((rounds or pair.rounds) + 1):
+        for number in range(options.count(pair.rounds) + 1):
             whole = part = 0.0
             for batch in batches:
                 start = time.process_time()
@@ -456,8 +438,7 @@ def loss_share(rounds: int | None) -> list[Figure]:
                 part += only_terms(distiller, batch)
             if number:
                 shares.append(part / whole)
-    low, middle, high = statistics.quantiles(shares, n=4)
-    return [Figure("losses over the whole step", (middle, low, high), 0.03, at_least=False)]
+    return [Figure.of("all losses, forward and backward, over the whole step", quartiles(shares), at_most=0.03)]
 
 
 def only_terms(distiller: kd.Distiller, batch: dict[str, Tensor]) -> float:
@@ -470,30 +451,32 @@ def only_terms(distiller: kd.Distiller, batch: dict[str, Tensor]) -> float:
     return time.process_time() - start
 
 
-def relations(rounds: int | None) -> list[Figure]:
+def relations(options: Options) -> list[Figure]:
     """MiniLMv2's loss on one kind, forward and backward, example by example over all at once, on batches as above."""
     table = texts(128)
     batches = []
     for start in range(0, len(table), BATCH):
         mask = padded([table[i] for i in range(start, start + BATCH)])["attention_mask"]
         batches.append((*(torch.randn(BATCH, 12, mask.shape[1], 32) for _ in range(2)), mask))
-    ways: dict[str, Callable[..., Tensor]] = {
-        "loop": one_by_one,
-        "vectorised": lambda s, t, mask: losses.self_attention_relation(s, t, heads=12, mask=mask),
-    }
-    seconds: Seconds = {name: [] for name in ways}
-    for number in range((rounds or 30) + 2):
-        values: dict[str, list[Tensor]] = {name: [] for name in ways}
-        for name in sorted(ways, reverse=bool(number % 2)):
-            start = time.process_time()
-            for student, teacher, mask in batches:
-                values[name].append(ways[name](student.requires_grad_(), teacher, mask.bool()))
-                values[name][-1].backward()
-            seconds[name].append([time.process_time() - start])
-        if not torch.allclose(*map(torch.stack, values.values()), rtol=1e-5):
-            sys.exit("the two ways of computing relations differ")
-    warm = {name: values[2:] for name, values in seconds.items()}
-    return [Figure("a loop over examples over the vectorised loss", ratio(warm, "loop", "vectorised"), 1.0)]
+    values: dict[str, Tensor] = {}
+
+    def way(name: str, loss: Callable[..., Tensor]) -> None:
+        found = []
+        for student, teacher, mask in batches:
+            found.append(loss(student.requires_grad_(), teacher, mask.bool()))
+            found[-1].backward()
+        values[name] = torch.stack(found).detach()
+
+    def vectorised(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        return losses.self_attention_relation(student, teacher, heads=12, mask=mask)
+
+    works = {"loop": lambda: way("loop", one_by_one), "vectorised": lambda: way("vectorised", vectorised)}
+    taken = take_turns(works, options.count(30))
+    if not torch.allclose(values["loop"], values["vectorised"], rtol=1e-5):
+        sys.exit("the two ways of computing relations differ")
+    return [
+        Figure.over("a loop over examples over the vectorised loss", taken["loop"], taken["vectorised"], at_least=1)
+    ]
 
 
 def one_by_one(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
@@ -526,22 +509,18 @@ class Lookup(nn.Module):
             table(input_ids[:, 1] % 1000)
 
 
-def memory(_: int | None) -> list[Figure]:
+def memory(_: Options) -> list[Figure]:
     """Resident memory while training on a large data set, [CLS] states read from a cache over computed live."""
-    found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for case in ("build", "live", "cached"):
-            command = [sys.executable, __file__, "--case", case, folder]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                sys.exit(done.stderr)
-            found[case] = int(done.stdout.split()[-1])
+        cases = ("build", "live", "cached")
+        found = {case: fresh_process("benchmarks.nlp", "--case", case, folder)[0] for case in cases}
+    detail = f"{found['cached']:.0f} MB over {found['live']:.0f} MB; building the cache {found['build']:.0f} MB"
     value = found["cached"] / found["live"]
-    return [Figure("resident memory, cached over live", (value, value, value), 1.1, at_least=False)]
+    return [Figure("resident memory, cached over live", value, at_most=1.1, detail=detail)]
 
 
-def memory_case(case: str, folder: str) -> int:
-    """Build a cache for all samples, or train the small student on some: the peak of resident memory meanwhile, kB."""
+def memory_case(case: str, folder: str) -> float:
+    """Build a cache for all samples, or train the small student on some: the peak of resident memory meanwhile, MB."""
     rng = random.Random(0)
     words = [[101, *(rng.randrange(1000, 30000) for _ in range(6)), 102] for _ in range(SAMPLES)]
     table = datasets.Dataset.from_dict(
@@ -561,52 +540,38 @@ def memory_case(case: str, folder: str) -> int:
         data_collator=padded,
     )
     quiet(trainer)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of making the data does not count
+    reset_peak()  # that of making the data does not count
     if case == "build":
         trainer.args.per_device_eval_batch_size = 1000
         trainer.complete_cache()
     else:
         trainer.train()
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+    return resident("VmHWM")
 
 
-MEASURES: dict[str, tuple[str, Callable[[int | None], list[Figure]]]] = {
-    "textbrewer": (PAIRS["small"].title, against_textbrewer),
-    "alone": (PAIRS["small"].title, against_alone),
-    "base": (PAIRS["base"].title, base),
-    "loss": (PAIRS["small"].title + ", cached", loss_share),
-    "relations": ("MiniLMv2, 12 relation heads of 32", relations),
-    "memory": (f"five [CLS] states of 384 of {SAMPLES:,} samples, the small student", memory),
+SMALL = PAIRS["small"].title
+PARTS = {
+    "textbrewer": Part(f"{SMALL}: a step of TextBrewer over ours", against_textbrewer),
+    "alone": Part(f"{SMALL}: a step with everything cached over the student alone", against_alone),
+    "base": Part(f"{PAIRS['base'].title}: the teacher live over cached", base),
+    "loss": Part(f"{SMALL}: the share of the losses in a step with a cached teacher", loss_share),
+    "relations": Part("MiniLMv2's relations, 12 heads of 32", relations),
+    "memory": Part(f"five [CLS] states of 384 of {SAMPLES:,} samples, the small student", memory),
 }
 
 
-def main() -> int:
-    """Measure, print a table; 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(description="Speed and memory of distilling BERT students.")
-    parser.add_argument("--only", choices=sorted(MEASURES), action="append", help="one part (may be repeated)")
-    parser.add_argument("--rounds", type=int, help="epochs of each contender")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)  # of `memory`, in its own process
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print; 1 if a bar is missed."""
+    command = parser(__doc__, PARTS)
+    command.add_argument("--case", nargs=2, help=argparse.SUPPRESS)  # of `memory`, in its own process
+    given = command.parse_args(arguments)
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    if options.case:
-        print(memory_case(*options.case))
+    if given.case:
+        steady()
+        print(memory_case(*given.case))
         return 0
-    found: list[Figure] = []
-    for key in options.only or MEASURES:
-        title, measure = MEASURES[key]
-        print(f"\n{key}: {title}")
-        for figure in measure(options.rounds):
-            print(f"  {figure}", flush=True)
-            found.append(figure)
-    if options.json:
-        options.json.write_text(json.dumps([vars(f) for f in found], indent=2) + "\n")
-    return int(not all(f.good for f in found))
+    return run(PARTS, given)
 
 
 if __name__ == "__main__":

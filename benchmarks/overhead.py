@@ -11,36 +11,31 @@ weights and sees the same batches; that the losses agree is asserted before anyt
 alternate in one process, in random order, and each block's CPU time is divided by that of the hand-written block of
 the same round. "by hand, again" is a second copy of the hand-written loop: what it differs from 1 is noise.
 
-    python benchmarks/overhead.py [--only P1] [--rounds N] [--json FILE]
+    python -m benchmarks.overhead [--only P1] [--rounds N] [--without PEER] [--json FILE]
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import importlib.util
-import json
-import logging
-import random
+import itertools
 import statistics
 import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.figures import Figure, Options, Part, parser, ratio, run, take_turns
+
 TEMPERATURE = 4.0
 TASK, LOGITS, FEATURE = 0.3, 0.4, 0.1  # they sum to 1 (three features), as modelopt's balancer wants
 HAND, AGAIN = "by hand", "by hand, again"
 BARS = {"P1": 1.03, "P2": 1.01}
-NOISE = 0.01
 
 Step = Callable[[Tensor, Tensor], Tensor]
 
@@ -327,78 +322,65 @@ def check_same_losses(workload: Workload, names: list[str], steps: int = 5) -> d
 
 def measure(workload: Workload, names: list[str], rounds: int) -> dict[str, list[float]]:
     """CPU seconds of a step, for every round and contender."""
-    contenders = set_up(workload, names)
-    data = batches(workload)
-    for step in contenders.values():
-        for batch in data[: max(3, workload.steps)]:
-            step(*batch)
+    blocks = {name: block(step, workload) for name, step in set_up(workload, names).items()}
     gc.collect()
     gc.freeze()  # what the libraries have loaded is not to be walked through in somebody's step
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    order = random.Random(0)
-    for number in range(rounds):
-        for name in order.sample(names, len(names)):
-            step = contenders[name]
-            start = time.process_time()
-            for i in range(workload.steps):
-                step(*data[(number + i) % len(data)])
-            seconds[name].append((time.process_time() - start) / workload.steps)
+    taken = take_turns(blocks, rounds, warm_up=3)
     gc.unfreeze()
-    return seconds
+    return {name: [t / workload.steps for t in times] for name, times in taken.items()}
 
 
-def summarise(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Median and quartiles of the ratios to the hand-written block of the same round; the median extra microseconds."""
-    summary = {}
-    for name, values in seconds.items():
-        ratios = [v / h for v, h in zip(values, seconds[HAND], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        extra = statistics.median(v - h for v, h in zip(values, seconds[HAND], strict=True))
-        summary[name] = {"ratio": middle, "low": low, "high": high, "extra_us": extra * 1e6}
-    return summary
+def block(step: Step, workload: Workload) -> Callable[[], None]:
+    """Some steps, on the batches that are next."""
+    data = itertools.cycle(batches(workload))
+
+    def steps() -> None:
+        for _ in range(workload.steps):
+            step(*next(data))
+
+    return steps
 
 
-def available(names: list[str]) -> list[str]:
-    """The contenders that can be imported here; says which cannot."""
-    found = [n for n in names if n in (HAND, AGAIN) or importlib.util.find_spec(n) is not None]
-    for name in names:
-        if name not in found:
-            print(f"{name} is not installed here (`make bench` installs it); left out", file=sys.stderr)
+def compared(workload: Workload, options: Options, bar: float, without: Sequence[str]) -> list[Figure]:
+    """Every contender over the loop by hand; a peer that is not installed says so."""
+    names = [n for n in CONTENDERS if n == HAND or n not in without]
+    there = available(names)
+    differences = check_same_losses(workload, there)
+    seconds = measure(workload, there, options.count(workload.rounds))
+    found = []
+    for name in names[1:]:
+        if name not in there:
+            found.append(Figure(name, None, detail="not installed here; `make bench` installs it"))
+            continue
+        extra = statistics.median(a - b for a, b in zip(seconds[name], seconds[HAND], strict=True))
+        detail = f"{1e6 * extra:+.0f} µs a step, losses differ by {differences[name]:.0e}"
+        at_most = bar if name == "taskkd" else None
+        found.append(Figure.of(name, ratio(seconds[name], seconds[HAND]), detail=detail, at_most=at_most))
     return found
 
 
-def main() -> int:
-    """Measure, print a table; 1 if taskkd misses a bar."""
-    parser = argparse.ArgumentParser(description="The fixed cost of a distillation step over a loop written by hand.")
-    parser.add_argument("--only", choices=sorted(WORKLOADS), help="one workload instead of both")
-    parser.add_argument("--rounds", type=int, help="rounds of blocks (default: 100 of 10 steps for P1, 24 of 1 for P2)")
-    parser.add_argument("--without", action="append", default=[], choices=sorted(CONTENDERS), help="leave one out")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.INFO)
-    names = available([n for n in CONTENDERS if n == HAND or n not in options.without])
-    report: dict[str, Any] = {}
-    missed = False
-    for key in [options.only] if options.only else sorted(WORKLOADS):
-        workload = WORKLOADS[key]
-        rounds = options.rounds or workload.rounds
-        differences = check_same_losses(workload, names)
-        summary = summarise(measure(workload, names, rounds))
-        report[key] = {n: {**s, "loss_difference": differences[n]} for n, s in summary.items()}
-        print(f"\n{key}: {workload.title}; {rounds} rounds of {workload.steps} steps, CPU time over the loop by hand")
-        print(f"{'':16}{'median':>8}{'quartiles':>18}{'us a step':>12}{'losses differ by':>19}")
-        for name, s in summary.items():
-            spread = f"{s['low']:.3f} .. {s['high']:.3f}"
-            print(f"{name:16}{s['ratio']:8.3f}{spread:>18}{s['extra_us']:+12.0f}{differences[name]:19.0e}")
-        if "taskkd" in summary:
-            missed |= summary["taskkd"]["ratio"] > BARS[key] + NOISE
-            print(f"taskkd's bar: {BARS[key]} (noise {NOISE})")
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    return int(missed)
+def available(names: list[str]) -> list[str]:
+    """The contenders that can be imported here."""
+    return [n for n in names if n in (HAND, AGAIN) or importlib.util.find_spec(n) is not None]
+
+
+def parts(without: Sequence[str] = ()) -> dict[str, Part]:
+    """One for each workload."""
+    return {
+        key: Part(
+            f"{workload.title}: a step over the loop by hand",
+            lambda options, key=key: compared(WORKLOADS[key], options, BARS[key], without),  # type: ignore[misc]
+        )
+        for key, workload in WORKLOADS.items()
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print; 1 if taskkd misses a bar."""
+    command = parser(__doc__, parts())
+    command.add_argument("--without", action="append", default=[], choices=sorted(CONTENDERS), help="leave one out")
+    given = command.parse_args(arguments)
+    return run(parts(given.without), given)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time and memory of the losses of segmentation over their usual forms.
 
-    python benchmarks/segmentation.py [--only pairs-65|pairs|kl|cwd|ifvd|cirkd] [--rounds N] [--device cpu|cuda]
+    python -m benchmarks.segmentation [--only pairs-65|pairs|kl|cwd|ifvd|cirkd] [--rounds N] [--device cpu|cuda]
 
 Each case is a loss, forward and backward, of random maps; the usual form is written here from the formula, as released
 code has it. Both give the same value and gradient, which is checked first.
@@ -20,19 +20,28 @@ inputs in place (on a GPU what torch allocated). Ratios are the usual form's ove
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.figures import (
+    Figure,
+    Options,
+    Part,
+    fresh_process,
+    parser,
+    reset_peak,
+    resident,
+    run,
+    steady,
+    take_turns,
+)
 from taskkd import losses
 from taskkd.segmentation.methods.ifvd import intra_class_variation
 from taskkd.segmentation.similarity import cross_image_similarity
@@ -96,13 +105,15 @@ def image_loop(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> Te
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes, both forms, and what the ratios of time and memory are to be; None: no bar."""
+    """What it is called, sizes, both forms, what the ratios of time and memory are to be (None: no bar), rounds."""
 
+    title: str
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     usual: Loss
     ours: Loss
     time: float | None
     memory: float
+    rounds: int
 
 
 def labels_of(x: Tensor) -> Tensor:
@@ -132,13 +143,27 @@ def ours_pairs(student: Tensor, teacher: Tensor) -> Tensor:
 
 LOGITS = (2, CLASSES, 512, 1024)
 CASES = {
-    "pairs-65": Case(wide(1, 65, 65), all_pairs, ours_pairs, 4, 5),
-    "pairs": Case(wide(2, 64, 128), all_pairs, ours_pairs, 12, 12),
-    "kl": Case((LOGITS, LOGITS), pixel_kl, lambda s, t: losses.kl_divergence(s, t, dim=1), 1, 3),
-    "cwd": Case((LOGITS, LOGITS), channel_kl, losses.channel_wise, 1, 3),
-    "ifvd": Case(wide(2, 65, 65), lambda s, t: class_loop(s, t, labels_of(s)), ifvd, 5, 6),
-    "cirkd": Case(wide(2, 32, 64), image_loop, cross_image_similarity, None, 8),
-}
+    "pairs-65": Case(
+        "all pairs of pixels (Liu et al. 2019), 1 x (128, 512) x 65 x 65", wide(1, 65, 65), all_pairs, ours_pairs,
+        4, 5, 5,
+    ),
+    "pairs": Case("all pairs of pixels, 2 x (128, 512) x 64 x 128", wide(2, 64, 128), all_pairs, ours_pairs, 12, 12, 3),
+    "kl": Case(
+        "soft targets, 2 x 19 x 512 x 1024, against `F.kl_div`", (LOGITS, LOGITS), pixel_kl,
+        lambda s, t: losses.kl_divergence(s, t, dim=1), 1, 3, 5,
+    ),
+    "cwd": Case(
+        "channel-wise distillation of the same maps", (LOGITS, LOGITS), channel_kl, losses.channel_wise, 1, 3, 5
+    ),
+    "ifvd": Case(
+        "intra-class variation (IFVD), 19 classes, 2 x (128, 512) x 65 x 65", wide(2, 65, 65),
+        lambda s, t: class_loop(s, t, labels_of(s)), ifvd, 5, 6, 5,
+    ),
+    "cirkd": Case(
+        "pixels across the images of a batch (CIRKD), 2 x (128, 512) x 32 x 64", wide(2, 32, 64), image_loop,
+        cross_image_similarity, None, 8, 5,
+    ),
+}  # fmt: skip
 
 
 def maps(case: Case, device: str) -> tuple[Tensor, Tensor]:
@@ -159,19 +184,6 @@ def step(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
 # ---- measuring
 
 
-def seconds(loss: Loss, student: Tensor, teacher: Tensor) -> float:
-    """How long a step takes."""
-    if student.device.type == "cpu":
-        start = time.process_time()
-        step(loss, student, teacher)
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    step(loss, student, teacher)
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def check_same(name: str, case: Case, student: Tensor, teacher: Tensor) -> None:
     """Both forms give the same; also what warms them up.
 
@@ -188,22 +200,13 @@ def check_same(name: str, case: Case, student: Tensor, teacher: Tensor) -> None:
         sys.exit(f"{name}: the forms differ: {a:.6g} and {b:.6g}, gradients by {(x - y).norm() / x.norm():.2g}.")
 
 
-def ratio(name: str, case: Case, rounds: int, device: str) -> tuple[list[float], float, float]:
-    """Quartiles of the ratio of times, and the median time of both in seconds."""
-    student, teacher = maps(case, device)
-    check_same(name, case, student, teacher)
-    taken: dict[str, list[float]] = {"usual": [], "ours": []}
-    for number in range(rounds):
-        for which in ("usual", "ours") if number % 2 else ("ours", "usual"):
-            taken[which].append(seconds(getattr(case, which), student, teacher))
-    found = [a / b for a, b in zip(taken["usual"], taken["ours"], strict=True)]
-    return statistics.quantiles(found, n=4), statistics.median(taken["usual"]), statistics.median(taken["ours"])
-
-
-def resident(field: str) -> float:
-    """MB of this process: "VmRSS" now, "VmHWM" at the worst moment since it was reset."""
-    line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(field))
-    return int(line.split()[1]) / 1024
+def time_of(case: Case, options: Options) -> Figure:
+    """Forward and backward of both forms."""
+    student, teacher = maps(case, options.device)
+    check_same(case.title, case, student, teacher)
+    works = {which: partial(step, getattr(case, which), student, teacher) for which in ("usual", "ours")}
+    taken = take_turns(works, options.count(case.rounds), warm_up=0, device=options.device)
+    return Figure.over("time, the usual form over ours", taken["usual"], taken["ours"], at_least=case.time)
 
 
 def memory_here(name: str, which: str, device: str) -> float:
@@ -218,55 +221,42 @@ def memory_here(name: str, which: str, device: str) -> float:
         before = torch.cuda.memory_allocated()
         step(loss, student, teacher)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")
+    reset_peak()
     had = resident("VmRSS")
     step(loss, student, teacher)
     return resident("VmHWM") - had
 
 
-def memory(name: str, which: str, device: str) -> float:
-    """The median of `memory_here` in three fresh processes, which give large blocks back when they are freed."""
-    command = [sys.executable, __file__, "--only", name, "--memory", which, "--device", device]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
-    runs = [subprocess.run(command, check=True, capture_output=True, text=True, env=environment) for _ in range(3)]
-    return statistics.median(float(run.stdout.split()[-1]) for run in runs)
+def memory_of(name: str, options: Options) -> Figure:
+    """The median of `memory_here` in three fresh processes each."""
+    took = {}
+    for which in ("usual", "ours"):
+        arguments = ("--only", name, "--memory", which, "--device", options.device)
+        runs = [fresh_process("benchmarks.segmentation", *arguments)[0] for _ in range(1 if options.quick else 3)]
+        took[which] = statistics.median(runs)
+    detail = f"{took['usual']:.0f} MB over {took['ours']:.0f} MB"
+    title = "memory, the usual form over ours"
+    return Figure(title, took["usual"] / took["ours"], at_least=CASES[name].memory, detail=detail)
 
 
-def run(name: str, rounds: int, device: str) -> bool:
-    """Measure and print a case; whether both bars are met."""
-    case = CASES[name]
-    (low, middle, high), usual, ours = ratio(name, case, rounds, device)
-    good = case.time is None or middle >= case.time
-    bar = "none" if case.time is None else f"at least {case.time:g}{'' if good else '  MISSED'}"
-    print(
-        f"{name}: time {middle:.2f} ({low:.2f} .. {high:.2f}), {usual:.3f} s over {ours:.3f} s; bar {bar}", flush=True
-    )
-    took = {which: memory(name, which, device) for which in ("usual", "ours")}
-    share = took["usual"] / took["ours"]
-    small = share >= case.memory
-    print(
-        f"{name}: memory {share:.1f}, {took['usual']:.0f} MB over {took['ours']:.0f} MB; bar at least {case.memory:g}"
-        f"{'' if small else '  MISSED'}",
-        flush=True,
-    )
-    return good and small
+def both(name: str, options: Options) -> list[Figure]:
+    """Time and memory of a case."""
+    return [time_of(CASES[name], options), memory_of(name, options)]
+
+
+PARTS = {name: Part(case.title, partial(both, name)) for name, case in CASES.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(description="Time and memory of the losses of segmentation.")
-    parser.add_argument("--only", choices=sorted(CASES))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--memory", choices=("usual", "ours"), help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    if options.memory:
-        print(memory_here(options.only, options.memory, options.device))
+    command = parser(__doc__, PARTS, device=True)
+    command.add_argument("--memory", choices=("usual", "ours"), help=argparse.SUPPRESS)  # of a process of its own
+    given = command.parse_args(arguments)
+    if given.memory:
+        steady()
+        print(memory_here(given.only[0], given.memory, given.device))
         return 0
-    names = [options.only] if options.only else list(CASES)
-    good = [run(name, options.rounds, options.device) for name in names]
-    return int(not all(good))
+    return run(PARTS, given)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from taskkd.contrastive import ContrastiveRelation, ContrastiveRepresentation
     from taskkd.distiller import Distiller
     from taskkd.ensembles import Ensemble, LatentGate
+    from taskkd.exports import export
     from taskkd.mixup import uncertainty_mixup
     from taskkd.recipes import distill
     from taskkd.stages import Method, Stage
@@ -57,6 +58,7 @@ _WHERE = {
     "Term": "taskkd.terms",
     "Trainer": "taskkd.trainer",
     "distill": "taskkd.recipes",
+    "export": "taskkd.exports",
     "mutual": "taskkd.cohorts",
     "uncertainty_mixup": "taskkd.mixup",
 }
@@ -104,6 +106,7 @@ __all__ = [
     "adapters",
     "distill",
     "errors",
+    "export",
     "gates",
     "layer_maps",
     "losses",

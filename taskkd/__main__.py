@@ -1,6 +1,6 @@
 """`taskkd` and `python -m taskkd`: run the command line and end with the exit code of what went wrong.
 
-0 well, 2 usage or recipe, 3 data or files, 4 non-finite loss, 130 / 143 signals.
+0 well, 2 usage or recipe, 3 data or files, 4 non-finite loss, 75 time is up, 130 / 143 signals.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code in (130, 143):
             print("taskkd: stopped; the same command goes on from here.", file=sys.stderr)
+        elif stop.code == 75:
+            print("taskkd: the time is up (wall_time or SIGUSR1); the same command goes on from here.", file=sys.stderr)
         raise
     except TaskkdError as error:
         if debug:

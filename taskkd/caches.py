@@ -26,7 +26,7 @@ from taskkd.shards import Files, Writer, file_sha256, input_hashes, load_file, s
 from taskkd.taps import parse_tap
 from taskkd.teachers import Frozen, first_tensor
 
-__all__ = ["CACHE_KEY", "Cached", "file_sha256", "weights_sha256"]
+__all__ = ["CACHE_KEY", "Cached", "file_sha256", "human", "weights_sha256"]
 
 #: the batch entry under which a collator hands over what it looked up
 CACHE_KEY = "teacher_cache"
@@ -159,8 +159,10 @@ class Cached:
 
     def _clear(self) -> None:
         self._shards: list[dict[str, Any]] | None = None
+        # All that is held of a sample: its id, the number of its row in all shards, and (in the shards) its hash.
         self._ids: NDArray[np.int64] = np.empty(0, np.int64)
-        self._where: NDArray[np.int64] = np.empty((0, 2), np.int64)
+        self._order: NDArray[Any] = np.empty(0, np.uint32)
+        self._starts: NDArray[np.int64] = np.empty(0, np.int64)
 
     def key(self) -> dict[str, Any]:
         """What the cache depends on, but for the taps."""
@@ -211,18 +213,23 @@ class Cached:
         """Open the shards of the index and sort the ids."""
         assert self._index is not None
         self._shards, files = [], Files()
-        ids, where = [], []
-        for number, shard in enumerate(self._index["shards"]):
+        ids = []
+        for shard in self._index["shards"]:
             folder = self.path / shard["name"]
             arrays = {n: load_file(folder / n, files) for n in shard["files"]}
-            own = arrays["ids.npy"]
-            ids.append(own)
-            where.append(np.stack([np.full(len(own), number), np.arange(len(own))], 1))
+            ids.append(arrays.pop("ids.npy"))
             self._shards.append(arrays)
         if ids:
+            self._starts = np.cumsum([0, *map(len, ids)])[:-1]
             all_ids = np.concatenate(ids)
             order = np.argsort(all_ids, kind="stable")
-            self._ids, self._where = all_ids[order], np.concatenate(where)[order]
+            self._ids, self._order = all_ids[order], order.astype(np.min_scalar_type(len(order)))
+
+    def _where(self, positions: NDArray[np.int64]) -> list[tuple[int, int]]:
+        """Shard and row in it of the samples at these positions of the sorted ids."""
+        rows = self._order[positions].astype(np.int64)
+        shards = np.searchsorted(self._starts, rows, side="right") - 1
+        return list(zip(shards.tolist(), (rows - self._starts[shards]).tolist(), strict=True))
 
     def _positions(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         if self._shards is None and self._index is not None:
@@ -254,7 +261,7 @@ class Cached:
                 "with all of the training data."
             )
         assert self._index is not None and self._shards is not None
-        where = self._where[positions]
+        where = self._where(positions)
         inputs = self.live.inputs(batch)
         for sample, digest, (shard, row) in zip(ids, input_hashes(inputs, len(ids)), where, strict=True):
             if self._shards[shard]["hashes.npy"][row] != digest:
@@ -265,7 +272,7 @@ class Cached:
         mask = token_mask(inputs)
         return {tap: self._rows(tap, where, mask) for tap in self.taps}
 
-    def _rows(self, tap: str, where: NDArray[np.int64], mask: NDArray[np.bool_] | None) -> Tensor:
+    def _rows(self, tap: str, where: Sequence[tuple[int, int]], mask: NDArray[np.bool_] | None) -> Tensor:
         assert self._index is not None and self._shards is not None
         number, about = list(self._index["taps"]).index(tap), self._index["taps"][tap]
         first = self._shards[where[0][0]][f"tap-{number}.npy"]
@@ -297,7 +304,7 @@ class Cached:
         batches: Iterable[Mapping[str, Any]],
         *,
         total: int,
-        lengths: Sequence[int] | None = None,
+        lengths: Sequence[int] | NDArray[np.int32] | None = None,
         device: torch.device | str = "cpu",
         announce: Callable[[str], None] = print,
         progress: Callable[[int], None] = lambda _: None,
@@ -320,20 +327,25 @@ class Cached:
             self._open()
         writer: Writer | None = None
         done = 0
-        for raw in batches:
-            ids = _ids(raw)
-            fresh = ~self._positions(ids)[1] if self._index is not None else np.ones(len(ids), bool)
-            done += len(ids)
-            if fresh.any():
-                batch = _to_device(dict(raw), torch.device(device))
-                values = self.live(batch)
-                inputs = self.live.inputs(batch)
-                if writer is None:
-                    writer = self._start(batch, values, inputs, total - len(self), lengths, announce)
-                writer.add(ids, fresh, values, inputs)
-                if writer.rows >= self.shard_size or writer.bytes >= SHARD_BYTES:
-                    writer.flush()
-            progress(done)
+        try:
+            for raw in batches:
+                ids = _ids(raw)
+                fresh = ~self._positions(ids)[1] if self._index is not None else np.ones(len(ids), bool)
+                done += len(ids)
+                if fresh.any():
+                    batch = _to_device(dict(raw), torch.device(device))
+                    values = self.live(batch)
+                    inputs = self.live.inputs(batch)
+                    if writer is None:
+                        writer = self._start(batch, values, inputs, total - len(self), lengths, announce)
+                    writer.add(ids, fresh, values, inputs)
+                    if writer.rows >= self.shard_size or writer.bytes >= SHARD_BYTES:
+                        writer.flush()
+                progress(done)
+        except SystemExit:  # asked to stop: what was worked out is kept
+            if writer is not None:
+                writer.flush()
+            raise
         if writer is not None:
             writer.flush()
         if self._index is None:
@@ -346,7 +358,7 @@ class Cached:
         values: Mapping[str, Any],
         inputs: Mapping[str, Any],
         total: int,
-        lengths: Sequence[int] | None,
+        lengths: Sequence[int] | NDArray[np.int32] | None,
         announce: Callable[[str], None],
     ) -> Writer:
         ragged = self._ragged(batch, values, inputs)
@@ -365,11 +377,9 @@ class Cached:
         size = writer.bytes_per_sample(lengths) * total
         free = shutil.disk_usage(self.path).free
         limit = min(free, self.budget) if self.budget is not None else free
-        announce(f"teacher cache: {total} samples, about {_human(size)} as {self.dtype} in {self.path}")
+        announce(f"teacher cache: {total} samples, about {human(size)} as {self.dtype} in {self.path}")
         if size > limit:
-            raise CacheError(
-                f"cache {self.path}: about {_human(size)} are needed, {_human(limit)} are allowed or free."
-            )
+            raise CacheError(f"cache {self.path}: about {human(size)} are needed, {human(limit)} are allowed or free.")
         return writer
 
     def _ragged(
@@ -425,7 +435,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:12] + "…"
 
 
-def _human(size: float) -> str:
+def human(size: float) -> str:
+    """A number of bytes as people write it: "1.2 GB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit in ("B", "kB") else f"{size:.1f} {unit}"

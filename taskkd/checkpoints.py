@@ -19,14 +19,24 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
-from torch import nn
+from torch import Tensor, nn
 
 from taskkd.caches import file_sha256
 from taskkd.distiller import Distiller
 from taskkd.errors import CheckpointError
 from taskkd.files import fsync, writing
 
-__all__ = ["load_state", "load_student", "newest_checkpoint", "save_state", "save_student", "seal", "staged", "verify"]
+__all__ = [
+    "is_sharded",
+    "load_state",
+    "load_student",
+    "newest_checkpoint",
+    "save_state",
+    "save_student",
+    "seal",
+    "staged",
+    "verify",
+]
 
 MANIFEST = "manifest.json"
 STATE = "taskkd_state.safetensors"
@@ -125,15 +135,36 @@ def newest_checkpoint(run: Path) -> Path | None:
     return None
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 (`fully_shard`) has spread a module's parameters over the ranks."""
+    return any(hasattr(p, "full_tensor") for p in module.parameters())
+
+
+def _whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state whose spread tensors are put together, on rank 0; all ranks must come here, the others get nothing."""
+    found = {}
+    for name, value in state.items():
+        one = value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
+        if torch.distributed.get_rank() == 0:
+            found[name] = one
+    return found
+
+
 def save_student(student: nn.Module, folder: Path, processing_class: Any = None) -> None:
     """Save the student alone: `save_pretrained` where it has one, else `model.safetensors`.
 
     The tokenizer or image processor is saved beside it, and the student's `description` where it has one that can be
-    saved (what a detector was built of).
+    saved (what a detector was built of). Of a student that FSDP2 has spread over ranks all must come here; rank 0 saves
+    it whole.
     """
+    whole = _whole(student.state_dict()) if is_sharded(student) else None
+    if whole is not None and torch.distributed.get_rank() != 0:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(student, "save_pretrained"):
-        student.save_pretrained(folder)  # type: ignore[operator]
+        student.save_pretrained(folder, state_dict=whole)  # type: ignore[operator]
+    elif whole is not None:
+        save_file(whole, str(folder / "model.safetensors"))
     else:
         save_model(student, str(folder / "model.safetensors"))
     for beside in (processing_class, getattr(student, "description", None)):
@@ -156,7 +187,9 @@ def load_student(student: nn.Module, folder: Path) -> None:
             }
             if wrong:
                 raise CheckpointError(f"checkpoint {folder} is not of this student: {wrong}.")
-            student.load_state_dict(loaded.state_dict())
+            _load(student, loaded.state_dict())
+        elif is_sharded(student):
+            _load(student, load_file(str(folder / "model.safetensors")))
         else:
             load_model(student, str(folder / "model.safetensors"))
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
@@ -167,9 +200,31 @@ def load_student(student: nn.Module, folder: Path) -> None:
         ) from error
 
 
+def _load(module: nn.Module, state: dict[str, Any]) -> None:
+    """Load whole tensors; where FSDP2 has spread the module's, each rank takes its part."""
+    if is_sharded(module):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        present = module.state_dict()
+        state = {
+            k: distribute_tensor(v, own.device_mesh, own.placements)
+            if isinstance(own := present.get(k), DTensor) and not isinstance(v, DTensor)
+            else v
+            for k, v in state.items()
+        }
+    module.load_state_dict(state)
+
+
 def save_state(distiller: Distiller, path: Path) -> None:
-    """Save all that a distiller holds beside its student (adapters, learned losses, progress, automatic weights)."""
+    """Save all that a distiller holds beside its student (adapters, learned losses, progress, automatic weights).
+
+    Where FSDP2 has spread them over ranks all must come here, and rank 0 saves.
+    """
     own = {k: v for k, v in distiller.state_dict().items() if not k.startswith("student.")}
+    if is_sharded(distiller):
+        own = _whole(own)
+        if torch.distributed.get_rank() != 0:
+            return
     # Copies: safetensors refuses tensors that share memory (an adapter that two terms have in common).
     state = {k: v.detach().clone().contiguous() for k, v in own.items()}
     save_file(state, str(path), {"terms": json.dumps(_terms(distiller))})
@@ -210,7 +265,7 @@ def load_state(distiller: Distiller, path: Path) -> None:
                 f"{tuple(present[key].shape)} here."
             )
     with torch.no_grad():
-        distiller.load_state_dict({**state, **{f"student.{k}": v for k, v in distiller.student.state_dict().items()}})
+        _load(distiller, {**state, **{f"student.{k}": v for k, v in distiller.student.state_dict().items()}})
 
 
 def hand_on(distiller: Distiller, path: Path) -> None:

@@ -75,11 +75,16 @@ def distill(
     restart: Annotated[
         bool, typer.Option(help="Delete what the run's folder holds and start from the beginning.")
     ] = False,
+    wall_time: Annotated[
+        float | None,
+        typer.Option(help="Hours after which the run saves a checkpoint and ends with code 75, to be started again."),
+    ] = None,
 ) -> None:
     """Run a recipe: teacher, student alone, distilled student; print the table. Run it again to go on after a stop."""
     from taskkd import recipes, reports, runs
 
     extra = [f"seeds=[{seeds}]"] if seeds else []
+    extra += [f"training.wall_time={wall_time}"] if wall_time is not None else []
     loaded = recipes.load_recipe(recipe, [*(overrides or []), *extra])
     swept = {k: v if isinstance(v, list) else [v] for k, v in recipes.parse_overrides(sweep or []).items()}
     folder = run_folder(output_dir, loaded.name)
@@ -87,7 +92,24 @@ def distill(
     _show(reports.table(result.report))
     if len(result.report["distilled"]) > 1:
         _say(f"selected on validation: {result.report['selected']}")
-    _say(f"student: {folder / 'student'}   report: {folder / 'report.json'}   curves: {folder / 'curves.png'}")
+    _say(f"student: {folder / 'student'}   report: {folder / 'report.html'}   numbers: {folder / 'report.json'}")
+
+
+@app.command()
+def cache(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output_dir: OutputDir = None,
+    sweep: Annotated[list[str] | None, typer.Option(help="As of `taskkd distill`.")] = None,
+    wall_time: Annotated[float | None, typer.Option(help="As of `taskkd distill`.")] = None,
+) -> None:
+    """Build the teacher's caches that `taskkd distill` with the same words then reads. Run it again after a stop."""
+    from taskkd import recipes, runs
+
+    extra = [f"training.wall_time={wall_time}"] if wall_time is not None else []
+    loaded = recipes.load_recipe(recipe, [*(overrides or []), *extra])
+    swept = {k: v if isinstance(v, list) else [v] for k, v in recipes.parse_overrides(sweep or []).items()}
+    runs.build_caches(loaded, output_dir or Path("runs") / loaded.name, sweep=swept, say=_say)
 
 
 @app.command()
@@ -148,9 +170,8 @@ def methods(
 ) -> None:
     """List the methods: task, paper, options with defaults."""
     import inspect
-    import re
 
-    from taskkd import recipes
+    from taskkd import cards, recipes
     from taskkd.errors import RecipeError, nearest
 
     # two tasks may have methods of one name
@@ -169,14 +190,23 @@ def methods(
     for task, method, function in found:
         if name is not None and task != name:
             continue
-        doc = inspect.getdoc(function) or ""
-        paragraph = " ".join(doc.partition("Source: ")[2].partition("\n\n")[0].split())
-        # authors and year, and the title where it is given
-        found_source = re.match(r'[^"]*?\d{4}(, ".*?")?', paragraph)
-        source = found_source[0] if found_source else paragraph
         options = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        _say(f"{task:12} {method:20} {source}")
+        _say(f"{task:12} {method:20} {cards.paper_of(function)}")
         _say(f"{'':33} {', '.join(f'{p.name}={p.default}' for p in options)}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The page. Default: report.html, in the run's folder if there is one run.")
+    ] = None,
+) -> None:
+    """Write a page (HTML, with its charts as PNG beside it) of one run, or of several side by side."""
+    from taskkd import pages
+
+    written = pages.write_page(runs, output or (runs[0] if len(runs) == 1 else Path()) / "report.html")
+    _say(f"report: {written[0]}   charts: {len(written) - 1} PNG files beside it")
 
 
 @app.command()
@@ -213,6 +243,56 @@ def predict(
     texts = list(inputs) if inputs else [line.rstrip("\n") for line in sys.stdin]
     for label, score, text in runs.predict(run, texts):
         _say("\t".join([label, *([] if score is None else [f"{score:.4f}"]), text]))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    format: Annotated[  # noqa: A002
+        str, typer.Option(help="safetensors (for taskkd), hf (for the Hub, loads without taskkd) or onnx.")
+    ] = "safetensors",
+    output: Annotated[Path | None, typer.Option(help="The folder. Default: <run>/export/<format>.")] = None,
+    license: Annotated[  # noqa: A002
+        str | None, typer.Option(help="The student's, as the Hub names it, for the card: apache-2.0.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
+) -> None:
+    """Write a run's student alone, checked against the live model, with a model card."""
+    from taskkd import exports
+
+    made = exports.export(run, format, output, license=license, overwrite=overwrite)  # type: ignore[arg-type]
+    if made.exporter:
+        _say(made.exporter)
+    _say(f"compared with the live student on {made.inputs}:")
+    for name, difference in made.differences.items():
+        _say(f"  {name:20} largest difference {difference:.3g} (largest value {made.magnitudes[name]:.3g})")
+    _say(f"{made.folder}: {', '.join(sorted(path.name for path in made.folder.iterdir()))}")
+    _say("README.md is the model card, with the recipe and its paths: look through it before you publish it.")
+
+
+@app.command("inspect")
+def inspect_model(
+    model: Annotated[
+        str, typer.Argument(help="A recipe (teacher and student), a finished run's folder, or a model's name or path.")
+    ],
+    overrides: Overrides = None,
+    task: Annotated[str | None, typer.Option(help="Of a model's name or path: nlp, detection, ...")] = None,
+    depth: Annotated[int, typer.Option(min=1, help="How deep module names go; numbers in them do not count.")] = 3,
+) -> None:
+    """List a model's taps with the shapes of their outputs on one input: what `terms` of a recipe may name."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from taskkd import plans
+
+    for title, taps in plans.taps_of(model, overrides or [], task=task, depth=depth).items():
+        _say(f"{title}")
+        shown = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for column in ("tap", "output", "module"):
+            shown.add_column(column, no_wrap=True)
+        for tap in taps:
+            shown.add_row(tap.name, tap.output, tap.kind)
+        _show(shown)
 
 
 @app.command()

@@ -95,7 +95,8 @@ class Distiller(nn.Module):
         self.check_in_forward = True
         #: a wish of this process to stop (a signal), and whether some rank has it: they agree in `check_finite`,
         #: whose one message and one synchronisation serve for both
-        self.stop_wish = self.stop_agreed = False
+        #: the number of a signal that this process, or any, was asked to stop by; 0: none
+        self.stop_wish = self.stop_agreed = 0
         self.progress = Progress()
         self.prepared = False
         self._term_list: list[Term] = [self.terms[n] for n in self.terms]  # type: ignore[misc]
@@ -419,10 +420,10 @@ class Distiller(nn.Module):
         totals = [losses["loss"].detach() for losses, _ in pending]
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             flag = torch.stack(totals).isfinite().all()
-            flags = torch.stack([flag, torch.tensor(not self.stop_wish, device=flag.device)]).float()
+            flags = torch.stack([flag.float(), torch.tensor(-float(self.stop_wish), device=flag.device)])
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MIN)
-            finite, going_on = (flags > 0).tolist()
-            self.stop_agreed = not going_on
+            lowest, stop = flags.tolist()
+            finite, self.stop_agreed = lowest > 0, int(-stop)
         else:
             if self.stop_agreed != self.stop_wish:
                 self.stop_agreed = self.stop_wish

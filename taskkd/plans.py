@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from torch import nn
 
 from taskkd import recipes
 from taskkd.distiller import Distiller
-from taskkd.errors import RecipeError
+from taskkd.errors import RecipeError, nearest
+from taskkd.inspection import Seen, seen
 from taskkd.preparation import Preparation
 from taskkd.schema import Training
 from taskkd.session import Record, Session, of_items
 from taskkd.stages import Method, Stage
 
-__all__ = ["Plan", "build_method", "check", "look"]
+__all__ = ["Plan", "build_method", "check", "look", "taps_of"]
 
 
 @dataclass
@@ -150,6 +152,59 @@ def look(recipe: Any, task: Any, data: Any, student: nn.Module, teacher: nn.Modu
         finally:
             distiller.close()
     return found
+
+
+# ---- taps
+
+
+def taps_of(
+    source: str, overrides: Sequence[str] = (), *, task: str | None = None, depth: int = 3
+) -> dict[str, list[Seen]]:
+    """The taps of models on one input: of a recipe a sample of its test set, else a synthetic one.
+
+    Args:
+        source: a recipe (its teacher, not fine-tuned, and its student), a finished run's folder (its student), or a
+            model by what a recipe of `task` calls it.
+        overrides: of a recipe.
+        task: of a model that is named by itself.
+        depth: of module names; numbers in them do not count.
+
+    Returns:
+        The taps by what the model is.
+
+    Raises:
+        RecipeError: it is none of the three.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    if task is None and (Path(source) / "recipe.yaml").is_file():
+        from taskkd.runs import trained  # which imports this module
+
+        recipe, known, student, processing = trained(Path(source))
+        own = known.portable(recipe, student, processing)
+        return {
+            f"student of {source}: {_kind(student)}, on a synthetic input": seen(student, own.synthetic()[0], depth)
+        }
+    if task is not None:
+        known = recipes.task_named(task, "--task")
+        model, processing = known.named(source)
+        sample = known.portable(None, model, processing).synthetic()[0]
+        return {f"{source}: {_kind(model)}, on a synthetic input": seen(model, sample, depth)}
+    if source not in recipes.TASKS and Path(source).suffix not in (".yaml", ".yml"):
+        packaged = recipes.packaged_recipes()
+        if source not in packaged:
+            raise RecipeError(
+                f"{source!r} is no recipe and no finished run{nearest(source, packaged)}; to look at a model by its "
+                f"name or path, say of which task it is: --task {'|'.join(recipes.TASKS)}."
+            )
+    recipe = recipes.load_recipe(source, overrides)
+    known = recipes.task_named(recipe.task)
+    data = known.load(recipe)
+    teacher = known.teacher(recipe, data)
+    student = known.student(recipe, data, teacher, recipe.seeds[0])
+    batches = {"teacher": known.latency_batches(known.teacher_data(data), 1)[0]}
+    batches["student"] = known.latency_batches(data, 1)[0]
+    models = {"teacher": teacher, "student": student}
+    return {f"{who}: {_kind(model)}": seen(model, batches[who], depth) for who, model in models.items()}
 
 
 def parameters(model: nn.Module) -> int:

@@ -1,54 +1,20 @@
-"""What a run prints and draws: one table, `report.json`, curves."""
+"""What a run prints and writes: one table, `report.json`, curves; and the score of quality and compression."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from taskkd.costs import measure
 
-from taskkd.taps import accepted_arguments
-from taskkd.teachers import Frozen
+__all__ = ["FORMAT", "curves", "measure", "rows", "score", "table", "write"]
 
-__all__ = ["curves", "measure", "rows", "table", "write"]
-
-
-def measure(
-    teacher: nn.Module, student: nn.Module, batches: Sequence[Mapping[str, Any]]
-) -> dict[str, dict[str, float]]:
-    """Parameters, bytes of the weights, and CPU latency (median and 95th percentile, batch 1, milliseconds) of both.
-
-    Teacher and student take turns on the same real samples, so that a busy machine slows both alike.
-    """
-    models = {"teacher": teacher.cpu().eval(), "student": student.cpu().eval()}
-    accepted = {"teacher": Frozen(teacher).inputs, "student": accepted_arguments(student.forward)}
-    times: dict[str, list[float]] = {name: [] for name in models}
-    with torch.no_grad():
-        for round_ in range(4):
-            for batch in batches:
-                for name, model in models.items():
-                    inputs = accepted[name](batch)
-                    start = time.perf_counter()
-                    model(**inputs)
-                    if round_:  # the first round warms up
-                        times[name].append(time.perf_counter() - start)
-    found = {}
-    for name, model in models.items():
-        sizes = {p.data_ptr(): p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()]}
-        ordered = sorted(times[name])
-        found[name] = {
-            "parameters": float(sum(p.numel() for p in model.parameters())),
-            "bytes": float(sum(sizes.values())),
-            "latency_ms": 1e3 * statistics.median(ordered) if ordered else math.nan,
-            "latency_p95_ms": 1e3 * ordered[int(0.95 * (len(ordered) - 1))] if ordered else math.nan,
-        }
-    return found
+#: of `report.json`; a newer one is not read
+FORMAT = 2
 
 
 def _mean(values: Sequence[float], samples: int, share: bool) -> tuple[float, float]:
@@ -57,6 +23,33 @@ def _mean(values: Sequence[float], samples: int, share: bool) -> tuple[float, fl
     if len(values) > 1:
         return mean, statistics.stdev(values) / math.sqrt(len(values))
     return mean, math.sqrt(max(mean * (1 - mean), 0) / samples) if share and samples else math.nan
+
+
+def score(kept: float, parameters: float, flops: float) -> float:
+    """One number for quality and compression: `kept**(3/4) * (1 - sqrt(parameters * flops))**(1/4)`.
+
+    It is 0 for a student that keeps nothing or saves nothing (the teacher itself), and nears 1 for one that keeps all
+    of its teacher's quality at next to no cost. Quality weighs three times as much as compression. Ours;
+    docs/reports.md says what it rewards and what it cannot tell.
+
+    Args:
+        kept: what the student keeps of the teacher's metric above chance, `(student - chance) / (teacher - chance)`;
+            below 0 it counts as 0, above 1 as 1.
+        parameters, flops: of the student, as shares of the teacher's.
+    """
+    saved = 1 - math.sqrt(parameters * flops)
+    return float(min(max(kept, 0.0), 1.0) ** 0.75 * max(saved, 0.0) ** 0.25)
+
+
+def _score(value: float, kind: str, report: Mapping[str, Any]) -> float | None:
+    """The score of a row, None where something that it needs is not on record."""
+    chance, top = report.get("chance"), report["teacher"]["test"][report["metric"]]
+    own, other = (report["models"][k] for k in (kind, "teacher"))
+    if chance is None or not own.get("flops") or not other.get("flops") or top <= chance:
+        return None
+    return score(
+        (value - chance) / (top - chance), own["parameters"] / other["parameters"], own["flops"] / other["flops"]
+    )
 
 
 def rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -86,10 +79,15 @@ def rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "validation": statistics.fmean(r["validation"][name] for r in runs.values()),
                 "seconds": sum(r.get("seconds", 0.0) for r in runs.values()),
                 **models[kind],
-                "speed_up": models["teacher"]["latency_ms"] / models[kind]["latency_ms"],
+                "speed_up": _ratio(models["teacher"].get("latency_ms"), models[kind].get("latency_ms")),
+                "score": _score(mean, kind, report),
             }
         )
     return found
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return above / below if above and below else None
 
 
 def _further(report: Mapping[str, Any]) -> list[str]:
@@ -122,8 +120,8 @@ def table(report: Mapping[str, Any]) -> Any:
             *(f"{row['further'][t]:.4f}" for t in further),
             _millions(row["parameters"]),
             f"{row['bytes'] / 1e6:.1f} MB",
-            f"{row['latency_ms']:.1f}",
-            f"{row['speed_up']:.1f}x",
+            "-" if row["latency_ms"] is None else f"{row['latency_ms']:.1f}",
+            "-" if row["speed_up"] is None else f"{row['speed_up']:.1f}x",
         )
     return shown
 
@@ -171,6 +169,6 @@ def write(report: Mapping[str, Any], folder: Path) -> None:
         return value
 
     (folder / "report.json").write_text(
-        json.dumps({**short(report), "table": rows(report)}, indent=1), encoding="utf-8"
+        json.dumps({"format": FORMAT, **short(report), "table": rows(report)}, indent=1), encoding="utf-8"
     )
     curves(report, folder / "curves.png")

@@ -2,35 +2,43 @@
 
 Folder of a run: `recipe.yaml` (resolved), `run.json` (finished steps and their results), `augmented/`,
 `teacher/`, `cache/`, `seed-<n>/alone-<lr>/`, `seed-<n>/distilled/stages/<i>-<name>/`, and at the end `student/`,
-`report.json`, `curves.png`.
+`report.html`, `report.json`, `curves.png`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.metadata
 import itertools
 import logging
+import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
 from taskkd import recipes
-from taskkd.caches import Cached
+from taskkd._version import __version__
+from taskkd.caches import Cached, human
 from taskkd.checkpoints import save_student, staged
 from taskkd.errors import RecipeError
 from taskkd.files import write_whole
 from taskkd.plans import build_method, look
 from taskkd.session import ADAPTERS, Record, Say, Session, locked, strip, training_arguments
-from taskkd.stages import Stage
+from taskkd.signals import Budget
+from taskkd.stages import Method, Stage
 from taskkd.teachers import Frozen, Teacher
 from taskkd.trainer import Trainer
 
-__all__ = ["Result", "distill", "evaluate", "predict", "run_recipe"]
+__all__ = ["Result", "build_caches", "distill", "evaluate", "predict", "run_recipe", "trained"]
 
 logger = logging.getLogger(__name__)
 
@@ -109,36 +117,29 @@ def run_recipe(
 
     Raises:
         TaskkdError: of the kind that says what is wrong.
-        Interrupted: a signal came; the run can be started again.
+        Interrupted: a signal came, or the time of `training.wall_time` is up; the run can be started again.
     """
-    from taskkd import reports
+    from taskkd import pages, reports
 
-    transformers.utils.logging.disable_progress_bar()  # one bar a training is enough
     variants = _variants(recipe, sweep or {})
-    task = task or recipes.task_named(recipe.task)
-    with locked(folder):
-        if restart:
-            for path in folder.iterdir():
-                if path.name != "run.lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        _claim(folder, recipes.dump_recipe(recipe))
-        session = Session(recipe, task, task.load(recipe, folder), folder, Record(folder), say)
-        say(f"data: {session.data.summary()}")
-        _same_inputs(session)
-        if "teacher" not in session.record.finished:
-            # A wrong tap or shape is told before the teacher is trained, not after.
-            raw = task.teacher(recipe, session.data)
-            for variant in variants.values():
-                look(variant, task, session.data, session.student(raw, recipe.seeds[0]), raw)
-        teacher = _teacher(session)
+    with _opened(recipe, folder, say, restart=restart, task=task) as session:
+        task = session.task
+        teacher = _ready_teacher(session, variants)
         finished = session.record.finished
         report: dict[str, Any] = {
             "recipe": recipe.name,
             "metric": session.metric,
             "data": session.data.summary(),
+            "task": recipe.task,
+            "method": None if recipe.method is None else recipe.method.name,
+            "chance": task.chance(session.data),
             "test_samples": getattr(session.data.test, "counted", len(session.data.test)),
             "further_tests": list(session.data.further_tests),
-            "teacher": {**finished["teacher"], "test": finished["teacher/test"]},
+            "teacher": {
+                **finished["teacher"],
+                "test": finished["teacher/test"],
+                "by_class": session.by_class("teacher/test"),
+            },
             "seeds": recipe.seeds,
             "alone": {},
             "alone_title": "student alone" if task.has_labels(session.data) else "undistilled",
@@ -153,26 +154,133 @@ def run_recipe(
                     outcome = _distilled(replace(session, recipe=variant), teacher, seed, name)
                     report["distilled"].setdefault(name, {})[str(seed)] = outcome
         student, source = _select(session, teacher, report)
-        batches = task.latency_batches(session.data, 64)
-        report["models"] = session.record.step("measure", lambda: reports.measure(teacher, student, batches))
+        report["models"] = session.record.step("costs", lambda: _costs(session, teacher, student))
         with staged(folder / "student") as final:
             shutil.copytree(source, final, dirs_exist_ok=True)
+        _examples(session, teacher, student, report)
+        report |= session.record.step("finished", _circumstances)
         reports.write(report, folder)
-        _draw(session, teacher, student, report)
+        pages.write_page([folder], folder / "report.html", pictures=False)
         return Result(student, report, folder)
 
 
-def _draw(session: Session, teacher: nn.Module, student: nn.Module, report: Mapping[str, Any]) -> None:
-    """What the models find on test samples, side by side, where the task has pictures."""
-    draw = getattr(session.task, "draw", None)
-    if draw is None:
+@contextlib.contextmanager
+def _opened(recipe: Any, folder: Path, say: Say, *, restart: bool = False, task: Any = None) -> Iterator[Session]:
+    """The session of a run whose folder is this process's own, with its data; its time runs from here."""
+    if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise RecipeError(
+            f"a recipe is run by one process, and this is one of {ranks}: start it without torchrun, or train on "
+            "several with `kd.Trainer` in a script of your own (docs/clusters.md)."
+        )
+    transformers.utils.logging.disable_progress_bar()  # one bar a training is enough
+    task = task or recipes.task_named(recipe.task)
+    with Budget(recipe.training.wall_time) as budget, locked(folder):
+        if restart:
+            for path in folder.iterdir():
+                if path.name != "run.lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _claim(folder, recipes.dump_recipe(recipe))
+        session = Session(recipe, task, task.load(recipe, folder), folder, Record(folder), say, budget)
+        say(f"data: {session.data.summary()}")
+        _same_inputs(session)
+        yield session
+
+
+def _ready_teacher(session: Session, variants: Mapping[str, Any]) -> nn.Module:
+    """The teacher; a wrong tap or shape is told before it is trained, not after."""
+    if "teacher" not in session.record.finished:
+        raw = session.task.teacher(session.recipe, session.data)
+        for variant in variants.values():
+            look(variant, session.task, session.data, session.student(raw, session.recipe.seeds[0]), raw)
+    return _teacher(session)
+
+
+def build_caches(
+    recipe: Any,
+    folder: Path,
+    *,
+    sweep: Mapping[str, Sequence[Any]] | None = None,
+    say: Say = print,
+    restart: bool = False,
+) -> list[Path]:
+    """Build the teacher's caches that a run of this recipe reads, before it; a build that was stopped goes on.
+
+    The teacher is fine-tuned first where the recipe says so, as the run would.
+
+    Args:
+        recipe, folder, sweep, say, restart: as of `run_recipe`, which then goes on in the folder.
+
+    Returns:
+        The folders of the caches, each once.
+
+    Raises:
+        CacheError: a cache does not fit the budget or the disk, or cannot be built.
+        RecipeError: no stage of the recipe's method can read a cache; the message says why.
+    """
+    variants = _variants(recipe, sweep or {})
+    with _opened(recipe, folder, say, restart=restart) as session:
+        teacher = _ready_teacher(session, variants)
+        reasons, built = [], {}
+        for name, variant in variants.items():
+            own = replace(session, recipe=variant)
+            student = own.student(teacher, recipe.seeds[0])
+            method = _equipped(own, student, teacher)
+            for stage in method.stages:
+                supplier = _supplier(own, student, teacher, stage, live="full_length" in method.needs)
+                if not isinstance(supplier, Cached):
+                    reasons.append(f"stage {stage.name!r} {_why_live(variant, supplier)}")
+                elif supplier.path not in built:
+                    count = own.complete(student, stage, supplier, own.data.everything)
+                    built[supplier.path] = size = sum(f.stat().st_size for f in supplier.path.rglob("*") if f.is_file())
+                    say(f"cache of {name}, {stage.name}: {count:,} samples, {human(size)} in {supplier.path}")
+        if not built:
+            raise RecipeError(f"{recipe.name}: there is nothing to cache: {'; '.join(dict.fromkeys(reasons))}.")
+        for reason in dict.fromkeys(reasons):
+            say(f"note: {reason}")
+        return list(built)
+
+
+def _why_live(recipe: Any, supplier: Teacher | None) -> str:
+    if supplier is None:
+        return "reads nothing of the teacher"
+    if recipe.teacher.cache is None:
+        return "has no cache: `teacher.cache` is null, as it is by default where a cache cannot hold what is read"
+    return "reads what the teacher gives for padding, which a cache does not hold"
+
+
+def _costs(session: Session, teacher: nn.Module, student: nn.Module) -> dict[str, dict[str, float | None]]:
+    """What both cost on test samples, one by one and eight at once."""
+    from taskkd import reports
+
+    single, several = (session.task.latency_batches(session.data, 64, size) for size in (1, 8))
+    return reports.measure(teacher, student, single, several)
+
+
+def _examples(session: Session, teacher: nn.Module, student: nn.Module, report: dict[str, Any]) -> None:
+    """What the models find on test samples, side by side: in a picture, or in the report, as the task has it."""
+    draw, tell = (getattr(session.task, name, None) for name in ("draw", "examples"))
+    if draw is None and tell is None:
         return
     models = {"teacher": teacher}
     alone = report["alone"].get(str(report["selected_seed"]))
     if alone is not None:
         models[report["alone_title"]] = session.student(teacher, report["selected_seed"], alone["model"])
-    models[report["selected"]] = student
-    draw(session.data, models, session.folder / "examples.png")
+    if report["distilled"] or alone is None:
+        models[report["selected"]] = student
+    if draw is not None:
+        draw(session.data, models, session.folder / "examples.png")
+    if tell is not None:
+        report["examples"] = session.record.step("examples", lambda: tell(session.data, models))
+
+
+def _circumstances() -> dict[str, Any]:
+    """When a run was finished, and with what."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")}
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"taskkd": __version__, "python": platform.python_version(), **versions},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores; threads of torch: {torch.get_num_threads()}",
+    }
 
 
 def _same_inputs(session: Session) -> None:
@@ -262,7 +370,8 @@ def _alone(session: Session, teacher: nn.Module, seed: int) -> dict[str, Any]:
     session.say(f"student alone, seed {seed}: {session.metric} on validation by learning rate {shown}")
     model = f"seed-{seed}/alone-{best}/model"
     test = session.tested(f"seed-{seed}/alone/test", lambda: session.student(teacher, seed, model))
-    return {**runs[best], "test": test, "setting": best, "model": model}
+    own = session.by_class(f"seed-{seed}/alone/test")
+    return {**runs[best], "test": test, "by_class": own, "setting": best, "model": model}
 
 
 def _look_at_teacher(session: Session, alone: Mapping[str, float]) -> None:
@@ -287,9 +396,10 @@ def _untrained(session: Session, teacher: nn.Module, seed: int) -> dict[str, Any
     result = session.record.step(step, work)
     test = session.tested(f"{step}/test", lambda: student)
     session.say(f"student at its start, seed {seed}: {session.metric} {result['validation'][session.metric]:.4f}")
+    own = session.by_class(f"{step}/test")
     return {
-        **result, "test": test, "setting": "undistilled", "model": f"{step}/model", "seconds": 0.0, "steps": 0,
-        "history": [],
+        **result, "test": test, "by_class": own, "setting": "undistilled", "model": f"{step}/model", "seconds": 0.0,
+        "steps": 0, "history": [],
     }  # fmt: skip
 
 
@@ -297,10 +407,7 @@ def _distilled(session: Session, teacher: nn.Module, seed: int, name: str) -> di
     """The distilled student: the stages of the method one after the other, from the start of the student alone."""
     base = f"seed-{seed}/{name}"
     student = session.student(teacher, seed)
-    method = build_method(session.recipe, session.task, session.data, student, teacher)
-    equip = getattr(session.task, "equip", None)
-    if equip is not None and equip(session, method, teacher):
-        method = build_method(session.recipe, session.task, session.data, student, teacher)
+    method = _equipped(session, student, teacher)
     outcome: dict[str, Any] = {}
     seconds, steps, model = 0.0, 0, ""
     full_length = "full_length" in method.needs
@@ -330,7 +437,16 @@ def _distilled(session: Session, teacher: nn.Module, seed: int, name: str) -> di
         outcome["validation"] = own
     test = session.tested(f"{base}/test", lambda: student)
     session.say(f"{name}, seed {seed}: {session.metric} {outcome['validation'][session.metric]:.4f} on validation")
-    return {**outcome, "test": test, "model": model}
+    return {**outcome, "test": test, "by_class": session.by_class(f"{base}/test"), "model": model}
+
+
+def _equipped(session: Session, student: nn.Module, teacher: nn.Module) -> Method:
+    """The method, after the teacher was given what the method needs of it."""
+    method = build_method(session.recipe, session.task, session.data, student, teacher)
+    equip = getattr(session.task, "equip", None)
+    if equip is not None and equip(session, method, teacher):
+        method = build_method(session.recipe, session.task, session.data, student, teacher)
+    return method
 
 
 def _supplier(
@@ -374,7 +490,7 @@ def _select(session: Session, teacher: nn.Module, report: dict[str, Any]) -> tup
 # ---- after training
 
 
-def _trained(run: Path) -> tuple[Any, Any, nn.Module, Any]:
+def trained(run: Path) -> tuple[Any, Any, nn.Module, Any]:
     """Recipe, task, student and tokenizer (or processor) of a finished run.
 
     Raises:
@@ -390,7 +506,7 @@ def _trained(run: Path) -> tuple[Any, Any, nn.Module, Any]:
 
 def evaluate(run: Path, data: str | None = None) -> dict[str, float]:
     """Metrics of a run's student on its test set, or on another file with the same columns."""
-    recipe, task, student, tokenizer = _trained(run)
+    recipe, task, student, tokenizer = trained(run)
     if data is None:
         if "given:" in (run / "recipe.yaml").read_text(encoding="utf-8"):
             raise RecipeError(f"{run} was given its data in memory; evaluate it on a file with --data.")
@@ -415,7 +531,7 @@ def evaluate(run: Path, data: str | None = None) -> dict[str, float]:
 
 def predict(run: Path, inputs: Sequence[str]) -> Iterator[tuple[str, float | None, str]]:
     """(label, probability, input) for each input, with a run's student; (value, None, input) for regression."""
-    recipe, task, student, tokenizer = _trained(run)
+    recipe, task, student, tokenizer = trained(run)
     yield from task.predict(recipe, student, tokenizer, inputs)
 
 

@@ -61,6 +61,8 @@ class Training(Model):
     dropout: float | None = Field(None, ge=0, lt=1)  # None: as the student's config says
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     workers: int = Field(0, ge=0)
+    # hours that one start of the run may take, all its trainings together; no part of what the run is
+    wall_time: float | None = Field(None, gt=0, exclude=True)
 
 
 class Finetune(Model):

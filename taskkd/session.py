@@ -11,7 +11,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ import transformers
 from torch import nn
 
 from taskkd.augmentation import Augmented
+from taskkd.caches import Cached
 from taskkd.checkpoints import hand_on, save_state
 from taskkd.errors import CheckpointError, DataError, RecipeError
 from taskkd.files import write_whole, writing
 from taskkd.progress import ProgressBar
 from taskkd.schema import Training
-from taskkd.signals import SignalStop
+from taskkd.signals import Budget, SignalStop
 from taskkd.stages import Method, Stage
 from taskkd.teachers import Teacher
 from taskkd.trainer import Trainer
@@ -169,6 +170,7 @@ class Session:
     folder: Path
     record: Record
     say: Say
+    budget: Budget = field(default_factory=Budget)
 
     @property
     def metric(self) -> str:
@@ -209,6 +211,7 @@ class Session:
         """
 
         def work() -> dict[str, Any]:
+            self.budget.check()
             folder, metric = self.folder / step, f"eval_{self.metric}"
             judged = stage.keep == "best"
             if training.dropout is not None:
@@ -236,7 +239,7 @@ class Session:
                 eval_dataset=self.data.validation,
                 processing_class=self.data.processing,
                 data_collator=self.data.full_length_collator if full_length else self.data.collator,
-                callbacks=[SignalStop(), bar],
+                callbacks=[SignalStop(self.budget), bar],
             )
             trainer.remove_callback(transformers.PrinterCallback)
             if adapters is not None:
@@ -264,11 +267,30 @@ class Session:
             shutil.rmtree(checkpoint, ignore_errors=True)
         return result
 
-    def evaluated(self, model: nn.Module, table: Any) -> dict[str, float]:
-        """The metrics of a model on a table."""
+    def complete(self, student: nn.Module, stage: Stage, teacher: Cached, train: Any) -> int:
+        """Build what is missing of a teacher's cache, as `fit` would before it trains; the number of its samples."""
+        self.budget.check()
+        trainer = Trainer(
+            student,
+            teacher=teacher,
+            method=Method(stage.name, [stage]),
+            task_loss=self.task.loss(self.recipe, student, self.recipe.seeds[0]),
+            args=training_arguments(self.folder, self.recipe.training, 0, None, self.task.sampling),
+            train_dataset=train,
+            processing_class=self.data.processing,
+            data_collator=self.data.collator,
+            callbacks=[SignalStop(self.budget)],
+        )
+        trainer.complete_cache()
+        count = len(teacher)
+        trainer.distiller.close()  # and with it the cache
+        return count
+
+    def evaluated(self, model: nn.Module, table: Any, metric: Any = None) -> dict[str, float]:
+        """The metrics of a model on a table; `metric`: that counts them, default: a fresh one of the task."""
         trainer = Trainer(
             model,
-            metric=self.task.metric(self.data, table),
+            metric=self.task.metric(self.data, table) if metric is None else metric,
             args=training_arguments(self.folder, self.recipe.training, 0, None, self.task.sampling),
             processing_class=self.data.processing,
             data_collator=self.data.collator,
@@ -277,17 +299,25 @@ class Session:
         return strip(trainer.evaluate(table))
 
     def tested(self, step: str, model: Callable[[], nn.Module]) -> dict[str, float]:
-        """The metrics of a finished model on the test sets, worked out once."""
+        """The metrics of a finished model on the test sets, worked out once; `by_class` has those of classes."""
 
         def work() -> dict[str, float]:
-            trained = model()
-            found = self.evaluated(trained, self.data.test)
+            self.budget.check()
+            trained, metric = model(), self.task.metric(self.data, self.data.test)
+            found = self.evaluated(trained, self.data.test, metric)
+            if hasattr(metric, "by_class"):
+                self.record.step(f"{step}/by_class", metric.by_class)
             for name, table in self.data.further_tests.items():
                 found |= {f"{name}_{key}": value for key, value in self.evaluated(trained, table).items()}
             return found
 
         result: dict[str, float] = self.record.step(step, work)
         return result
+
+    def by_class(self, step: str) -> dict[str, dict[str, float]]:
+        """Class -> metrics on the test set, of a step that `tested` has worked out; empty where there are none."""
+        found: dict[str, dict[str, float]] = self.record.finished.get(f"{step}/by_class", {})
+        return found
 
     def student(self, teacher: nn.Module, seed: int, source: str | None = None) -> nn.Module:
         """The student at its start, or as it was saved in `source` of this run."""

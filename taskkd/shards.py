@@ -24,6 +24,10 @@ from taskkd.files import write_whole
 __all__ = ["Files", "Rows", "Writer", "file_sha256", "input_hashes", "load_file", "sized", "token_mask"]
 
 
+#: so many ids are held in a set while a cache is built
+RECENT = 2**16
+
+
 def file_sha256(path: Path) -> str:
     """sha256 of a file, hex."""
     with path.open("rb") as file:
@@ -88,8 +92,25 @@ class Writer:
 
     def __init__(self, path: Path, index: dict[str, Any], dtype: str) -> None:
         self.path, self.index, self.dtype = path, index, np.dtype(dtype)
-        self._seen = {int(i) for s in index["shards"] for i in np.load(path / s["name"] / "ids.npy")}
+        # A set of a million numbers takes 60 MB, a sorted array 8: only those that came last are in a set.
+        written = [np.load(path / s["name"] / "ids.npy", allow_pickle=False) for s in index["shards"]]
+        self._sorted: NDArray[np.int64] = np.sort(np.concatenate([np.empty(0, np.int64), *written]))
+        self._recent: set[int] = set()
         self._reset()
+
+    def _note(self, sample: int) -> None:
+        """Take note of an id.
+
+        Raises:
+            CacheError: it occurred before.
+        """
+        place = int(np.searchsorted(self._sorted, sample))
+        if sample in self._recent or (place < len(self._sorted) and self._sorted[place] == sample):
+            raise CacheError(f"sample id {sample} occurs twice in the data; ids must be unique.")
+        self._recent.add(sample)
+        if len(self._recent) >= RECENT:
+            self._sorted = np.sort(np.concatenate([self._sorted, np.array(list(self._recent), np.int64)]))
+            self._recent.clear()
 
     def _reset(self) -> None:
         self.rows = self.bytes = 0
@@ -97,7 +118,7 @@ class Writer:
         self.hashes: list[int] = []
         self.values: dict[str, list[NDArray[Any]]] = {t: [] for t in self.index["taps"]}
 
-    def bytes_per_sample(self, lengths: Sequence[int]) -> float:
+    def bytes_per_sample(self, lengths: Sequence[int] | NDArray[np.int32]) -> float:
         """The mean over samples of these numbers of tokens."""
         tokens = np.array(lengths, float)
         numbers = 0.0
@@ -123,9 +144,7 @@ class Writer:
                     f"tap {tap!r} of the teacher is not finite as {self.dtype} for some of the samples {ids.tolist()}."
                 )
         for i in np.flatnonzero(fresh):
-            if int(ids[i]) in self._seen:
-                raise CacheError(f"sample id {ids[i]} occurs twice in the data; ids must be unique.")
-            self._seen.add(int(ids[i]))
+            self._note(int(ids[i]))
             self.ids.append(int(ids[i]))
             self.hashes.append(digests[i])
             for tap, array in arrays.items():

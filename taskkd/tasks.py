@@ -5,18 +5,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
 from taskkd.caches import file_sha256, weights_sha256
 from taskkd.checkpoints import load_student
+from taskkd.portable import Portable
 from taskkd.schema import Recipe
 from taskkd.stages import Method
 from taskkd.teachers import Frozen, Teacher
 from taskkd.terms import Match, Term
 
-__all__ = ["GivenModels", "Task"]
+__all__ = ["GivenModels", "Task", "groups_of"]
+
+D = TypeVar("D")
+
+
+def groups_of(items: Sequence[D], size: int) -> list[list[D]]:
+    """Items in groups of `size`; a last one that is not full is left out, unless it is the only one."""
+    groups = [list(items[i : i + size]) for i in range(0, len(items), size)]
+    return groups[:-1] if len(groups) > 1 and len(groups[-1]) < size else groups
 
 
 class Task(ABC):
@@ -60,8 +69,8 @@ class Task(ABC):
         """Another table to evaluate on, with the classes of a trained student."""
 
     @abstractmethod
-    def latency_batches(self, data: Any, count: int) -> list[dict[str, Any]]:
-        """Real test samples, one by one, as the models' keyword arguments."""
+    def latency_batches(self, data: Any, count: int, size: int = 1) -> list[dict[str, Any]]:
+        """Real test samples in batches of `size`, as the models' keyword arguments."""
 
     def has_labels(self, data: Any) -> bool:
         """Whether a student can be trained without a teacher."""
@@ -84,6 +93,14 @@ class Task(ABC):
     @abstractmethod
     def given(self, *args: Any, **options: Any) -> Task:
         """This task with models and data that the caller holds."""
+
+    @abstractmethod
+    def portable(self, recipe: Any, student: nn.Module, processing: Any) -> Portable:
+        """A trained student as it leaves a run; `recipe` is None for a look at a model."""
+
+    @abstractmethod
+    def named(self, name: str) -> tuple[nn.Module, Any]:
+        """A model by what a recipe calls it, and its tokenizer, for a look at it."""
 
     @abstractmethod
     def trained(self, folder: Path) -> tuple[nn.Module, Any]:

@@ -7,13 +7,14 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers.trainer_callback import ExportableState
@@ -26,6 +27,7 @@ from taskkd.checkpoints import (
     STATE,
     STUDENT,
     commit,
+    is_sharded,
     load_state,
     load_student,
     newest_checkpoint,
@@ -38,7 +40,7 @@ from taskkd.distiller import Distiller, TaskLoss
 from taskkd.errors import CacheError, CheckpointError, NonFiniteError, TaskkdError
 from taskkd.files import writing
 from taskkd.preparation import Preparation
-from taskkd.signals import Interrupted, SignalStop
+from taskkd.signals import SignalStop
 from taskkd.stages import Method, Stage, training_only
 from taskkd.suppliers import Supplier
 from taskkd.teachers import Teacher
@@ -97,6 +99,17 @@ class _Drive(transformers.TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.distiller.check_finite()  # the last auxiliary step's losses, which nobody has seen
+
+
+class _Parts:
+    """The numbers of samples in batches of one size. (A list of a million numbers takes 40 MB, an array 8.)"""
+
+    def __init__(self, order: NDArray[np.int64], size: int) -> None:
+        self.order, self.size = order, size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(0, len(self.order), self.size):
+            yield self.order[start : start + self.size].tolist()
 
 
 class _CachedCollator:
@@ -274,21 +287,40 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             if self.accelerator.is_main_process:
                 from taskkd.progress import track
 
-                lengths = _lengths(dataset)
-                order = sorted(range(len(dataset)), key=lengths.__getitem__) if lengths else list(range(len(dataset)))
-                size = self.args.eval_batch_size
-                batches = (self._collated(order[i : i + size], dataset) for i in range(0, len(order), size))
-                with track("teacher cache", len(order)) as advance:
+                lengths, batches = self._cache_batches(dataset)
+                budgets = [c.budget for c in self.callback_handler.callbacks if isinstance(c, SignalStop) and c.budget]
+
+                with track("teacher cache", len(dataset)) as advance:
+
+                    def progress(done: int) -> None:
+                        advance(done)
+                        for budget in budgets:
+                            budget.check()
+
                     cached.build(
                         batches,
-                        total=len(order),
+                        total=len(dataset),
                         lengths=lengths,
                         device=self.args.device,
                         announce=logger.info,
-                        progress=advance,
+                        progress=progress,
                     )
             else:
                 cached._open()
+
+    def _cache_batches(self, dataset: Any) -> tuple[NDArray[np.int32] | None, Iterable[dict[str, Any]]]:
+        """The numbers of tokens of all samples, and the samples from the shortest to the longest, in batches."""
+        lengths = _lengths(dataset)
+        order = np.arange(len(dataset)) if lengths is None else np.argsort(lengths, kind="stable")
+        size = self.args.eval_batch_size
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_sampler=_Parts(order, size),
+            collate_fn=self._get_collator_with_removed_columns(self.data_collator),
+            num_workers=self.args.dataloader_num_workers,
+            generator=torch.Generator(),  # the global one stays as it is: a run that finds its cache draws the same
+        )
+        return lengths, (dict(batch) for batch in loader)
 
     def prepare(self) -> Preparation:
         """Prepare the distiller on the first training batch (adapters, taps, sizes of terms); done once."""
@@ -330,8 +362,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             for stop in stops:
                 stop.restore()
         for stop in stops:
-            if stop.received is not None:
-                raise Interrupted(128 + stop.received)
+            if (error := stop.stopped()) is not None:
+                raise error
         return result
 
     def _check_batches(self, checkpoint: Path) -> None:
@@ -582,7 +614,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     # ---- saving and loading
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if self.args.should_save:
+        if self.args.should_save or is_sharded(self.distiller):
             processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
             save_student(self.distiller.student, Path(output_dir or self.args.output_dir), processing)
 
@@ -617,7 +649,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         head: Any = self.distiller.task_loss
         if hasattr(head, "collect"):  # each rank has a part of it
             head.collect()
-        if self.args.should_save:
+        if self.args.should_save or is_sharded(self.distiller):
             save_state(self.distiller, staging / STATE)
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(str(staging))
@@ -669,12 +701,15 @@ def _stage(method: Method | None, stage: int | None, terms: tuple[Term, ...], ta
     return method.stages[stage or 0]
 
 
-def _lengths(dataset: Any) -> list[int] | None:
+def _lengths(dataset: Any) -> NDArray[np.int32] | None:
     """The numbers of the teacher's tokens of all samples, where samples have them."""
     columns = getattr(dataset, "column_names", None) or ()
     for name in ("teacher_input_ids", "input_ids"):
         if name in columns:
-            return [len(ids) for ids in dataset[name]]
+            # a part at a time: as Python's numbers all tokens take ten times what they do on disk
+            own = dataset.select_columns(name) if hasattr(dataset, "select_columns") else dataset
+            parts = (own[start : start + 1000][name] for start in range(0, len(own), 1000))
+            return np.fromiter((len(ids) for part in parts for ids in part), np.int32, len(own))
     return None
 
 

@@ -18,7 +18,9 @@ from transformers import TrainerCallback
 
 import taskkd as kd
 from taskkd import losses
+from taskkd.checkpoints import load_state, load_student, save_state, save_student
 from taskkd.errors import NonFiniteError
+from taskkd.nlp.methods import METHODS
 from taskkd.nlp.metrics import Classification
 from tests.engine import (
     CLASSES,
@@ -53,7 +55,7 @@ class Gradients(TrainerCallback):
         self.steps.append({n: p.grad.clone() for n, p in model.terms.named_parameters() if p.grad is not None})
 
 
-def train(folder: Path, terms=None, callbacks=(), **options) -> dict[str, Any]:
+def train(folder: Path, terms=None, callbacks=(), data=None, **options) -> dict[str, Any]:
     """Three steps of BERT in double precision, with two adapters."""
     if terms is None:
         terms = [logits_term(), hidden_term(), kd.Match("cls", losses.mse, "bert.embeddings[:, 0]", adapter="linear")]
@@ -62,7 +64,7 @@ def train(folder: Path, terms=None, callbacks=(), **options) -> dict[str, Any]:
         folder,
         student=bert(0).double(),
         teacher=bert(1, width=32).double(),
-        train=Sentences(24),
+        train=Sentences(24) if data is None else data,
         terms=terms,
         callbacks=[gradients, *callbacks],
         logging_strategy="steps",
@@ -103,6 +105,99 @@ def gathered(folder: Path) -> dict[str, Any]:
     relations = kd.Match("rkd", losses.relational_distance, "bert.embeddings[:, 0]", gather=True, weight=10.0)
     labelled = kd.Match("dkd", losses.decoupled, "out.logits", labels="batch.labels", beta=2.0, gather=True)
     return train(folder / "gathered", terms=[hidden_term(), relations, labelled])
+
+
+class Even(Sentences):
+    """As many tokens in every four samples: means over the tokens of a rank are means over those of both."""
+
+    def __init__(self, lengths: tuple[int, ...] = (3, 8, 5, 6)) -> None:
+        super().__init__(24)
+        self.lengths = torch.tensor(lengths).repeat(24 // len(lengths))
+
+
+def staged(folder: Path) -> dict[str, Any]:
+    """Both stages of TinyBERT: linear maps, masked means, losses of attention; the second goes on from the first."""
+    student, teacher = bert(0).double(), bert(1, width=32).double()
+    found = {}
+    for number in (0, 1):
+        trainer = text_trainer(
+            folder / f"staged-{number}",
+            student=student,
+            teacher=teacher,
+            train=Even(),
+            method=METHODS["tinybert"](student, teacher, intermediate_epochs=1.0, intermediate_learning_rate=0.1),
+            stage=number,
+            train_sampling_strategy="sequential",
+            logging_strategy="steps",
+            logging_steps=1,
+            **COMMON,
+        )
+        trainer.train()
+        logs = [{k: v for k, v in log.items() if "loss" in k} for log in trainer.state.log_history if "loss" in log]
+        found[str(number)] = {"weights": weights(trainer.distiller), "logs": logs}
+        trainer.distiller.close()
+    return found
+
+
+def masked(folder: Path) -> dict[str, Any]:
+    """Means over other numbers of tokens on each rank: each its own, or with `gather` those of both; and LRC-BERT."""
+    student, teacher = bert(0).double(), bert(1, width=32).double()
+    found = {}
+    options = {"data": Even((3, 4, 3, 5, 8, 8, 7, 8)), "train_sampling_strategy": "sequential"}
+    for gather in (False, True):
+        term = kd.Match(
+            "hidden", losses.mse, "bert.encoder.layer.1", adapter="linear", mask="batch.attention_mask", gather=gather
+        )
+        found[f"mean, gather={gather}"] = train(folder / f"mean-{gather}", terms=[term], **options)["weights"]
+        term = METHODS["lrc_bert"](student, teacher, gather=gather).stages[0].terms[-1]
+        found[f"contrast, gather={gather}"] = train(folder / f"contrast-{gather}", terms=[term], **options)["weights"]
+    return found
+
+
+def sharded(folder: Path) -> dict[str, Any]:
+    """FSDP2 by hand: student, adapters and optimiser spread over the ranks; saved whole, and loaded again."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        distiller = kd.Distiller(bert(0).double(), bert(1, width=32).double(), [logits_term(), hidden_term()])
+        batches = [
+            torch.utils.data.default_collate([Sentences(24)[j] for j in range(i, i + BATCH)]) for i in (0, 8, 16)
+        ]
+        distiller.prepare(batches[0])
+    if WORLD > 1:
+        mesh = init_device_mesh("cpu", (WORLD,))
+        for layer in distiller.student.bert.encoder.layer:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(distiller, mesh=mesh)
+    optimizer = torch.optim.AdamW(distiller.parameters(), lr=0.01)
+    share = slice(RANK * BATCH // WORLD, (RANK + 1) * BATCH // WORLD)
+    values = []
+    for batch in batches:
+        loss = distiller(**{k: v[share] for k, v in batch.items() if k != "unread"})["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        distiller.step()
+        values.append(loss.detach().clone())
+    saved, state = folder / f"sharded-{WORLD}", folder / f"sharded-{WORLD}.safetensors"
+    save_student(distiller.student, saved)
+    save_state(distiller, state)
+    if WORLD > 1:
+        torch.distributed.barrier()
+    with torch.no_grad():
+        for parameter in distiller.parameters():
+            parameter.zero_()
+    load_student(distiller.student, saved)
+    load_state(distiller, state)
+    whole = {n: p.full_tensor() if WORLD > 1 else p for n, p in distiller.named_parameters()}
+    return {
+        "losses": torch.stack(values),
+        "spread": all(hasattr(p, "full_tensor") for p in distiller.parameters()),
+        "weights": {n: p.detach().clone() for n, p in whole.items()},
+        "saved": weights(type(distiller.student).from_pretrained(saved, dtype=torch.float64)),
+    }
 
 
 def evaluation(folder: Path) -> dict[str, Any]:
@@ -357,6 +452,9 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "without_search": without_search,
     "idle": idle,
     "gathered": gathered,
+    "staged": staged,
+    "masked": masked,
+    "sharded": sharded,
     "evaluation": evaluation,
     "resumed": resumed,
     "cached": cached,
@@ -416,8 +514,41 @@ def signal_to_one_rank(folder: Path) -> None:
         record(folder, "signal", {"code": exit_.code, "step": trainer.state.global_step})
 
 
+def fsdp(folder: Path) -> None:
+    """The trainer under FSDP2, stopped and gone on with. accelerate has it for accelerators only, unless told so."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    spread = {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["BertLayer"],
+    }
+    engine = {"fsdp": True, "fsdp_config": {**spread, "state_dict_type": "FULL_STATE_DICT"}} if WORLD > 1 else {}
+    options = {**COMMON, **engine, "optim": "adamw_torch", "learning_rate": 0.01, "num_train_epochs": 2}
+    logged = {"logging_strategy": "steps", "logging_steps": 1, "save_strategy": "epoch"}
+    for callbacks in ([StopAfter(4)], []):
+        args = arguments(folder / f"run-{WORLD}", **options, **logged)
+        args._setup_devices  # noqa: B018
+        if WORLD > 1:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        trainer = kd.Trainer(
+            bert(0).double(),
+            teacher=bert(1, width=32).double(),
+            terms=[logits_term(), hidden_term()],
+            args=args,
+            train_dataset=Sentences(24),
+            callbacks=callbacks,
+        )
+        trainer.train(resume_from_checkpoint=True)
+    loaded = torch.tensor([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    record(folder, f"fsdp-{WORLD}", {"losses": loaded, "spread": "FSDP" in type(trainer.model_wrapped).__name__})
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"all": everything, "nan": nan_on_one_rank, "signal": signal_to_one_rank}[sys.argv[1]](Path(sys.argv[2]))
+    {"all": everything, "nan": nan_on_one_rank, "signal": signal_to_one_rank, "fsdp": fsdp}[sys.argv[1]](
+        Path(sys.argv[2])
+    )
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

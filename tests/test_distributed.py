@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 from tests import ranks_job
-from tests.engine import distance, run_job
+from tests.engine import distance, run_job, weights
 
 RANKS = ranks_job.__file__
 
 
 def load(folder, name, rank=0):
     return torch.load(folder / f"{name}-{rank}.pt", weights_only=True)
+
+
+def bert_of(folder):
+    return transformers.BertForSequenceClassification.from_pretrained(folder, dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +46,49 @@ def test_two_ranks_train_to_the_weights_of_one_process(ranks, alone, name):
     for key, value in one["logs"][0].items():
         if key.startswith("loss"):
             assert first["logs"][0][key] == pytest.approx(value, rel=1e-5), key
+
+
+@pytest.mark.parametrize("stage", ["0", "1"])
+def test_two_ranks_train_every_stage_of_a_method_as_one_process_does(ranks, alone, stage):
+    one, first, second = (found[stage] for found in (alone("staged"), *(load(ranks, "staged", r) for r in (0, 1))))
+    assert distance(first["weights"], second["weights"]) == 0.0
+    assert distance(first["weights"], one["weights"]) <= 1e-9
+    assert len(one["logs"]) == 3
+    for here, there in zip(one["logs"], first["logs"], strict=True):
+        assert here.keys() == there.keys()
+        assert here == pytest.approx(there, rel=1e-6)
+    terms = {"0": "loss_hidden", "1": "loss_logits"}[stage]
+    assert any(name.startswith(terms) for name in one["logs"][0])
+
+
+@pytest.mark.parametrize("kind", ["mean", "contrast"])
+def test_what_is_per_rank_is_that_of_one_process_if_gathered(ranks, alone, kind):
+    one, first = alone("masked"), load(ranks, "masked")
+    own, joined = f"{kind}, gather=False", f"{kind}, gather=True"
+    assert distance(one[own], one[joined]) == 0.0
+    assert distance(first[joined], one[joined]) <= 1e-9
+    assert distance(first[own], one[own]) > 1e-6
+
+
+def test_a_sharded_student_trains_as_one_process_does_and_is_saved_whole(ranks, alone):
+    one, first, second = alone("sharded"), load(ranks, "sharded", 0), load(ranks, "sharded", 1)
+    assert (one["spread"], first["spread"], second["spread"]) == (False, True, True)
+    both = (first["losses"] + second["losses"]) / 2
+    assert (both - one["losses"]).abs().max() <= 1e-12
+    assert distance(first["weights"], one["weights"]) <= 1e-12
+    assert distance(first["saved"], one["saved"]) <= 1e-12
+
+
+@pytest.mark.slow
+def test_the_trainer_under_fsdp2_goes_on_and_trains_as_one_process_does(tmp_path):
+    run_job("fsdp", str(tmp_path), script=RANKS)
+    run_job("fsdp", str(tmp_path), ranks=2, script=RANKS)
+    one, two = load(tmp_path, "fsdp-1"), load(tmp_path, "fsdp-2")
+    assert (one["spread"], two["spread"]) == (False, True)
+    assert len(one["losses"]) == 6
+    assert (one["losses"] - two["losses"]).abs().max() <= 1e-6
+    ends = [weights(bert_of(tmp_path / f"run-{n}" / "checkpoint-6" / "student")) for n in (1, 2)]
+    assert distance(*ends) <= 1e-6
 
 
 def test_gradients_of_adapters_are_equal_on_both_ranks(ranks):

@@ -56,6 +56,13 @@ def test_a_recipe_from_start_to_report(recipe: Path, tmp_path: Path, monkeypatch
     assert report["table"][0]["accuracy"] > 0.9
     assert report["table"][2]["parameters"] < report["table"][0]["parameters"]
     assert (folder / "curves.png").stat().st_size > 10_000
+    assert "keeps" in (folder / "report.html").read_text()
+    assert set(report["teacher"]["by_class"]["positive"]) == {"precision", "recall", "f1", "samples"}
+    costs = report["models"]
+    assert 0.4 < costs["student"]["flops"] / costs["teacher"]["flops"] < 0.6  # two layers of four
+    assert costs["student"]["latency_8_ms"] > 0
+    assert report["examples"]["looked_at"] == report["test_samples"]
+    assert report["versions"]["torch"]
     assert recipes.load_recipe(folder / "recipe.yaml").training.epochs == 2
 
     student = AutoModelForSequenceClassification.from_pretrained(folder / "student")

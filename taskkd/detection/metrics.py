@@ -44,6 +44,7 @@ class _Seen:
         """Forget everything."""
         #: image id -> detections (k, 6): box, label, score; ground truth (n, 7): box, label, area, ignored
         self.images: dict[int, tuple[Array, Array]] = {}
+        self._worked_out: tuple[list[float], Array] | None = None
 
     def update(self, output: Any, batch: Mapping[str, Any]) -> None:
         """Count one batch.
@@ -57,6 +58,7 @@ class _Seen:
         Raises:
             DataError: an image is not in the ground truth that was given.
         """
+        self._worked_out = None
         for number, (found, target) in enumerate(zip(output, batch["targets"], strict=True)):
             image_id = int(target["image_id"]) if "image_id" in target else int(batch["id"][number])
             if self._given is None:
@@ -77,7 +79,7 @@ class _Seen:
         for state in states:
             for image_id, seen in state.items():
                 merged.setdefault(image_id, seen)
-        self.images = merged
+        self.images, self._worked_out = merged, None
 
 
 def _array(value: Any) -> Array:
@@ -165,8 +167,23 @@ class CocoMetric(_Seen):
                 results[f"AP/{name}"] = float(own[own > -1].mean())
         return results
 
+    def by_class(self) -> dict[str, dict[str, float]]:
+        """`AP` and `AP50` of each class that the ground truth has."""
+        precision = self._evaluated()[1]
+        found = {}
+        for number, name in enumerate(self.classes):
+            own = precision[:, :, number, 0, -1]
+            if (own > -1).any():
+                found[name] = {"AP": float(own[own > -1].mean()), "AP50": float(own[0].mean())}
+        return found
+
     def _evaluated(self) -> tuple[list[float], Array]:
-        """The twelve numbers and the table of precisions."""
+        """The twelve numbers and the table of precisions, worked out once."""
+        if self._worked_out is None:
+            self._worked_out = self._evaluation()
+        return self._worked_out
+
+    def _evaluation(self) -> tuple[list[float], Array]:
         if not self.images:
             return [-1.0] * 12, -np.ones((10, 101, len(self.classes), 4, 3))
         data, evaluation = _tools(self.backend)
@@ -254,13 +271,21 @@ class VocMetric(_Seen):
 
     def compute(self) -> dict[str, float]:
         """The mean over the classes that occur, as a fraction, 0.0 where none does; and `<name>/<class>`."""
-        detections = {image_id: found for image_id, (found, _) in self.images.items()}
-        truths = {image_id: truth for image_id, (_, truth) in self.images.items()}
-        by_label = voc_ap(detections, truths, iou=self.iou, use_07_metric=self.use_07_metric)
+        by_label = self._by_label()
         results = {self.name: sum(by_label.values()) / len(by_label) if by_label else 0.0}
         if self.per_class:
             results |= {f"{self.name}/{self.classes[label - 1]}": ap for label, ap in by_label.items()}
         return results
+
+    def by_class(self) -> dict[str, dict[str, float]]:
+        """The average precision of each class that occurs."""
+        by_label = self._by_label()
+        return {self.classes[label - 1]: {self.name: ap} for label, ap in by_label.items()}
+
+    def _by_label(self) -> dict[int, float]:
+        detections = {image_id: found for image_id, (found, _) in self.images.items()}
+        truths = {image_id: truth for image_id, (_, truth) in self.images.items()}
+        return voc_ap(detections, truths, iou=self.iou, use_07_metric=self.use_07_metric)
 
 
 def voc_ap(

@@ -19,11 +19,13 @@ from taskkd.detection.families import family_of
 from taskkd.detection.mapped import mapped
 from taskkd.detection.methods import METHODS
 from taskkd.detection.metrics import CocoMetric, VocMetric
+from taskkd.detection.portable import portable
 from taskkd.detection.readers import read
 from taskkd.detection.schema import Data, DetectionRecipe
 from taskkd.detection.teacher import DetectorTeacher
 from taskkd.images import decode, named_file
-from taskkd.tasks import Task
+from taskkd.portable import Portable
+from taskkd.tasks import Task, groups_of
 from taskkd.teachers import Teacher
 
 __all__ = ["TASK", "DetectionTask"]
@@ -69,9 +71,10 @@ class DetectionTask(Task):
         classes = models.class_names(student) or None
         return DetectionDataset(read(path, classes=classes, bad=recipe.data.bad), ignored=True)
 
-    def latency_batches(self, data: DetectionData, count: int) -> list[dict[str, Any]]:
-        """Real test images, one by one, as the models' keyword arguments."""
-        return [{"images": [data.test[i]["images"]]} for i in range(min(count, 16, len(data.test)))]
+    def latency_batches(self, data: DetectionData, count: int, size: int = 1) -> list[dict[str, Any]]:
+        """Real test images in batches of `size`, as the models' keyword arguments."""
+        images = [data.test[i]["images"] for i in range(min(count, 16, len(data.test)))]
+        return [{"images": group} for group in groups_of(images, size)]
 
     # ---- models
 
@@ -103,6 +106,16 @@ class DetectionTask(Task):
         own = recipe.teacher
         supplier: Teacher = DetectorTeacher(teacher, student, size=own.size, dtype=own.dtype)
         return supplier
+
+    def portable(self, recipe: DetectionRecipe | None, student: nn.Module, processing: Any) -> Portable:
+        """A trained student as it leaves a run."""
+        return portable(student)
+
+    def named(self, name: str) -> tuple[nn.Module, Any]:
+        """A model by what a recipe calls it, for a look at it: what is built has random weights."""
+        own = {key: value for key, value in _named(name, {}).items() if key != "weights"}
+        config = DetectorConfig.of(own)
+        return (models.existing(config) if config.model else models.build(config, 2)).eval(), None
 
     def pair(self, data: DetectionData, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
         """What is to be known of a pair of detectors before they are distilled."""

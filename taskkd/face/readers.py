@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from array import array
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -39,19 +41,18 @@ def read_folder(root: str | Path, *, size: int | None = None, bad: Bad = "error"
     for stray in _images(folder, deep=False):
         problems.left_out("images", f"{stray}: the image is in no identity's folder; {folder} holds one for each")
     people = sorted(f for f in folder.iterdir() if f.is_dir() and f.name[0] != ".")
-    found = [(person, _images(person)) for person in people]
-    sources: list[Source] = []
-    labels: list[int] = []
-    named = [(person.name, images) for person, images in found if images]
-    for label, (_, images) in enumerate(named):
-        sources += map(in_file, images)
-        labels += [label] * len(images)
-    if not sources:
+    sources, counts, names = _Files(), [], []
+    for person in people:
+        if images := _images(person):
+            sources.extend(images)
+            counts.append(len(images))
+            names.append(person.name)
+    if not counts:
         raise DataError(
             f"{folder}: there are no images ({', '.join(IMAGES)}) in folders, of which one for each identity is "
             "expected."
         )
-    return checked(Faces(sources, np.asarray(labels), [name for name, _ in named], size), problems)
+    return checked(Faces(sources, np.repeat(np.arange(len(counts)), counts), names, size), problems)
 
 
 def read_images(folders: str | Path | Sequence[str | Path], *, size: int | None = None, bad: Bad = "error") -> Faces:
@@ -66,7 +67,9 @@ def read_images(folders: str | Path | Sequence[str | Path], *, size: int | None 
         DataError: a folder is missing or empty, or as `bad` says.
     """
     names = [folders] if isinstance(folders, str | Path) else list(folders)
-    sources = [in_file(file) for name in names for file in _images(existing_folder(name))]
+    sources = _Files()
+    for name in names:
+        sources.extend(_images(existing_folder(name)))
     return checked(_unlabelled(sources, size), Problems(" and ".join(map(str, names)), bad))
 
 
@@ -148,7 +151,37 @@ def orl(size: int | None = 112) -> Faces:
 # ---- files
 
 
-def _unlabelled(sources: list[Source], size: int | None) -> Faces:
+class _Files(Sequence[Source]):
+    """Image files, made into sources when they are asked for: millions of names stand in one string of bytes.
+
+    A name takes what it takes on disk and 8 bytes; as objects a file would take 500.
+    """
+
+    def __init__(self) -> None:
+        self._names, self._ends = bytearray(), array("Q")
+
+    def extend(self, files: Iterable[Path]) -> None:
+        """Add files at the end."""
+        for file in files:
+            self._names += os.fsencode(file)
+            self._ends.append(len(self._names))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, number: int) -> Source: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Source]: ...
+    def __getitem__(self, number: int | slice) -> Source | Sequence[Source]:
+        places = range(len(self))[number]
+        if isinstance(places, range):
+            return [self[place] for place in places]
+        start = self._ends[places - 1] if places else 0
+        return in_file(Path(os.fsdecode(bytes(self._names[start : self._ends[places]]))))
+
+
+def _unlabelled(sources: Sequence[Source], size: int | None) -> Faces:
     return Faces(sources, np.full(len(sources), -1), [], size)
 
 

@@ -23,13 +23,15 @@ from taskkd.face.metrics import VerificationMetric
 from taskkd.face.model import FaceModel
 from taskkd.face.pairs import Pairs, make_pairs, read_pairs
 from taskkd.face.partial_fc import PartialFC
+from taskkd.face.portable import portable
 from taskkd.face.readers import read_folder
 from taskkd.face.records import Faces, squared
 from taskkd.face.schema import FaceRecipe
 from taskkd.images import decode, named_file
+from taskkd.portable import Portable
 from taskkd.session import training_arguments
 from taskkd.stages import Method
-from taskkd.tasks import Task
+from taskkd.tasks import Task, groups_of
 
 __all__ = ["TASK", "FaceTask", "embedded"]
 
@@ -86,9 +88,10 @@ class FaceTask(Task):
         """Whether a student can be trained without a teacher."""
         return len(data.identities) > 1
 
-    def latency_batches(self, data: FaceData, count: int) -> list[dict[str, Any]]:
-        """Real test images, one by one, as the models' keyword arguments."""
-        return [{"images": data.test[2 * i]["images"][None]} for i in range(min(count, len(data.test) // 2))]
+    def latency_batches(self, data: FaceData, count: int, size: int = 1) -> list[dict[str, Any]]:
+        """Real test images in batches of `size`, as the models' keyword arguments."""
+        images = [data.test[2 * i]["images"] for i in range(min(count, len(data.test) // 2))]
+        return [{"images": torch.stack(group)} for group in groups_of(images, size)]
 
     # ---- models
 
@@ -165,6 +168,14 @@ class FaceTask(Task):
     def trained(self, folder: Path) -> tuple[nn.Module, Any]:
         """A trained student, from the folder it was saved in."""
         return models.load(folder).eval(), None
+
+    def portable(self, recipe: FaceRecipe | None, student: nn.Module, processing: Any) -> Portable:
+        """A trained student as it leaves a run."""
+        return portable(student)
+
+    def named(self, name: str) -> tuple[nn.Module, Any]:
+        """A model by what a recipe calls it, for a look at it: what is built has random weights."""
+        return models.build(_named(name, {})).eval(), None
 
     def pair(self, data: FaceData, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
         """What is to be known of a pair of models before they are distilled."""

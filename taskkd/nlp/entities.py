@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from taskkd.errors import DataError
+from taskkd.nlp.metrics import precision_recall
 
 __all__ = ["Tags", "column_sentences", "entities", "has_entities"]
 
@@ -85,12 +86,15 @@ class Tags:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
         self.entities = has_entities(names)
+        self.types = sorted({name[2:] for name in names if name != "O"}) if self.entities else []
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
         #: entities that are right, predicted, true; tags that are right, all tags
         self.counts = torch.zeros(5, dtype=torch.int64)
+        #: (types, 3): of each type of entity those that are right, predicted, true
+        self.of_types = torch.zeros(len(self.types), 3, dtype=torch.int64)
 
     def update(self, output: Any, batch: Mapping[str, Any]) -> None:
         """Count one batch: `output.logits` (batch, tokens, tags) against `batch["labels"]` (batch, tokens)."""
@@ -102,15 +106,18 @@ class Tags:
             for guess, label, kept in zip(guesses, labels, known, strict=True):
                 found, true = (set(entities([self.names[i] for i in x[kept].tolist()])) for x in (guess, label))
                 counts = [c + n for c, n in zip(counts, (len(found & true), len(found), len(true), 0, 0), strict=True)]
+                for column, those in enumerate((found & true, found, true)):
+                    for kind, _, _ in those:
+                        self.of_types[self.types.index(kind), column] += 1
         self.counts += torch.tensor(counts)
 
-    def state(self) -> Tensor:
-        """The five counts."""
-        return self.counts
+    def state(self) -> tuple[Tensor, Tensor]:
+        """The five counts, and those of each type of entity."""
+        return self.counts, self.of_types
 
-    def merge(self, states: Sequence[Tensor]) -> None:
+    def merge(self, states: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Take the sum of all processes' counts."""
-        self.counts = torch.stack(list(states)).sum(0)
+        self.counts, self.of_types = (torch.stack(list(part)).sum(0) for part in zip(*states, strict=True))
 
     def compute(self) -> dict[str, float]:
         """`accuracy` of tags, and `f1`, `precision`, `recall` of entities; in [0, 1], 0 where undefined."""
@@ -120,3 +127,10 @@ class Tags:
             return accuracy
         f1 = 2 * right / max(predicted + true, 1)
         return {**accuracy, "f1": f1, "precision": right / max(predicted, 1), "recall": right / max(true, 1)}
+
+    def by_class(self) -> dict[str, dict[str, float]]:
+        """`precision`, `recall` and `f1` of each type of entity, and the number of true `entities`."""
+        return {
+            kind: precision_recall(right, predicted, true) | {"entities": true}
+            for kind, (right, predicted, true) in zip(self.types, self.of_types.tolist(), strict=True)
+        }

@@ -12,7 +12,10 @@ from torch.nn import functional as F
 
 from taskkd.errors import RecipeError, nearest
 
-__all__ = ["Classification", "MaskedTokens", "NextTokens", "Regression", "best_constant", "chosen", "spearman"]
+__all__ = [
+    "Classification", "MaskedTokens", "NextTokens", "Regression", "best_constant", "chosen", "precision_recall",
+    "spearman",
+]  # fmt: skip
 
 #: metrics that models cannot be selected by, as less is better
 LESS_IS_BETTER = ("perplexity", "rmse")
@@ -57,10 +60,12 @@ class Classification:
 
     Args:
         labels: number of classes.
+        names: of the classes, for `by_class`; default: their numbers.
     """
 
-    def __init__(self, labels: int) -> None:
+    def __init__(self, labels: int, names: Sequence[str] | None = None) -> None:
         self.labels = labels
+        self.names = [str(i) for i in range(labels)] if names is None else list(names)
         self.reset()
 
     def reset(self) -> None:
@@ -100,6 +105,23 @@ class Classification:
             **({"binary_f1": f1[1].item()} if self.labels == 2 else {}),
             "mcc": covariance / spread if spread else 0.0,
         }
+
+    def by_class(self) -> dict[str, dict[str, float]]:
+        """`precision`, `recall` and `f1` of each class, and the number of its `samples`; 0 where undefined."""
+        right, true, predicted = (t.tolist() for t in (self.matrix.diagonal(), self.matrix.sum(1), self.matrix.sum(0)))
+        return {
+            name: precision_recall(right[i], predicted[i], true[i]) | {"samples": true[i]}
+            for i, name in enumerate(self.names)
+        }
+
+
+def precision_recall(right: int, predicted: int, true: int) -> dict[str, float]:
+    """`precision`, `recall` and `f1` from counts; 0 where undefined."""
+    return {
+        "precision": right / max(predicted, 1),
+        "recall": right / max(true, 1),
+        "f1": 2 * right / max(predicted + true, 1),
+    }
 
 
 class Regression:

@@ -19,10 +19,12 @@ from taskkd.nlp.kinds.sentences import texts_row
 from taskkd.nlp.kinds.sequences import CLASSIFICATION
 from taskkd.nlp.methods import METHODS
 from taskkd.nlp.pairs import describe_pair
+from taskkd.nlp.portable import portable
 from taskkd.nlp.schema import Data, NlpRecipe
 from taskkd.nlp.sentence import SentenceEncoder, load_sentence_encoder
 from taskkd.nlp.splits import read_splits
-from taskkd.tasks import Task, digests
+from taskkd.portable import Portable
+from taskkd.tasks import Task, digests, groups_of
 from taskkd.terms import Term
 
 __all__ = ["TASK", "NlpTask"]
@@ -133,11 +135,20 @@ class NlpTask(Task):
             table = beside(table, kind.with_teacher(other, teacher, reads))
         return table
 
-    def latency_batches(self, data: NlpData, count: int) -> list[dict[str, Any]]:
-        """Real test samples, one by one, as the models' keyword arguments."""
+    def examples(self, data: NlpData, networks: Mapping[str, nn.Module]) -> dict[str, Any] | None:
+        """Test texts on which the models (the teacher first) disagree; None for other kinds than classification."""
+        if data.kind is not CLASSIFICATION:
+            return None
+        from taskkd.nlp.disagreements import disagreements
+
+        return disagreements(data, networks)
+
+    def latency_batches(self, data: NlpData, count: int, size: int = 1) -> list[dict[str, Any]]:
+        """Real test samples in batches of `size`, as the models' keyword arguments."""
         rows = [data.test[i] for i in range(min(count, len(data.test)))]
         keep = {n for name in data.tokenizer.model_input_names for n in (name, f"teacher_{name}")}
-        return [dict(data.collator([{k: v for k, v in row.items() if k in keep}])) for row in rows]
+        kept = [{k: v for k, v in row.items() if k in keep} for row in rows]
+        return [dict(data.collator(group)) for group in groups_of(kept, size)]
 
     def has_labels(self, data: NlpData) -> bool:
         """Whether a student can be trained without a teacher."""
@@ -184,6 +195,15 @@ class NlpTask(Task):
         """What tells that the teacher's files are the ones a run was started with; "" for a hub name."""
         folder = Path(models.resolve(recipe.teacher.model))
         return " ".join(digests([folder] if folder.is_dir() else []))
+
+    def portable(self, recipe: NlpRecipe | None, student: nn.Module, processing: Any) -> Portable:
+        """A trained student as it leaves a run."""
+        length = None if recipe is None else encoding_of(recipe.data, processing).max_length
+        return portable(student, processing, length)
+
+    def named(self, name: str) -> tuple[nn.Module, Any]:
+        """A model and its tokenizer by what a recipe calls it, for a look at it."""
+        return models.load_model(name).eval(), models.load_tokenizer(name)
 
     def pair(self, data: NlpData, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
         """What is to be known of a pair of models before they are distilled."""

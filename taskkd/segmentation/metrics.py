@@ -109,6 +109,13 @@ class SegmentationMetric:
             results |= {f"IoU/{name}": value for name, value, occurs in named if occurs}
         return results
 
+    def by_class(self) -> dict[str, dict[str, float]]:
+        """`IoU`, and the share of right pixels `accuracy`, of each class that occurs in labels or predictions."""
+        counts = self.matrix.double().cpu()
+        right, labelled, union = counts.diagonal(), counts.sum(1), counts.sum(0) + counts.sum(1) - counts.diagonal()
+        iou, accuracy = (right / union.clamp(min=1)).tolist(), (right / labelled.clamp(min=1)).tolist()
+        return {name: {"IoU": iou[k], "accuracy": accuracy[k]} for k, name in enumerate(self.classes) if union[k] > 0}
+
 
 def confusion(prediction: Tensor, labels: Tensor, classes: Sequence[str] | int) -> Tensor:
     """The confusion matrix of some pixels.

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from taskkd.errors import DataError, RecipeError, nearest
 from taskkd.images import decode, named_file
+from taskkd.portable import Portable
 from taskkd.segmentation import models
-from taskkd.segmentation.config import SMP, TORCHVISION
+from taskkd.segmentation.config import SMP, TORCHVISION, SegmenterConfig
 from taskkd.segmentation.data import SegmentationData, load, read_part
 from taskkd.segmentation.datasets import SegmentationDataset, collate
 from taskkd.segmentation.loss import PixelCrossEntropy
@@ -23,11 +24,12 @@ from taskkd.segmentation.mapped import mapped
 from taskkd.segmentation.methods import METHODS
 from taskkd.segmentation.metrics import SegmentationMetric, predicted
 from taskkd.segmentation.nuclei import nuclei
+from taskkd.segmentation.portable import portable
 from taskkd.segmentation.records import Annotations, Bad
 from taskkd.segmentation.schema import Part, SegmentationRecipe, Source
 from taskkd.segmentation.segmenter import Segmenter
 from taskkd.segmentation.terms import MapTerm
-from taskkd.tasks import Task
+from taskkd.tasks import Task, groups_of
 from taskkd.terms import Term
 
 __all__ = ["TASK", "SegmentationTask", "read_path"]
@@ -105,9 +107,10 @@ class SegmentationTask(Task):
             )
         return SegmentationDataset(found)
 
-    def latency_batches(self, data: SegmentationData, count: int) -> list[dict[str, Any]]:
-        """Real test images, one by one, as the models' keyword arguments."""
-        return [{"images": data.test[i]["images"][None]} for i in range(min(count, 16, len(data.test)))]
+    def latency_batches(self, data: SegmentationData, count: int, size: int = 1) -> list[dict[str, Any]]:
+        """Real test images in batches of `size`, as the models' keyword arguments; cut to the smallest of a batch."""
+        images = [data.test[i]["images"] for i in range(min(count, 16, len(data.test)))]
+        return [{"images": _stacked(group)} for group in groups_of(images, size)]
 
     # ---- models
 
@@ -150,6 +153,16 @@ class SegmentationTask(Task):
     def trained(self, folder: Path) -> tuple[nn.Module, Any]:
         """A trained student, from the folder it was saved in."""
         return models.load(folder).eval(), None
+
+    def portable(self, recipe: SegmentationRecipe | None, student: nn.Module, processing: Any) -> Portable:
+        """A trained student as it leaves a run."""
+        return portable(student)
+
+    def named(self, name: str) -> tuple[nn.Module, Any]:
+        """A model by what a recipe calls it, for a look at it: what is built has random weights."""
+        own = {key: value for key, value in _named(name, {}).items() if key != "weights"}
+        config = SegmenterConfig.of(own)
+        return (models.existing(config) if config.model else models.build(config, 2)).eval(), None
 
     def pair(self, data: SegmentationData, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
         """What is to be known of a pair of networks before they are distilled.
@@ -228,6 +241,12 @@ class SegmentationTask(Task):
         from taskkd.segmentation.pictures import draw
 
         draw(data.test, networks, data.classes, path)
+
+
+def _stacked(images: Sequence[Tensor]) -> Tensor:
+    """Images as one batch, each cut to the smallest height and width."""
+    height, width = (min(image.shape[side] for image in images) for side in (1, 2))
+    return torch.stack([image[:, :height, :width] for image in images])
 
 
 def _write(mask: Tensor, path: Path) -> Path:

@@ -16,8 +16,9 @@ from taskkd.detection.transforms import build
 from tests.detection import coco_folder
 from tests.detection.detectors import faster_rcnn, retinanet
 from tests.engine import arguments, weights
+from tests.segmentation.ranks_job import frozen
 
-RANK = int(os.environ.get("RANK", "0"))
+RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def train(folder: Path, method: str, student: nn.Module, teacher: nn.Module, **options: Any) -> dict[str, Any]:
@@ -30,12 +31,18 @@ def train(folder: Path, method: str, student: nn.Module, teacher: nn.Module, **o
         teacher=DetectorTeacher(teacher, student),
         method=METHODS[method](student, teacher, **options),
         args=arguments(
-            folder / method, per_device_train_batch_size=2, optim="sgd", learning_rate=0.01, ddp_timeout=60,
+            folder / method, per_device_train_batch_size=4 // RANKS, optim="sgd", learning_rate=0.01, ddp_timeout=60,
             train_sampling_strategy="sequential",
         ),
         train_dataset=data,
         data_collator=collate,
     )  # fmt: skip
+    if method == "channel_wise":  # torchvision draws a size for each image: new weights depend on the batch
+        trainer.prepare()
+        torch.manual_seed(RANK)
+        with torch.no_grad():
+            for parameter in trainer.distiller.terms.parameters():
+                parameter.normal_(std=0.1)
     trainer.train()
     state, names = weights(trainer.distiller), {n for n, _ in trainer.distiller.named_parameters()}
     return {
@@ -50,10 +57,16 @@ def everything(folder: Path) -> None:
     arguments(folder, ddp_timeout=60)._setup_devices  # noqa: B018  (joins the process group)
     if RANK == 0:
         coco_folder.write(folder / "coco")
-    torch.distributed.barrier()
+    if RANKS > 1:
+        torch.distributed.barrier()
     start = retinanet(8, min_size=(48, 64)).state_dict()
-    found = {}
+    student = retinanet(8, min_size=64)
+    student.load_state_dict(start)
+    frozen(student)
+    found = {"channel_wise": train(folder, "channel_wise", student, retinanet(16, min_size=64, seed=1))}
     for method, teacher in (("pearson_kd", retinanet(16, seed=1)), ("gdetkd", faster_rcnn(16, seed=1))):
+        if RANKS == 1:  # random sizes, and what is normalised over a batch
+            break
         student = retinanet(8, min_size=(48, 64))
         student.load_state_dict(start)
         found[method] = train(folder, method, student, teacher)
@@ -63,4 +76,5 @@ def everything(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     everything(Path(sys.argv[1]))
-    torch.distributed.destroy_process_group()
+    if RANKS > 1:
+        torch.distributed.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,12 +10,24 @@ import torch
 
 from tests.detection import ranks_job
 from tests.detection.detectors import retinanet
-from tests.engine import distance, rank_results
+from tests.engine import distance, rank_results, run_job
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return rank_results(tmp_path_factory.mktemp("ranks"), 2, ranks_job.__file__)
+
+
+@pytest.mark.slow
+def test_terms_of_each_image_train_as_in_one_process(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    """RetinaNet divides by the positives of an image, and CWD by its channels: their means are those of the ranks."""
+    run_job(str(tmp_path), script=ranks_job.__file__, timeout=240)
+    one = torch.load(tmp_path / "0.pt", weights_only=True)["channel_wise"]["parameters"]
+    first, second = (rank["channel_wise"]["parameters"] for rank in ranks)
+    assert distance(first, second) == 0.0
+    assert distance(first, one) <= 1e-6
+    start = dict(retinanet(8).named_parameters())
+    assert max((v - start[n[8:]]).abs().max().item() for n, v in one.items() if n.startswith("student.")) > 1e-3
 
 
 @pytest.mark.slow

@@ -28,6 +28,11 @@ MEANS: dict[str, dict[str, Any]] = {
     "channel_wise": {},
     "structured": {"holistic_weight": 0.0},
 }
+#: relations of the pixels of all images, on those of both ranks
+GATHERED: dict[str, dict[str, Any]] = {
+    "dist": {"gather": True},
+    "cirkd": {"gather": True, "pixel": 0.0, "region": 0.0},
+}
 #: whose judge and memory are of all ranks
 SHARED: dict[str, dict[str, Any]] = {"structured": {"width": 4}, "cirkd": {"pixels": 24, "regions": 6}}
 
@@ -90,7 +95,7 @@ def everything(folder: Path) -> None:
         trees.folder(folder / "data", 12, side=32)
     if RANKS > 1:
         torch.distributed.barrier()
-    found = {"means": train(folder, MEANS)}
+    found = {"means": train(folder, MEANS), "gathered": train(folder, GATHERED)}
     if RANKS > 1:
         found["shared"] = train(folder, SHARED, free=True)
     torch.save(found, folder / f"{RANK}.pt")

@@ -20,10 +20,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (found,) = rank_results(tmp_path_factory.mktemp("ranks"), 1, ranks_job.__file__)
-    return found["means"]
+    return found
 
 
-@pytest.mark.parametrize("kind", ["means", "shared"])
+@pytest.mark.parametrize("kind", ["means", "gathered", "shared"])
 def test_students_and_memories_of_two_ranks_are_equal(ranks: list[dict[str, Any]], kind: str) -> None:
     first, second = (rank[kind] for rank in ranks)
     assert first["step"] == second["step"] == 3
@@ -36,10 +36,11 @@ def test_students_and_memories_of_two_ranks_are_equal(ranks: list[dict[str, Any]
     assert any("queue" in n for n in states[0]) == (kind == "shared")
 
 
+@pytest.mark.parametrize("kind", ["means", "gathered"])
 def test_training_is_that_of_one_process_with_the_images_of_both(
-    ranks: list[dict[str, Any]], single: dict[str, Any]
+    ranks: list[dict[str, Any]], single: dict[str, Any], kind: str
 ) -> None:
-    found = ranks[0]["means"]["parameters"]
+    found, single = ranks[0][kind]["parameters"], single[kind]
     assert single["step"] == 3
     start = ranks_job.frozen(toy.network(2, seed=0)).state_dict()
     moved = {
@@ -52,4 +53,4 @@ def test_training_is_that_of_one_process_with_the_images_of_both(
 def test_all_ranks_measure_what_one_process_measures(ranks: list[dict[str, Any]], single: dict[str, Any]) -> None:
     first, second = (rank["means"]["measured"] for rank in ranks)
     assert {"eval_mIoU", "eval_pixel_accuracy", "eval_IoU/ground"} <= first.keys()
-    assert first == second == single["measured"]
+    assert first == second == single["means"]["measured"]

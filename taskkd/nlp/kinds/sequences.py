@@ -115,7 +115,7 @@ class SequenceKind:
 
     def metric(self, names: Sequence[str], tables: Sequence[Table]) -> Classification | Regression:
         """Accuracy and others, or correlations."""
-        return Regression() if self.regression else Classification(len(names))
+        return Regression() if self.regression else Classification(len(names), names)
 
     def main_metric(self, names: Sequence[str]) -> str:
         """Accuracy or Pearson's correlation."""

@@ -32,6 +32,7 @@ def lrc_bert(
     contrast_share: Annotated[float, Interval(gt=0, lt=1)] = 0.8,
     perturbation: Literal["l2", "none", "off"] = "l2",
     perturbation_size: Annotated[float, Gt(0)] = 1.0,
+    gather: bool = False,
 ) -> Method:
     """Contrast of hidden states alone, then `alpha * contrast + beta * soft targets + gamma * task loss`, perturbed.
 
@@ -50,6 +51,7 @@ def lrc_bert(
         contrast_share: of the epochs, for the first stage; its last student is handed on.
         perturbation: of the second stage: each sample's gradient brought to length 1 ("l2"), as it is ("none"), "off".
         perturbation_size: its factor.
+        gather: on several ranks contrast with the samples of all of them; False: of each rank its own.
 
     Raises:
         RecipeError: layers or labels do not fit.
@@ -71,6 +73,7 @@ def lrc_bert(
                 f"{own[i + 1]}[:, 0]",
                 f"{others[j + 1]}[:, 0]",
                 adapter=adapter,
+                gather=gather,
                 weight=weight,
             )
             for (i, j), adapter in zip(pairs, adapters, strict=True)

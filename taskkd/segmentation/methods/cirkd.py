@@ -37,6 +37,7 @@ def cirkd(
     channel_mse: Annotated[float, Ge(0)] = 0.0,
     compat: Literal["official"] | None = None,
     ignore: Ignore = "padding",
+    gather: bool = False,
 ) -> Method:
     """Similarities between pixels across images: of the batch, and to a memory of pixels and regions; soft targets.
 
@@ -64,6 +65,8 @@ def cirkd(
         channel, channel_memory, channel_mse: weights of the second version, see `ChannelMemory`.
         compat: "official": the released memory with its defects.
         ignore: pixels that do not count; the authors count all ("none"). The memories look at labelled pixels alone.
+        gather: on several ranks `minibatch` is of the pixels of all of them, whose maps must be of one size; False: of
+            each rank its own. The memories are of all ranks either way.
     """
     taps = feature_of(student, "student"), feature_of(teacher, "teacher")
     temperatures: dict[str, Any] = {"temperature": temperature, "kd_temperature": kd_temperature}
@@ -76,6 +79,7 @@ def cirkd(
                 *taps,
                 align="smaller",
                 ignore=ignore,
+                gather=gather,
                 weight=minibatch,
                 temperature=temperature,
                 pool=pool,

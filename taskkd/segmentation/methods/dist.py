@@ -27,6 +27,7 @@ def dist(
     over: Literal["all", "batch"] = "all",
     align: Align = "teacher",
     ignore: Ignore = "padding",
+    gather: bool = False,
     task_weight: Annotated[float, Ge(0)] = 1.0,
 ) -> Method:
     """Pearson's correlations of both networks' predictions: over the classes of each pixel, over all pixels of a class.
@@ -46,6 +47,8 @@ def dist(
         aux_weight: of the term on auxiliary logits, where both networks have them (`views.aux`) at the same time.
         over: see `losses.dist`.
         align, ignore: see `MapTerm`. The authors' code has no mask: `ignore="none"`.
+        gather: on several ranks correlate over the pixels of all of them, whose maps must be of one size; False: of
+            each rank its own.
         task_weight: of the labels.
 
     Raises:
@@ -60,6 +63,7 @@ def dist(
             weight=term_weight,
             align=align,
             ignore=ignore,
+            gather=gather,
             inter=inter,
             intra=intra,
             temperature=temperature,

@@ -1,0 +1,239 @@
+"""Exports: a run's student alone, in a folder that is checked against the live model before it is there."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from taskkd import cards, recipes, runs
+from taskkd.checkpoints import seal, staged
+from taskkd.errors import CheckpointError, DataError, RecipeError, TaskkdError, nearest
+from taskkd.portable import Portable, Sample, outputs_of, run_onnx, write_onnx
+
+__all__ = ["TOLERANCE", "Exported", "Format", "export"]
+
+Format = Literal["safetensors", "hf", "onnx"]
+#: of the largest magnitude of an output, or of 1 where that is smaller: a student of another format may differ so much
+TOLERANCE = 1e-4
+#: real inputs that it is checked on
+SAMPLES = 8
+ONNX = "model.onnx"
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Exported:
+    """What an export gives.
+
+    Args:
+        folder: where it is.
+        format: of it.
+        differences: of each output, the largest absolute difference to the live model.
+        magnitudes: of each output, the largest value of the live model.
+        inputs: what it was compared on: "8 samples of the test set", or "3 synthetic inputs" and why.
+        exporter: ONNX: which of torch's exporters wrote the graph, and which sizes are free.
+    """
+
+    folder: Path
+    format: Format
+    differences: dict[str, float] = field(default_factory=dict)
+    magnitudes: dict[str, float] = field(default_factory=dict)
+    inputs: str = ""
+    exporter: str = ""
+
+    @property
+    def difference(self) -> float:
+        """The largest of all."""
+        return max(self.differences.values(), default=0.0)
+
+
+def export(
+    run: str | Path,
+    format: Format = "safetensors",  # noqa: A002
+    output: str | Path | None = None,
+    *,
+    license: str | None = None,  # noqa: A002
+    overwrite: bool = False,
+    tolerance: float = TOLERANCE,
+) -> Exported:
+    """Write a finished run's student alone into a folder, after it gave the same there as the live model.
+
+    Args:
+        run: the run's folder.
+        format: "safetensors": weights and what says how to build them, for taskkd (and transformers); "hf": a folder
+            for the Hub, which loads without taskkd; "onnx": a graph.
+        output: the folder. Default: `<run>/export/<format>`.
+        license: of the student, as the Hub names it ("apache-2.0"), for the card. Default: to be filled in.
+        overwrite: replace `output` if it is there.
+        tolerance: the largest difference allowed, as a share of the largest magnitude of an output (of 1 where that is
+            smaller).
+
+    Raises:
+        RecipeError: it is no finished run, or no such format.
+        DataError: `output` is there already, or cannot be written.
+        CheckpointError: what was written does not give what the live model gives.
+        TaskkdError: onnx is not installed, or the network cannot be had without taskkd.
+    """
+    folder = Path(run)
+    if format not in get_args(Format):
+        known = ", ".join(get_args(Format))
+        raise RecipeError(f"no format {format!r}{nearest(str(format), get_args(Format))}; known: {known}.")
+    recipe, task, student, processing = runs.trained(folder)
+    final = Path(output) if output is not None else folder / "export" / format
+    _check_output(final, folder, overwrite)
+    own = task.portable(recipe, student.eval(), processing)
+    samples, shown = _samples(recipe, task, folder, own)
+    exported = Exported(final, format, inputs=shown)
+    try:
+        with staged(final) as staging:
+            try:
+                _write(own, task, samples, staging, exported, tolerance)
+                report = _report(folder)
+                text = cards.card(
+                    recipe, own, exported, report, license=license, paper=_paper(recipe, task),
+                    recipe_text=recipes.dump_recipe(recipe),
+                )  # fmt: skip
+                (staging / "README.md").write_text(text, encoding="utf-8")
+                preprocessing = json.dumps(own.preprocessing, indent=1) + "\n"
+                (staging / "preprocessing.json").write_text(preprocessing, encoding="utf-8")
+                seal(staging)
+            except BaseException:
+                shutil.rmtree(staging, ignore_errors=True)
+                raise
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC):
+            raise
+        raise DataError(f"{final} cannot be written: {error.strerror}.") from None
+    return exported
+
+
+def _check_output(final: Path, folder: Path, overwrite: bool) -> None:
+    """Raises:
+    DataError: the folder is there, or is one that an export must not replace.
+    """
+    if final.resolve() in (folder.resolve(), (folder / "student").resolve(), *folder.resolve().parents):
+        raise DataError(f"{final} holds the run itself; give another folder (--output).")
+    if final.exists() and (not overwrite or not final.is_dir()):
+        hint = "give another folder (--output), or --overwrite" if final.is_dir() else "it is a file; give a folder"
+        raise DataError(f"{final} exists; {hint}.")
+
+
+def _samples(recipe: Any, task: Any, folder: Path, own: Portable) -> tuple[list[Sample], str]:
+    """Inputs to compare on: of the run's test set, or synthetic ones, and what they are."""
+    try:
+        if "given:" in (folder / "recipe.yaml").read_text(encoding="utf-8"):
+            raise DataError("the run was given its data in memory")
+        found = list(task.latency_batches(task.load(recipe, folder), SAMPLES))[:SAMPLES]
+        if found:
+            return found, f"{len(found)} samples of the run's test set"
+        why = "the test set is empty"
+    except (TaskkdError, OSError) as error:
+        why = str(error).rstrip(".")
+    logger.warning("the run's test set cannot be read (%s): the export is checked on synthetic inputs.", why)
+    made = own.synthetic()
+    return made, f"{len(made)} synthetic inputs, since the run's test set could not be read"
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{folder}/report.json, which a finished run has, cannot be read: {error}") from None
+    return found
+
+
+def _paper(recipe: Any, task: Any) -> str:
+    return "" if recipe.method is None else cards.paper_of(task.methods[recipe.method.name])
+
+
+# ---- writing and comparing
+
+
+def _write(
+    own: Portable, task: Any, samples: Sequence[Sample], folder: Path, exported: Exported, tolerance: float
+) -> None:
+    """Write the model and compare it; what was found is put into `exported`."""
+    inputs = [own.signature.arrange(sample) for sample in samples]
+    live = [outputs_of(own.student, own.signature, given) for given in inputs]
+    _check_live(own, live)
+    check = functools.partial(_compare, own, exported, tolerance)
+    if exported.format == "onnx":
+
+        def by_runtime(path: Path, fixed: bool) -> None:
+            same = [i for i, given in enumerate(inputs) if not fixed or _shapes(given) == _shapes(inputs[0])]
+            names = own.signature.inputs
+            other = [run_onnx(path, dict(zip(names, inputs[i], strict=True))) for i in same]
+            check([live[i] for i in same], other)
+            if len(same) < len(inputs):
+                exported.inputs = f"{len(same)} of {exported.inputs}, those of the graph's size"
+
+        dynamo, axes = write_onnx(own.student, own.signature, inputs[0], folder / ONNX, by_runtime)
+        free = sorted({name for n in own.signature.inputs for name in axes.get(n, {}).values()})
+        sizes = f"free: {', '.join(free)}" if free else f"fixed sizes {_shapes(inputs[0])}"
+        exported.exporter = f"torch.onnx.export(dynamo={dynamo}), {sizes}"
+        if own.processing is not None:
+            own.processing.save_pretrained(folder)
+        return
+    if exported.format == "hf":
+        own.save(folder)
+        other_model = own.reload(folder)
+    else:
+        own.save_own(folder)
+        other_model, _ = task.trained(folder)
+    check(live, [outputs_of(other_model.eval(), own.signature, given) for given in inputs])
+
+
+def _shapes(inputs: Sequence[Tensor]) -> str:
+    return ", ".join("x".join(map(str, value.shape)) for value in inputs)
+
+
+def _check_live(own: Portable, live: Sequence[Sequence[Tensor]]) -> None:
+    """Raises:
+    CheckpointError: the live student gives what is not finite.
+    """
+    for outputs in live:
+        for name, value in zip(own.signature.outputs, outputs, strict=True):
+            if not bool(torch.isfinite(value.double()).all()):
+                raise CheckpointError(
+                    f"the student itself gives values that are not finite ({name}): nothing to export."
+                )
+
+
+def _compare(
+    own: Portable,
+    exported: Exported,
+    tolerance: float,
+    live: Sequence[Sequence[Tensor]],
+    other: Sequence[Sequence[Tensor]],
+) -> None:
+    """Put the largest differences into `exported`.
+
+    Raises:
+        CheckpointError: one is above the tolerance.
+    """
+    names = own.signature.outputs
+    found, sizes = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    for a, b in zip(live, other, strict=True):
+        for name, value, difference in zip(names, a, own.signature.compare(a, b), strict=True):
+            found[name] = max(found[name], difference)
+            sizes[name] = max(sizes[name], float(value.abs().max()) if value.numel() else 0.0)
+    exported.differences, exported.magnitudes = found, sizes
+    for name in names:
+        allowed = tolerance * max(1.0, sizes[name])
+        if not found[name] <= allowed:
+            what = "another number of values" if math.isinf(found[name]) else f"{found[name]:.3g}"
+            raise CheckpointError(
+                f"the exported student does not give what the live one gives: {name} differs by {what}, at most "
+                f"{allowed:.3g} is allowed."
+            )
