@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -92,13 +94,12 @@ def test_every_page_is_in_the_table_of_contents() -> None:
 
 def test_every_public_name_is_in_the_api_reference() -> None:
     """Those of the packages that the reference has pages of; the strict build sees that they can be rendered."""
-    import importlib
-
     text = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
     for module in ("taskkd", "taskkd.losses", "taskkd.nlp", "taskkd.detection", "taskkd.segmentation", "taskkd.face"):
         package = importlib.import_module(module)
-        submodules = {"adapters", "gates", "layer_maps", "losses", "schedules", "targets"}
-        for name in set(package.__all__) - submodules - {"METHODS", "__version__"}:
+        for name in set(package.__all__) - {"METHODS", "__version__"}:
+            if inspect.ismodule(getattr(package, name)):
+                continue
             assert re.search(rf":: {re.escape(module)}\.{name}$", text, re.M), f"{module}.{name} has no entry"
     errors = importlib.import_module("taskkd.errors")
     assert all(f":: taskkd.errors.{name}\n" in text for name in errors.__all__)
