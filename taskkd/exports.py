@@ -15,10 +15,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from taskkd import cards, recipes, runs
+from taskkd import cards, inference, recipes
 from taskkd.checkpoints import seal, staged
 from taskkd.errors import CheckpointError, DataError, RecipeError, TaskkdError, nearest
+from taskkd.finished import read_run
 from taskkd.portable import Portable, Sample, outputs_of, run_onnx, write_onnx
+from taskkd.tasks import Task
 
 __all__ = ["TOLERANCE", "Exported", "Format", "export"]
 
@@ -88,7 +90,8 @@ def export(
     if format not in get_args(Format):
         known = ", ".join(get_args(Format))
         raise RecipeError(f"no format {format!r}{nearest(str(format), get_args(Format))}; known: {known}.")
-    recipe, task, student, processing = runs.trained(folder)
+    recipe, task, student, processing = inference.trained(folder)
+    report = read_run(folder).report
     final = Path(output) if output is not None else folder / "export" / format
     _check_output(final, folder, overwrite)
     own = task.portable(recipe, student.eval(), processing)
@@ -98,7 +101,7 @@ def export(
         try:
             _write(own, task, samples, staging, exported, tolerance)
             text = cards.card(
-                recipe, own, exported, _report(folder), license=license, paper=_paper(recipe, task),
+                recipe, own, exported, report, license=license, paper=_paper(recipe, task),
                 recipe_text=recipes.dump_recipe(recipe),
             )  # fmt: skip
             (staging / "README.md").write_text(text, encoding="utf-8")
@@ -122,12 +125,12 @@ def _check_output(final: Path, folder: Path, overwrite: bool) -> None:
         raise DataError(f"{final} exists; {hint}.")
 
 
-def _samples(recipe: Any, task: Any, folder: Path, own: Portable) -> tuple[list[Sample], str]:
+def _samples(recipe: Any, task: Task, folder: Path, own: Portable) -> tuple[Sequence[Sample], str]:
     """Inputs to compare on: of the run's test set, or synthetic ones, and what they are."""
     try:
-        if "given:" in (folder / "recipe.yaml").read_text(encoding="utf-8"):
+        if inference.has_given_data(folder):
             raise DataError("the run was given its data in memory")
-        found = list(task.latency_batches(task.load(recipe, folder), SAMPLES))[:SAMPLES]
+        found = task.latency_batches(task.load(recipe, folder), SAMPLES)[:SAMPLES]
         if found:
             return found, f"{len(found)} samples of the run's test set"
         why = "the test set is empty"
@@ -138,15 +141,7 @@ def _samples(recipe: Any, task: Any, folder: Path, own: Portable) -> tuple[list[
     return made, f"{len(made)} synthetic inputs, since the run's test set could not be read"
 
 
-def _report(folder: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{folder}/report.json, which a finished run has, cannot be read: {error}") from None
-    return found
-
-
-def _paper(recipe: Any, task: Any) -> str:
+def _paper(recipe: Any, task: Task) -> str:
     return "" if recipe.method is None else cards.paper_of(task.methods[recipe.method.name])
 
 
@@ -154,7 +149,7 @@ def _paper(recipe: Any, task: Any) -> str:
 
 
 def _write(
-    own: Portable, task: Any, samples: Sequence[Sample], folder: Path, exported: Exported, tolerance: float
+    own: Portable, task: Task, samples: Sequence[Sample], folder: Path, exported: Exported, tolerance: float
 ) -> None:
     """Write the model and compare it; what was found is put into `exported`."""
     inputs = [own.signature.arrange(sample) for sample in samples]

@@ -14,11 +14,13 @@ from torch import nn
 from taskkd import recipes
 from taskkd.distiller import Distiller
 from taskkd.errors import RecipeError, nearest
+from taskkd.inference import trained
 from taskkd.inspection import Seen, seen
 from taskkd.preparation import Preparation
 from taskkd.schema import Training
 from taskkd.session import Record, Session, of_items
 from taskkd.stages import Method, Stage
+from taskkd.tasks import Task
 
 __all__ = ["Plan", "build_method", "check", "look", "taps_of"]
 
@@ -75,9 +77,8 @@ def check(recipe: Any, *, evaluate: int = 200) -> Plan:
             "the teacher has no class centres yet: values and gradients of what reads them are those of zeros; the run "
             "works them out first."
         )
-    drop = getattr(task, "drop_last", False)
     whole = len(data.everything[0]) if getattr(data.everything, "whole_batches", False) else None
-    steps = duration(method, training, len(data.everything), drop_last=drop, batch=whole)
+    steps = duration(method, training, len(data.everything), drop_last=task.drop_last, batch=whole)
     plan.summary.append(("distillation", steps))
     return plan
 
@@ -106,7 +107,7 @@ def duration(
     return f"{', then '.join(stages)}; {steps} steps an epoch{most}, batch {batch or training.batch_size}"
 
 
-def build_method(recipe: Any, task: Any, data: Any, student: nn.Module, teacher: nn.Module) -> Method:
+def build_method(recipe: Any, task: Task, data: Any, student: nn.Module, teacher: nn.Module) -> Method:
     """The recipe's method for this pair, with the recipe's own terms in every stage of it."""
     method = _method(recipe, student, teacher)
     return replace(method, stages=[replace(s, terms=task.fit_terms(data, s.terms)) for s in method.stages])
@@ -117,13 +118,13 @@ def _method(recipe: Any, student: nn.Module, teacher: nn.Module) -> Method:
     if recipe.method is None:
         return Method("terms", [Stage("distil", own)] if own else [])
     make = recipes.task_named(recipe.task).methods[recipe.method.name]
-    method: Method = make(student, teacher, **recipes.method_options(recipe))
+    method = make(student, teacher, **recipes.method_options(recipe))
     if own and len(method.stages) > 1:
         raise RecipeError(f"`terms` go with a method of one stage; {recipe.method.name!r} has {len(method.stages)}.")
     return replace(method, stages=[replace(s, terms=[*s.terms, *own]) for s in method.stages])
 
 
-def look(recipe: Any, task: Any, data: Any, student: nn.Module, teacher: nn.Module) -> dict[str, Preparation]:
+def look(recipe: Any, task: Task, data: Any, student: nn.Module, teacher: nn.Module) -> dict[str, Preparation]:
     """What `prepare` says of every stage on one real batch; both models are left as they were.
 
     Raises:
@@ -177,8 +178,6 @@ def taps_of(
     """
     transformers.utils.logging.disable_progress_bar()
     if task is None and (Path(source) / "recipe.yaml").is_file():
-        from taskkd.runs import trained  # which imports this module
-
         recipe, known, student, processing = trained(Path(source))
         own = known.portable(recipe, student, processing)
         return {

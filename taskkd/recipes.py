@@ -24,6 +24,7 @@ from taskkd.errors import RecipeError, nearest
 
 if TYPE_CHECKING:
     from taskkd.runs import Result
+    from taskkd.tasks import Task
     from taskkd.terms import Match
 
 __all__ = ["distill", "dump_recipe", "load_recipe", "packaged_recipes", "parse_overrides", "task_named"]
@@ -152,7 +153,7 @@ def _settled(
 
 
 def _check_by_task(
-    table: Any, base: Mapping[str, Any], task: Any, title: str, lines: Mapping[tuple[Any, ...], int]
+    table: Any, base: Mapping[str, Any], task: Task, title: str, lines: Mapping[tuple[Any, ...], int]
 ) -> None:
     """See that every task is known, and that its changes make a valid recipe.
 
@@ -185,7 +186,7 @@ def _get_key(data: Any, key: str) -> Any:
     return data
 
 
-def task_named(name: Any, title: str = "recipe") -> Any:
+def task_named(name: Any, title: str = "recipe") -> Task:
     """The task object of a task package.
 
     Raises:
@@ -193,7 +194,8 @@ def task_named(name: Any, title: str = "recipe") -> Any:
     """
     if not isinstance(name, str) or name not in TASKS:
         raise RecipeError(f"{title}: task {name!r} is not known{nearest(str(name), TASKS)}; tasks: {', '.join(TASKS)}.")
-    return importlib.import_module(TASKS[name]).TASK
+    task: Task = importlib.import_module(TASKS[name]).TASK
+    return task
 
 
 def options_schema(method: Callable[..., Any]) -> type[BaseModel]:

@@ -1,5 +1,7 @@
 """Runs: what a recipe asks for, step by step, each finished step on record so that an interrupted run goes on.
 
+The steps are in `steps`, the folder of a run at work in `folders`, what is done with a trained student in `inference`.
+
 Folder of a run: `recipe.yaml` (resolved), `run.json` (finished steps and their results), `augmented/`,
 `teacher/`, `cache/`, `seed-<n>/alone-<lr>/`, `seed-<n>/distilled/stages/<i>-<name>/`, and at the end `student/`,
 `report.html`, `report.json`, `curves.png`.
@@ -7,36 +9,32 @@ Folder of a run: `recipe.yaml` (resolved), `run.json` (finished steps and their 
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import importlib.metadata
 import itertools
 import logging
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
-from taskkd import recipes
+from taskkd import recipes, steps
 from taskkd._version import __version__
 from taskkd.caches import Cached, human
-from taskkd.checkpoints import save_student, staged
+from taskkd.checkpoints import staged
 from taskkd.errors import RecipeError
-from taskkd.files import write_whole
-from taskkd.plans import build_method, look
-from taskkd.session import ADAPTERS, Record, Say, Session, locked, strip, training_arguments
-from taskkd.signals import Budget
-from taskkd.stages import Method, Stage
-from taskkd.teachers import Frozen, Teacher
-from taskkd.trainer import Trainer
+from taskkd.folders import opened
+from taskkd.inference import evaluate, predict, trained
+from taskkd.session import Say, Session
+from taskkd.tasks import Task
+from taskkd.teachers import Teacher
 
 __all__ = ["Result", "build_caches", "distill", "evaluate", "predict", "run_recipe", "trained"]
 
@@ -55,44 +53,6 @@ class Result:
 # ---- a recipe
 
 
-def _claim(folder: Path, text: str) -> None:
-    """Write the resolved recipe into a run's folder, or see that it is the one the run was started with.
-
-    A run that ended before anything was trained (a wrong name or path) may be started with another recipe.
-
-    Raises:
-        RecipeError: the folder holds a run of another recipe; the message has the first difference.
-    """
-    path = folder / "recipe.yaml"
-    if path.is_file():
-        old, new = _as_of_now(path).splitlines(), text.splitlines()
-        if old != new and not _begun(folder):
-            (folder / "run.json").unlink(missing_ok=True)
-        elif old != new:
-            pairs = [(a, b) for a, b in zip(old, new, strict=False) if a != b]
-            shown = f"{pairs[0][0].strip()!r} there, {pairs[0][1].strip()!r} now" if pairs else "keys were added"
-            raise RecipeError(
-                f"{folder} holds a run of another recipe ({shown}); give another folder (--output-dir), or "
-                "delete it (--restart)."
-            )
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        write_whole(path, text)
-
-
-def _as_of_now(path: Path) -> str:
-    """A run's recipe as this version writes it: keys that came since have their defaults."""
-    try:
-        return recipes.dump_recipe(recipes.load_recipe(path))
-    except RecipeError:  # of models and data that a caller held, or of a version that knew other keys
-        return path.read_text(encoding="utf-8")
-
-
-def _begun(folder: Path) -> bool:
-    """Whether anything in a run's folder would be lost."""
-    own = {"run.lock", "recipe.yaml", "recipe.yaml.tmp", "run.json", "run.json.tmp"}
-    return any(path.name not in own for path in folder.iterdir()) or bool(Record(folder).finished.keys() - {"inputs"})
-
-
 def run_recipe(
     recipe: Any,
     folder: Path,
@@ -100,7 +60,7 @@ def run_recipe(
     sweep: Mapping[str, Sequence[Any]] | None = None,
     say: Say = print,
     restart: bool = False,
-    task: Any = None,
+    task: Task | None = None,
 ) -> Result:
     """Run a recipe: teacher, student alone, distilled student, for every seed; then the report.
 
@@ -122,38 +82,18 @@ def run_recipe(
     from taskkd import pages, reports
 
     variants = _variants(recipe, sweep or {})
-    with _opened(recipe, folder, say, restart=restart, task=task) as session:
-        task = session.task
-        teacher = _ready_teacher(session, variants)
-        finished = session.record.finished
-        report: dict[str, Any] = {
-            "recipe": recipe.name,
-            "metric": session.metric,
-            "data": session.data.summary(),
-            "task": recipe.task,
-            "method": None if recipe.method is None else recipe.method.name,
-            "chance": task.chance(session.data),
-            "test_samples": getattr(session.data.test, "counted", len(session.data.test)),
-            "further_tests": list(session.data.further_tests),
-            "teacher": {
-                **finished["teacher"],
-                "test": finished["teacher/test"],
-                "by_class": session.by_class("teacher/test"),
-            },
-            "seeds": recipe.seeds,
-            "alone": {},
-            "alone_title": "student alone" if task.has_labels(session.data) else "undistilled",
-            "distilled": {},
-        }
+    with opened(recipe, folder, say, restart=restart, task=task) as session:
+        teacher = steps.ready_teacher(session, variants)
+        report = _report(session)
         for seed in recipe.seeds:
             if recipe.baseline is not None:
-                report["alone"][str(seed)] = _alone(session, teacher, seed)
-                _look_at_teacher(session, report["alone"][str(seed)]["validation"])
+                report["alone"][str(seed)] = steps.alone(session, teacher, seed)
+                steps.look_at_teacher(session, report["alone"][str(seed)]["validation"])
             for name, variant in variants.items():
                 if variant.method is not None or variant.terms:
-                    outcome = _distilled(replace(session, recipe=variant), teacher, seed, name)
+                    outcome = steps.distilled(replace(session, recipe=variant), teacher, seed, name)
                     report["distilled"].setdefault(name, {})[str(seed)] = outcome
-        student, source = _select(session, teacher, report)
+        student, source = steps.select(session, teacher, report)
         report["models"] = session.record.step("costs", lambda: _costs(session, teacher, student))
         with staged(folder / "student") as final:
             shutil.copytree(source, final, dirs_exist_ok=True)
@@ -164,35 +104,28 @@ def run_recipe(
         return Result(student, report, folder)
 
 
-@contextlib.contextmanager
-def _opened(recipe: Any, folder: Path, say: Say, *, restart: bool = False, task: Any = None) -> Iterator[Session]:
-    """The session of a run whose folder is this process's own, with its data; its time runs from here."""
-    if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise RecipeError(
-            f"a recipe is run by one process, and this is one of {ranks}: start it without torchrun, or train on "
-            "several with `kd.Trainer` in a script of your own (docs/clusters.md)."
-        )
-    transformers.utils.logging.disable_progress_bar()  # one bar a training is enough
-    task = task or recipes.task_named(recipe.task)
-    with Budget(recipe.training.wall_time) as budget, locked(folder):
-        if restart:
-            for path in folder.iterdir():
-                if path.name != "run.lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        _claim(folder, recipes.dump_recipe(recipe))
-        session = Session(recipe, task, task.load(recipe, folder), folder, Record(folder), say, budget)
-        say(f"data: {session.data.summary()}")
-        _same_inputs(session)
-        yield session
-
-
-def _ready_teacher(session: Session, variants: Mapping[str, Any]) -> nn.Module:
-    """The teacher; a wrong tap or shape is told before it is trained, not after."""
-    if "teacher" not in session.record.finished:
-        raw = session.task.teacher(session.recipe, session.data)
-        for variant in variants.values():
-            look(variant, session.task, session.data, session.student(raw, session.recipe.seeds[0]), raw)
-    return _teacher(session)
+def _report(session: Session) -> dict[str, Any]:
+    """What is known once there is a teacher, with room for the students."""
+    recipe, task, data, finished = session.recipe, session.task, session.data, session.record.finished
+    return {
+        "recipe": recipe.name,
+        "metric": session.metric,
+        "data": data.summary(),
+        "task": recipe.task,
+        "method": None if recipe.method is None else recipe.method.name,
+        "chance": task.chance(data),
+        "test_samples": getattr(data.test, "counted", len(data.test)),
+        "further_tests": list(data.further_tests),
+        "teacher": {
+            **finished["teacher"],
+            "test": finished["teacher/test"],
+            "by_class": session.by_class("teacher/test"),
+        },
+        "seeds": recipe.seeds,
+        "alone": {},
+        "alone_title": "student alone" if task.has_labels(data) else "undistilled",
+        "distilled": {},
+    }
 
 
 def build_caches(
@@ -218,15 +151,15 @@ def build_caches(
         RecipeError: no stage of the recipe's method can read a cache; the message says why.
     """
     variants = _variants(recipe, sweep or {})
-    with _opened(recipe, folder, say, restart=restart) as session:
-        teacher = _ready_teacher(session, variants)
+    with opened(recipe, folder, say, restart=restart) as session:
+        teacher = steps.ready_teacher(session, variants)
         reasons, built = [], {}
         for name, variant in variants.items():
             own = replace(session, recipe=variant)
             student = own.student(teacher, recipe.seeds[0])
-            method = _equipped(own, student, teacher)
+            method = steps.equipped(own, student, teacher)
             for stage in method.stages:
-                supplier = _supplier(own, student, teacher, stage, live="full_length" in method.needs)
+                supplier = steps.supplier(own, student, teacher, stage, live="full_length" in method.needs)
                 if not isinstance(supplier, Cached):
                     reasons.append(f"stage {stage.name!r} {_why_live(variant, supplier)}")
                 elif supplier.path not in built:
@@ -258,19 +191,16 @@ def _costs(session: Session, teacher: nn.Module, student: nn.Module) -> dict[str
 
 def _examples(session: Session, teacher: nn.Module, student: nn.Module, report: dict[str, Any]) -> None:
     """What the models find on test samples, side by side: in a picture, or in the report, as the task has it."""
-    draw, tell = (getattr(session.task, name, None) for name in ("draw", "examples"))
-    if draw is None and tell is None:
-        return
     models = {"teacher": teacher}
     alone = report["alone"].get(str(report["selected_seed"]))
     if alone is not None:
         models[report["alone_title"]] = session.student(teacher, report["selected_seed"], alone["model"])
     if report["distilled"] or alone is None:
         models[report["selected"]] = student
-    if draw is not None:
-        draw(session.data, models, session.folder / "examples.png")
-    if tell is not None:
-        report["examples"] = session.record.step("examples", lambda: tell(session.data, models))
+    session.task.draw(session.data, models, session.folder / "examples.png")
+    if session.task.tells_examples:
+        work = partial(session.task.examples, session.data, models)
+        report["examples"] = session.record.step("examples", work)
 
 
 def _circumstances() -> dict[str, Any]:
@@ -281,22 +211,6 @@ def _circumstances() -> dict[str, Any]:
         "versions": {"taskkd": __version__, "python": platform.python_version(), **versions},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores; threads of torch: {torch.get_num_threads()}",
     }
-
-
-def _same_inputs(session: Session) -> None:
-    """Put on record what the run reads, or see that it is what it was started with.
-
-    Raises:
-        RecipeError: the data or the teacher's files changed since.
-    """
-    recipe = session.recipe
-    now = {"data": session.data.fingerprint(), "teacher": session.task.fingerprint(recipe)}
-    for name, before in session.record.step("inputs", lambda: now).items():
-        if before != now[name]:
-            raise RecipeError(
-                f"{session.folder} was started with another {name}: what the recipe names has changed since; give "
-                "another folder (--output-dir), or delete it (--restart)."
-            )
 
 
 def _variants(recipe: Any, sweep: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
@@ -314,225 +228,6 @@ def _variants(recipe: Any, sweep: Mapping[str, Sequence[Any]]) -> dict[str, Any]
         name = ",".join(f"{k}={v}" for k, v in zip(sweep, values, strict=True))
         found[name] = recipes.validate(data, f"sweep {name}")
     return found
-
-
-def _teacher(session: Session) -> nn.Module:
-    """The teacher, fine-tuned if the recipe says so, evaluated, and refused at chance level."""
-    recipe, task, data = session.recipe, session.task, session.task.teacher_data(session.data)
-    session = replace(session, data=data)
-    finetune = recipe.teacher.finetune
-    if finetune is None:
-        model = task.teacher(recipe, data)
-        result = session.record.step("teacher", lambda: {"validation": session.evaluated(model, data.validation)})
-    else:
-        training = recipe.training.model_copy(update={"dropout": None, **finetune.model_dump()})
-        model = None if "teacher" in session.record.finished else task.teacher(recipe, data)
-        stage = Stage("finetune", ())
-        result = session.fit("teacher", model, stage, training, title="teacher, fine-tuning", seed=0)
-    name, chance = session.metric, task.chance(data)
-    value = result["validation"][name]
-    session.say(f"teacher: {name} {value:.4f} on validation")
-    if value <= chance + 0.01:
-        raise RecipeError(
-            f"the teacher's {name} on validation is {value:.3f}, no better than chance ({chance:.3f}): it is not "
-            f"trained for this task. Fine-tune it first (`teacher: {{finetune: {{}}}}`), or check {task.at_chance}."
-        )
-    source = str(session.folder / "teacher" / "model") if finetune is not None else None
-    teacher: nn.Module = task.teacher(recipe, data, source).eval()
-    if (ready := getattr(task, "ready", None)) is not None:
-        ready(session, teacher)
-    session.tested("teacher/test", lambda: teacher)
-    return teacher
-
-
-def _alone(session: Session, teacher: nn.Module, seed: int) -> dict[str, Any]:
-    """The student alone: every setting of its own search from the same start, the best on validation.
-
-    Where there are no labels it has nothing to learn from: it is the student at its start.
-    """
-    if not session.task.has_labels(session.data):
-        return _untrained(session, teacher, seed)
-    baseline, training = session.recipe.baseline, session.recipe.training
-    runs = {}
-    for rate, dropout in itertools.product(baseline.learning_rates, baseline.dropouts):
-        changes = {"learning_rate": rate, "dropout": dropout, "epochs": baseline.epochs}
-        setting = f"{rate:g}" if dropout is None else f"{rate:g}-dropout-{dropout:g}"
-        runs[setting] = session.fit(
-            f"seed-{seed}/alone-{setting}",
-            session.student(teacher, seed),
-            Stage("alone", ()),
-            training.model_copy(update=changes),
-            title=f"student alone, learning rate {setting}",
-            seed=seed,
-        )
-    best = max(runs, key=lambda r: runs[r]["validation"][session.metric])
-    shown = ", ".join(f"{r}: {run['validation'][session.metric]:.4f}" for r, run in runs.items())
-    session.say(f"student alone, seed {seed}: {session.metric} on validation by learning rate {shown}")
-    model = f"seed-{seed}/alone-{best}/model"
-    test = session.tested(f"seed-{seed}/alone/test", lambda: session.student(teacher, seed, model))
-    own = session.by_class(f"seed-{seed}/alone/test")
-    return {**runs[best], "test": test, "by_class": own, "setting": best, "model": model}
-
-
-def _look_at_teacher(session: Session, alone: Mapping[str, float]) -> None:
-    """Say so where the student alone is better than its teacher: mostly that has not the weights it should have."""
-    own, name = session.record.finished["teacher"]["validation"], session.metric
-    if own[name] < alone[name]:
-        logger.warning(
-            "the teacher's %s on validation, %.4f, is below that of the student alone, %.4f: see that its weights were "
-            "loaded, and that it was trained for this data.", name, own[name], alone[name],
-        )  # fmt: skip
-
-
-def _untrained(session: Session, teacher: nn.Module, seed: int) -> dict[str, Any]:
-    """The student at its start."""
-    step = f"seed-{seed}/start"
-    student = session.student(teacher, seed)
-
-    def work() -> dict[str, Any]:
-        save_student(student, session.folder / step / "model", session.data.processing)
-        return {"validation": session.evaluated(student, session.data.validation)}
-
-    result = session.record.step(step, work)
-    test = session.tested(f"{step}/test", lambda: student)
-    session.say(f"student at its start, seed {seed}: {session.metric} {result['validation'][session.metric]:.4f}")
-    own = session.by_class(f"{step}/test")
-    return {
-        **result, "test": test, "by_class": own, "setting": "undistilled", "model": f"{step}/model", "seconds": 0.0,
-        "steps": 0, "history": [],
-    }  # fmt: skip
-
-
-def _distilled(session: Session, teacher: nn.Module, seed: int, name: str) -> dict[str, Any]:
-    """The distilled student: the stages of the method one after the other, from the start of the student alone."""
-    base = f"seed-{seed}/{name}"
-    student = session.student(teacher, seed)
-    method = _equipped(session, student, teacher)
-    outcome: dict[str, Any] = {}
-    seconds, steps, model = 0.0, 0, ""
-    full_length = "full_length" in method.needs
-    before: Path | None = None
-    for number, stage in enumerate(method.stages):
-        step = f"{base}/stages/{number}-{stage.name}"
-        finished = step in session.record.finished
-        outcome = session.fit(
-            step,
-            student,
-            stage,
-            session.recipe.training,
-            title=f"{name}, {stage.name}",
-            seed=seed,
-            teacher=None if finished else _supplier(session, student, teacher, stage, live=full_length),
-            train=session.data.everything,
-            full_length=full_length,
-            adapters=before,
-        )
-        model, before = f"{step}/model", session.folder / step / ADAPTERS
-        seconds, steps = seconds + outcome["seconds"], steps + outcome["steps"]
-        if finished:
-            session.task.reload(student, session.folder / model)
-    outcome = outcome | {"seconds": seconds, "steps": steps}
-    if not outcome["validation"]:
-        own = session.record.step(f"{base}/validation", lambda: session.evaluated(student, session.data.validation))
-        outcome["validation"] = own
-    test = session.tested(f"{base}/test", lambda: student)
-    session.say(f"{name}, seed {seed}: {session.metric} {outcome['validation'][session.metric]:.4f} on validation")
-    return {**outcome, "test": test, "by_class": session.by_class(f"{base}/test"), "model": model}
-
-
-def _equipped(session: Session, student: nn.Module, teacher: nn.Module) -> Method:
-    """The method, after the teacher was given what the method needs of it."""
-    method = build_method(session.recipe, session.task, session.data, student, teacher)
-    equip = getattr(session.task, "equip", None)
-    if equip is not None and equip(session, method, teacher):
-        method = build_method(session.recipe, session.task, session.data, student, teacher)
-    return method
-
-
-def _supplier(
-    session: Session, student: nn.Module, teacher: nn.Module, stage: Stage, *, live: bool = False
-) -> Teacher | None:
-    """The teacher of a stage: from disk as the recipe says; one cache for each set of taps, shared by a sweep.
-
-    `live`: what it gives for padding counts, which a cache does not hold.
-    """
-    taps = sorted({t for term in stage.terms for t in term.teacher_taps})
-    config = session.recipe.teacher.cache
-    if not taps:
-        return None
-    dtype = session.recipe.teacher.dtype
-    if config is None or live:
-        live_teacher: Teacher = session.task.supplier(session.recipe, student, teacher)
-        return live_teacher
-    path = session.folder / "cache" / hashlib.sha256("\n".join(taps).encode()).hexdigest()[:12]
-    budget = None if config.budget_gb is None else int(config.budget_gb * 1e9)
-    source = Frozen(teacher, dtype="float32" if dtype in (None, "auto") else dtype)
-    return Cached(source, path, dtype=config.dtype, preprocessing=session.data.preprocessing, budget=budget)
-
-
-def _select(session: Session, teacher: nn.Module, report: dict[str, Any]) -> tuple[nn.Module, Path]:
-    """The student to hand over: of the best variant on validation, the best seed on validation."""
-    candidates = report["distilled"] or {"alone": report["alone"]}
-    if not any(candidates.values()):
-        raise RecipeError("the recipe has neither a method nor a baseline: there is nothing to train.")
-
-    def score(run: Mapping[str, Any]) -> float:
-        return float(run["validation"][session.metric])
-
-    best = max(candidates, key=lambda v: sum(map(score, candidates[v].values())) / len(candidates[v]))
-    runs = candidates[best]
-    seed = max(runs, key=lambda s: score(runs[s]))
-    report["selected"], report["selected_seed"] = best, int(seed)
-    source = runs[seed]["model"]
-    return session.student(teacher, int(seed), source), session.folder / source
-
-
-# ---- after training
-
-
-def trained(run: Path) -> tuple[Any, Any, nn.Module, Any]:
-    """Recipe, task, student and tokenizer (or processor) of a finished run.
-
-    Raises:
-        RecipeError: the folder is not that of a finished run.
-    """
-    if not (run / "recipe.yaml").is_file() or not (run / "student").is_dir():
-        raise RecipeError(f"{run} is not the folder of a finished run: expected recipe.yaml and student/ in it.")
-    transformers.utils.logging.disable_progress_bar()
-    recipe = recipes.load_recipe(run / "recipe.yaml")
-    task = recipes.task_named(recipe.task)
-    return recipe, task, *task.trained(run / "student")
-
-
-def evaluate(run: Path, data: str | None = None) -> dict[str, float]:
-    """Metrics of a run's student on its test set, or on another file with the same columns."""
-    recipe, task, student, tokenizer = trained(run)
-    if data is None:
-        if "given:" in (run / "recipe.yaml").read_text(encoding="utf-8"):
-            raise RecipeError(f"{run} was given its data in memory; evaluate it on a file with --data.")
-        loaded = task.load(recipe, run)
-        if loaded.fingerprint() != Record(run).finished.get("inputs", {}).get("data"):
-            raise RecipeError(f"the data of {run} has changed since it was trained; name a file with --data.")
-        table = loaded.test
-    else:
-        table = task.read(recipe, data, student, tokenizer)
-    metric = task.metric_of(recipe, student, table)
-    trainer = Trainer(
-        student,
-        metric=metric,
-        task_loss=task.loss(recipe),
-        args=training_arguments(run, recipe.training, 0, None, task.sampling),
-        processing_class=tokenizer,
-        data_collator=task.collator(recipe, tokenizer),
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    return strip(trainer.evaluate(table, metric_key_prefix="test"))
-
-
-def predict(run: Path, inputs: Sequence[str]) -> Iterator[tuple[str, float | None, str]]:
-    """(label, probability, input) for each input, with a run's student; (value, None, input) for regression."""
-    recipe, task, student, tokenizer = trained(run)
-    yield from task.predict(recipe, student, tokenizer, inputs)
 
 
 # ---- one call

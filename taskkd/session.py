@@ -28,6 +28,7 @@ from taskkd.progress import ProgressBar
 from taskkd.schema import Training
 from taskkd.signals import Budget, SignalStop
 from taskkd.stages import Method, Stage
+from taskkd.tasks import Task
 from taskkd.teachers import Teacher
 from taskkd.trainer import Trainer
 
@@ -165,7 +166,7 @@ class Session:
     """What the steps of a run share."""
 
     recipe: Any
-    task: Any
+    task: Task
     data: Any
     folder: Path
     record: Record
@@ -175,8 +176,7 @@ class Session:
     @property
     def metric(self) -> str:
         """The metric that models are selected by."""
-        name: str = self.task.main_metric(self.data)
-        return name
+        return self.task.main_metric(self.data)
 
     def fit(
         self,
@@ -222,7 +222,7 @@ class Session:
             own = of_items(training, table)
             args = training_arguments(folder, own, seed, metric if judged else None, self.task.sampling)
             # A batch of one sample has no statistics for the normalisation of a vector.
-            args.dataloader_drop_last = getattr(self.task, "drop_last", False) and len(table) >= own.batch_size
+            args.dataloader_drop_last = self.task.drop_last and len(table) >= own.batch_size
             args.max_steps = _most_steps(own, stage, len(table), args.world_size)
             # Short epochs, and short trainings, are logged as well: at least once each.
             often = min(10, len(table) // (own.batch_size * own.accumulation), own.max_steps or 10)
@@ -321,5 +321,5 @@ class Session:
 
     def student(self, teacher: nn.Module, seed: int, source: str | None = None) -> nn.Module:
         """The student at its start, or as it was saved in `source` of this run."""
-        student: nn.Module = self.task.student(self.recipe, self.data, teacher, seed)
+        student = self.task.student(self.recipe, self.data, teacher, seed)
         return student if source is None else self.task.reload(student, self.folder / source)

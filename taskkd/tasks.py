@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import nn
 
@@ -16,6 +16,9 @@ from taskkd.schema import Recipe
 from taskkd.stages import Method
 from taskkd.teachers import Frozen, Teacher
 from taskkd.terms import Match, Term
+
+if TYPE_CHECKING:
+    from taskkd.session import Session
 
 __all__ = ["GivenModels", "Task", "groups_of"]
 
@@ -53,6 +56,8 @@ class Task(ABC):
     drop_last: ClassVar[bool] = False
     #: what is to be checked of a trained teacher that is no better than chance
     at_chance: ClassVar[str] = "the names of the classes and their order"
+    #: whether `examples` are told, and put on record
+    tells_examples: ClassVar[bool] = False
 
     # ---- data
 
@@ -91,7 +96,7 @@ class Task(ABC):
         """The student at its start; the same for a seed, whatever it is then trained with."""
 
     @abstractmethod
-    def given(self, *args: Any, **options: Any) -> Task:
+    def given(self, *args: Any, **options: Any) -> GivenModels:
         """This task with models and data that the caller holds."""
 
     @abstractmethod
@@ -109,6 +114,13 @@ class Task(ABC):
     @abstractmethod
     def pair(self, data: Any, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
         """What is to be known of a pair of models before they are distilled: (title, words)."""
+
+    def ready(self, session: Session, teacher: nn.Module) -> None:  # noqa: B027
+        """Once the teacher is trained: what the data wants of it; mostly nothing."""
+
+    def equip(self, session: Session, method: Method, teacher: nn.Module) -> bool:
+        """Give the teacher what a method needs of it and it has not; whether it has got something now."""
+        return False
 
     def fingerprint(self, recipe: Any) -> str:
         """What tells that the teacher's files are the ones a run was started with; "" for what is downloaded."""
@@ -153,6 +165,13 @@ class Task(ABC):
     ) -> Iterator[tuple[str, float | None, str]]:
         """(answer, its score or None, what it is of) for inputs of the command line."""
 
+    def draw(self, data: Any, models: Mapping[str, nn.Module], path: Path) -> None:  # noqa: B027
+        """Draw what models (the teacher first) find on test samples, side by side; a task may have no picture."""
+
+    def examples(self, data: Any, models: Mapping[str, nn.Module]) -> dict[str, Any] | None:
+        """Test samples on which models (the teacher first) disagree, as plain data for the report; None: none."""
+        return None
+
     def fit_terms(self, data: Any, terms: Sequence[Term]) -> list[Term]:
         """A stage's terms as they suit the data."""
         return list(terms)
@@ -172,11 +191,15 @@ def digests(paths: Sequence[Path]) -> list[str]:
     return [file_sha256(f) for f in files]
 
 
-class GivenModels:
-    """What a task has whose student and teacher the caller holds (`kd.distill`); goes before the task's own class."""
+class GivenModels(Task):
+    """A task whose student and teacher the caller holds (`kd.distill`); goes before the task's own class."""
 
     _student: nn.Module
     _teacher: nn.Module
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """The sections data, teacher and student of the resolved recipe."""
 
     def described_models(self) -> dict[str, Any]:
         """The sections of the resolved recipe, by which a run of other models is noticed."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from taskkd import recipes
+from taskkd import recipes, reports
 from taskkd.checkpoints import save_student
 from tests import tiny
 from tests.detection import coco_folder
@@ -36,12 +36,14 @@ def finished(folder: Path, recipe: dict[str, Any]) -> Path:
 
 
 def report(folder: Path, metric: str, data: str) -> None:
-    row = {"standard_error": float("nan"), "parameters": 1e6, "bytes": 4e6, "latency_ms": 1.5}
-    rows = [{"model": name, metric: value, **row} for name, value in (("teacher", 0.9), ("distilled", 0.8125))]
-    content = {
-        "recipe": folder.name, "metric": metric, "data": data, "test_samples": 20, "table": rows, "seeds": [0],
+    cost = {"parameters": 1e6, "bytes": 4e6, "latency_ms": 1.5}
+    teacher, student = ({"test": {metric: value}, "validation": {metric: value}} for value in (0.9, 0.8125))
+    content: dict[str, Any] = {
+        "recipe": folder.name, "metric": metric, "data": data, "test_samples": 20, "seeds": [0], "teacher": teacher,
+        "alone": {}, "distilled": {"distilled": {"0": student}}, "models": {"teacher": cost, "student": cost},
         "selected": "distilled", "selected_seed": 0,
     }  # fmt: skip
+    content["table"] = reports.rows(content)
     (folder / "report.json").write_text(json.dumps(content))
 
 

@@ -17,7 +17,11 @@ import taskkd as kd
 ROOT = Path(kd.__file__).parent
 TASKS = {"detection", "segmentation", "nlp", "face"}
 #: what may know tasks
-ABOVE = {"recipes", "runs", "cli", "reports", "finished", "comparisons", "pages", "exports", "__main__", "plans"}
+ABOVE = {
+    *("recipes", "plans", "folders", "steps", "inference", "runs"),
+    *("reports", "finished", "comparisons", "pages", "exports"),
+    *("cli", "__main__"),
+}
 FILES = sorted(ROOT.rglob("*.py"))
 CORE = [
     "errors",

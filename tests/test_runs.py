@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import taskkd as kd
-from taskkd import plans, recipes, reports, runs, session, tasks
+from taskkd import plans, recipes, reports, runs, session, steps, tasks, teachers
 from taskkd.errors import CacheError, DataError, RecipeError, TapError, TaskkdError
 from taskkd.nlp.task import TASK, NlpTask
 from tests import tiny
@@ -72,7 +72,7 @@ def test_a_recipe_from_start_to_report(recipe: Path, tmp_path: Path, monkeypatch
     assert torch.equal(student.eval()(**batch).logits, result.student.eval()(**batch).logits)
 
     # Started again, nothing is trained again.
-    monkeypatch.setattr(runs.Trainer, "train", None)
+    monkeypatch.setattr(kd.Trainer, "train", None)
     again = run(recipe, folder)
     assert again.report["distilled"] == result.report["distilled"]
 
@@ -128,8 +128,8 @@ def test_what_a_teacher_computes_in(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], expected: str | None
 ) -> None:
     seen: list[Any] = []
-    made = runs.Frozen
-    for module in (runs, tasks):  # cached, live
+    made = teachers.Frozen
+    for module in (steps, tasks):  # cached, live
         monkeypatch.setattr(module, "Frozen", lambda model, dtype: seen.append(dtype) or made(model, dtype=dtype))
     run(recipe, tmp_path / "run", "baseline=null", "training.epochs=0.2", *overrides)
     assert seen[-1] == expected  # before it the look at one batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
@@ -27,6 +27,9 @@ from taskkd.images import decode, named_file
 from taskkd.portable import Portable
 from taskkd.tasks import Task, groups_of
 from taskkd.teachers import Teacher
+
+if TYPE_CHECKING:
+    from taskkd.detection.given import GivenDetection
 
 __all__ = ["TASK", "DetectionTask"]
 
@@ -91,7 +94,7 @@ class DetectionTask(Task):
         """The student at its start; the same for a seed, whatever it is then trained with."""
         return models.build(recipe.student.detector, data.classes, seed=seed)
 
-    def given(self, *args: Any, **options: Any) -> DetectionTask:
+    def given(self, *args: Any, **options: Any) -> GivenDetection:
         """This task with models and data that the caller holds; see `GivenDetection`."""
         from taskkd.detection.given import GivenDetection
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -29,9 +29,12 @@ from taskkd.face.records import Faces, squared
 from taskkd.face.schema import FaceRecipe
 from taskkd.images import decode, named_file
 from taskkd.portable import Portable
-from taskkd.session import training_arguments
+from taskkd.session import Session, training_arguments
 from taskkd.stages import Method
 from taskkd.tasks import Task, groups_of
+
+if TYPE_CHECKING:
+    from taskkd.face.given import GivenFace
 
 __all__ = ["TASK", "FaceTask", "embedded"]
 
@@ -110,14 +113,14 @@ class FaceTask(Task):
             model.centres = None
         return model
 
-    def ready(self, session: Any, teacher: nn.Module) -> None:
+    def ready(self, session: Session, teacher: nn.Module) -> None:
         """Once the teacher is trained: what the data wants of it, its embeddings of the images that are searched."""
         if session.data.config.asymmetric:
             for name, pairs in session.data.pairs.items():
                 if name != "validation":
                     session.data.galleries[name] = embedded(teacher, pairs)
 
-    def equip(self, session: Any, method: Method, teacher: nn.Module) -> bool:
+    def equip(self, session: Session, method: Method, teacher: nn.Module) -> bool:
         """Give the teacher the class centres that a method needs, if it has none.
 
         They are the classifier that it was trained with in this run, else the means of its embeddings of every identity
@@ -159,7 +162,7 @@ class FaceTask(Task):
         student.identities, student.centres = len(data.identities), None
         return student
 
-    def given(self, *args: Any, **options: Any) -> FaceTask:
+    def given(self, *args: Any, **options: Any) -> GivenFace:
         """This task with models and data that the caller holds; see `GivenFace`."""
         from taskkd.face.given import GivenFace
 

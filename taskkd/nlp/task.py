@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -27,6 +27,9 @@ from taskkd.portable import Portable
 from taskkd.tasks import Task, digests, groups_of
 from taskkd.terms import Term
 
+if TYPE_CHECKING:
+    from taskkd.nlp.given import GivenNlp
+
 __all__ = ["TASK", "NlpTask"]
 
 logger = logging.getLogger(__name__)
@@ -44,6 +47,7 @@ class NlpTask(Task):
     #: texts of like length together
     sampling = "group_by_length"
     at_chance = "the label names and their order"
+    tells_examples = True
 
     # ---- data
 
@@ -181,7 +185,7 @@ class NlpTask(Task):
             teacher = models.load_model(source, data.labels, head=head, seed=seed)
         return models.student_from_layers(teacher, own.layers or [], architecture=own.architecture, seed=seed)
 
-    def given(self, *args: Any, **options: Any) -> NlpTask:
+    def given(self, *args: Any, **options: Any) -> GivenNlp:
         """This task with models and data that the caller holds; see `GivenNlp`."""
         from taskkd.nlp.given import GivenNlp
 

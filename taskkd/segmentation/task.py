@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from taskkd.segmentation.segmenter import Segmenter
 from taskkd.segmentation.terms import MapTerm
 from taskkd.tasks import Task, groups_of
 from taskkd.terms import Term
+
+if TYPE_CHECKING:
+    from taskkd.segmentation.given import GivenSegmentation
 
 __all__ = ["TASK", "SegmentationTask", "read_path"]
 
@@ -144,7 +147,7 @@ class SegmentationTask(Task):
         models.check_student(student)
         return student
 
-    def given(self, *args: Any, **options: Any) -> SegmentationTask:
+    def given(self, *args: Any, **options: Any) -> GivenSegmentation:
         """This task with models and data that the caller holds; see `GivenSegmentation`."""
         from taskkd.segmentation.given import GivenSegmentation
 

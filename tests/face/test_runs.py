@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import taskkd as kd
 from taskkd import plans, recipes, reports, runs
 from taskkd.__main__ import main
 from taskkd.errors import DataError, RecipeError
@@ -192,7 +193,7 @@ def test_started_again_nothing_is_trained_again(
 ) -> None:
     result = whole[0]
     undrawn(monkeypatch)
-    monkeypatch.setattr(runs.Trainer, "train", None)
+    monkeypatch.setattr(kd.Trainer, "train", None)
     again = runs.run_recipe(
         recipes.load_recipe(result.output_dir / "recipe.yaml"), result.output_dir, say=lambda _: None
     )

@@ -81,7 +81,7 @@ def test_a_recipe_from_start_to_report(recipe: Path, tmp_path: Path, monkeypatch
     )  # fmt: skip
 
     # Started again, nothing is trained again.
-    monkeypatch.setattr(runs.Trainer, "train", None)
+    monkeypatch.setattr(kd.Trainer, "train", None)
     assert run(recipe, folder, "training.epochs=10").report["distilled"] == result.report["distilled"]
 
     assert runs.evaluate(folder)["pairwise_spearman"] == pytest.approx(found["distilled"])

@@ -67,7 +67,7 @@ def test_a_recipe_from_start_to_report(
     assert not any("terms" in key or "teacher" in key for key in student.state_dict())
 
     # Started again, nothing is trained again.
-    monkeypatch.setattr(runs.Trainer, "train", None)
+    monkeypatch.setattr(kd.Trainer, "train", None)
     assert run(recipe, folder).report["distilled"] == result.report["distilled"]
     assert runs.evaluate(folder)["mIoU"] == pytest.approx(report["table"][2]["mIoU"])
     assert 0 <= runs.evaluate(folder, str(data))["IoU/disc"] <= 1
