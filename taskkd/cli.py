@@ -11,8 +11,24 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+EPILOG = """
+Example: taskkd distill nlp/sentiment-distil
+
+"taskkd COMMAND --help" has an example of each command; "--debug" anywhere shows the traceback of an error.
+
+Exit codes:
+0: well
+2: wrong usage or recipe
+3: wrong data or files
+4: a loss is not finite
+75: the time is up (wall_time, SIGUSR1); the same command goes on
+130, 143: stopped by SIGINT, SIGTERM; the same command goes on
+"""
+RUN, THERE_IS, AFTER, TOOLS = "Runs", "What there is", "After a run", "Tools"
+
 app = typer.Typer(
     help="Distil a large model into a small one.",
+    epilog=EPILOG,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -30,7 +46,7 @@ OutputDir = Annotated[Path | None, typer.Option(help="The run's folder. Default:
 
 @app.callback()
 def _logging() -> None:
-    """Distil a large model into a small one. `--debug` anywhere shows tracebacks."""
+    """Distil a large model into a small one."""
     own = logging.getLogger("taskkd")
     own.setLevel(logging.INFO)
     # Not on the root logger: other libraries have handlers of their own, their lines would be printed twice.
@@ -62,7 +78,7 @@ def run_folder(output_dir: Path | None, name: str) -> Path:
     return output_dir or Path("runs") / name
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def distill(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -80,7 +96,12 @@ def distill(
         typer.Option(help="Hours after which the run saves a checkpoint and ends with code 75, to be started again."),
     ] = None,
 ) -> None:
-    """Run a recipe: teacher, student alone, distilled student; print the table. Run it again to go on after a stop."""
+    """Run a recipe: teacher, student alone, distilled student.
+
+    It prints a table and writes a report; after a stop the same command goes on.
+
+    Example: taskkd distill nlp/sentiment-distil training.epochs=5 --seeds 0,1
+    """
     from taskkd import recipes, reports, runs
 
     extra = [f"seeds=[{seeds}]"] if seeds else []
@@ -95,26 +116,14 @@ def distill(
     _say(f"student: {folder / 'student'}   report: {folder / 'report.html'}   numbers: {folder / 'report.json'}")
 
 
-@app.command()
-def cache(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    output_dir: OutputDir = None,
-    sweep: Annotated[list[str] | None, typer.Option(help="As of `taskkd distill`.")] = None,
-    wall_time: Annotated[float | None, typer.Option(help="As of `taskkd distill`.")] = None,
-) -> None:
-    """Build the teacher's caches that `taskkd distill` with the same words then reads. Run it again after a stop."""
-    from taskkd import recipes, runs
-
-    extra = [f"training.wall_time={wall_time}"] if wall_time is not None else []
-    loaded = recipes.load_recipe(recipe, [*(overrides or []), *extra])
-    swept = {k: v if isinstance(v, list) else [v] for k, v in recipes.parse_overrides(sweep or []).items()}
-    runs.build_caches(loaded, output_dir or Path("runs") / loaded.name, sweep=swept, say=_say)
-
-
-@app.command()
+@app.command(rich_help_panel=RUN)
 def check(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Show what a recipe would do, without training: models, taps with shapes, the size of every term on one batch."""
+    """Show what a recipe would do, without training.
+
+    That is models, taps with their shapes, and the size of every term on one batch.
+
+    Example: taskkd check my.yaml method.temperature=2
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -145,9 +154,34 @@ def _shape(description: str) -> str:
     return description.removeprefix("a tensor of shape ")
 
 
-@app.command("recipes")
+@app.command(rich_help_panel=RUN)
+def cache(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output_dir: OutputDir = None,
+    sweep: Annotated[list[str] | None, typer.Option(help="As of `taskkd distill`.")] = None,
+    wall_time: Annotated[float | None, typer.Option(help="As of `taskkd distill`.")] = None,
+) -> None:
+    """Build the teacher's caches before a run.
+
+    `taskkd distill` with the same words reads them. After a stop the same command goes on.
+
+    Example: taskkd cache my.yaml teacher.cache.budget_gb=20
+    """
+    from taskkd import recipes, runs
+
+    extra = [f"training.wall_time={wall_time}"] if wall_time is not None else []
+    loaded = recipes.load_recipe(recipe, [*(overrides or []), *extra])
+    swept = {k: v if isinstance(v, list) else [v] for k, v in recipes.parse_overrides(sweep or []).items()}
+    runs.build_caches(loaded, output_dir or Path("runs") / loaded.name, sweep=swept, say=_say)
+
+
+@app.command("recipes", rich_help_panel=THERE_IS)
 def list_recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None) -> None:
-    """List the packaged recipes, or print one."""
+    """List the packaged recipes, or print one.
+
+    Example: taskkd recipes nlp/sentiment-distil > my.yaml
+    """
     from taskkd import recipes
     from taskkd.errors import RecipeError, nearest
 
@@ -162,13 +196,16 @@ def list_recipes(name: Annotated[str | None, typer.Argument(help="Print this rec
         raise RecipeError(f"no packaged recipe {name!r}{nearest(name, known)}; known: {', '.join(known)}.")
 
 
-@app.command()
+@app.command(rich_help_panel=THERE_IS)
 def methods(
     name: Annotated[
         str | None, typer.Argument(help="Print everything about this method, or the methods of this task.")
     ] = None,
 ) -> None:
-    """List the methods: task, paper, options with defaults."""
+    """List the methods: task, paper, options with defaults.
+
+    Example: taskkd methods patient_kd
+    """
     import inspect
 
     from taskkd import cards, recipes
@@ -195,82 +232,7 @@ def methods(
         _say(f"{'':33} {', '.join(f'{p.name}={p.default}' for p in options)}")
 
 
-@app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
-    output: Annotated[
-        Path | None, typer.Option(help="The page. Default: report.html, in the run's folder if there is one run.")
-    ] = None,
-) -> None:
-    """Write a page (HTML, with its charts as PNG beside it) of one run, or of several side by side."""
-    from taskkd import pages
-
-    written = pages.write_page(runs, output or (runs[0] if len(runs) == 1 else Path()) / "report.html")
-    _say(f"report: {written[0]}   charts: {len(written) - 1} PNG files beside it")
-
-
-@app.command()
-def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    data: Annotated[str | None, typer.Option(help="A file or folder to evaluate on, not the run's test set.")] = None,
-) -> None:
-    """Evaluate a run's student on its test set or on other data."""
-    from taskkd import runs
-
-    found = runs.evaluate(run, data)
-    width = max([12, *map(len, found)])
-    for name, value in found.items():
-        _say(f"{name:{width}} {value:.4f}")
-
-
-@app.command()
-def predict(
-    run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    inputs: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[TEXT]...",
-            help="Texts or, for detection and segmentation, image files; none: one a line from standard input.",
-        ),
-    ] = None,
-) -> None:
-    """Predict with a run's student: label, probability and input, tab-separated.
-
-    Regression: value and input. Segmentation: class, its share of the pixels, image and the mask that is written.
-    """
-    from taskkd import runs
-
-    texts = list(inputs) if inputs else [line.rstrip("\n") for line in sys.stdin]
-    for label, score, text in runs.predict(run, texts):
-        _say("\t".join([label, *([] if score is None else [f"{score:.4f}"]), text]))
-
-
-@app.command()
-def export(
-    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
-    format: Annotated[  # noqa: A002
-        str, typer.Option(help="safetensors (for taskkd), hf (for the Hub, loads without taskkd) or onnx.")
-    ] = "safetensors",
-    output: Annotated[Path | None, typer.Option(help="The folder. Default: <run>/export/<format>.")] = None,
-    license: Annotated[  # noqa: A002
-        str | None, typer.Option(help="The student's, as the Hub names it, for the card: apache-2.0.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
-) -> None:
-    """Write a run's student alone, checked against the live model, with a model card."""
-    from taskkd import exports
-
-    made = exports.export(run, format, output, license=license, overwrite=overwrite)  # type: ignore[arg-type]
-    if made.exporter:
-        _say(made.exporter)
-    _say(f"compared with the live student on {made.inputs}:")
-    for name, difference in made.differences.items():
-        _say(f"  {name:20} largest difference {difference:.3g} (largest value {made.magnitudes[name]:.3g})")
-    _say(f"{made.folder}: {', '.join(sorted(path.name for path in made.folder.iterdir()))}")
-    _say("README.md is the model card, with the recipe and its paths: look through it before you publish it.")
-
-
-@app.command("inspect")
+@app.command("inspect", rich_help_panel=THERE_IS)
 def inspect_model(
     model: Annotated[
         str, typer.Argument(help="A recipe (teacher and student), a finished run's folder, or a model's name or path.")
@@ -279,7 +241,12 @@ def inspect_model(
     task: Annotated[str | None, typer.Option(help="Of a model's name or path: nlp, detection, ...")] = None,
     depth: Annotated[int, typer.Option(min=1, help="How deep module names go; numbers in them do not count.")] = 3,
 ) -> None:
-    """List a model's taps with the shapes of their outputs on one input: what `terms` of a recipe may name."""
+    """List a model's taps with the shapes of their outputs.
+
+    Those are the names that `terms` of a recipe may have; the shapes are of one input.
+
+    Example: taskkd inspect bert-base-uncased --task nlp --depth 2
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -295,7 +262,101 @@ def inspect_model(
         _show(shown)
 
 
-@app.command()
+@app.command(rich_help_panel=AFTER)
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The page. Default: report.html, in the run's folder if there is one run.")
+    ] = None,
+) -> None:
+    """Write a page of one run, or of several side by side.
+
+    It is HTML, with its charts as PNG beside it.
+
+    Example: taskkd report runs/first runs/second --output both.html
+    """
+    from taskkd import pages
+
+    written = pages.write_page(runs, output or (runs[0] if len(runs) == 1 else Path()) / "report.html")
+    _say(f"report: {written[0]}   charts: {len(written) - 1} PNG files beside it")
+
+
+@app.command(rich_help_panel=AFTER)
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    data: Annotated[str | None, typer.Option(help="A file or folder to evaluate on, not the run's test set.")] = None,
+) -> None:
+    """Evaluate a run's student on its test set or on other data.
+
+    Example: taskkd evaluate runs/my --data other.csv
+    """
+    from taskkd import runs
+
+    found = runs.evaluate(run, data)
+    width = max([12, *map(len, found)])
+    for name, value in found.items():
+        _say(f"{name:{width}} {value:.4f}")
+
+
+@app.command(rich_help_panel=AFTER)
+def predict(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TEXT]...",
+            help="Texts or, for detection and segmentation, image files; none: one a line from standard input.",
+        ),
+    ] = None,
+) -> None:
+    """Predict with a run's student.
+
+    It prints label, probability and input, tab-separated.
+
+    Regression: value and input.
+
+    Segmentation: class, its share of the pixels, image, and the mask it writes.
+
+    Example: taskkd predict runs/my "a dull plot" "the film was great"
+    """
+    from taskkd import runs
+
+    texts = list(inputs) if inputs else [line.rstrip("\n") for line in sys.stdin]
+    for label, score, text in runs.predict(run, texts):
+        _say("\t".join([label, *([] if score is None else [f"{score:.4f}"]), text]))
+
+
+@app.command(rich_help_panel=AFTER)
+def export(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    format: Annotated[  # noqa: A002
+        str, typer.Option(help="safetensors (for taskkd), hf (for the Hub, loads without taskkd) or onnx.")
+    ] = "safetensors",
+    output: Annotated[Path | None, typer.Option(help="The folder. Default: <run>/export/<format>.")] = None,
+    license: Annotated[  # noqa: A002
+        str | None, typer.Option(help="The student's, as the Hub names it, for the card: apache-2.0.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
+) -> None:
+    """Write a run's student alone, checked, with a model card.
+
+    What was written must give on test samples what the live model gives.
+
+    Example: taskkd export runs/my --format onnx --license apache-2.0
+    """
+    from taskkd import exports
+
+    made = exports.export(run, format, output, license=license, overwrite=overwrite)  # type: ignore[arg-type]
+    if made.exporter:
+        _say(made.exporter)
+    _say(f"compared with the live student on {made.inputs}:")
+    for name, difference in made.differences.items():
+        _say(f"  {name:20} largest difference {difference:.3g} (largest value {made.magnitudes[name]:.3g})")
+    _say(f"{made.folder}: {', '.join(sorted(path.name for path in made.folder.iterdir()))}")
+    _say("README.md is the model card, with the recipe and its paths: look through it before you publish it.")
+
+
+@app.command(rich_help_panel=TOOLS)
 def augment(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Texts: a csv, tsv, jsonl or parquet file.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Where each text and its copies are written.")],
@@ -310,7 +371,10 @@ def augment(
     originals: Annotated[bool, typer.Option(help="Write the texts themselves too, each before its copies.")] = True,
     overwrite: Annotated[bool, typer.Option(help="Write over OUT if it exists.")] = False,
 ) -> None:
-    """Write copies of texts in which words are replaced by others that fit (TinyBERT's data augmentation)."""
+    """Write copies of texts with words replaced (TinyBERT's augmentation).
+
+    Example: taskkd augment train.csv copies.jsonl --neighbours path/to/teacher
+    """
     from taskkd.errors import DataError
     from taskkd.nlp import augment as making
     from taskkd.nlp.text import read_rows
@@ -328,9 +392,12 @@ def augment(
     _say(f"{target}: {count:,} copies of {len(rows):,} texts")
 
 
-@app.command()
+@app.command(rich_help_panel=TOOLS)
 def doctor() -> None:
-    """Versions, devices, threads: what a bug report needs."""
+    """Print versions, devices, threads: what a bug report needs.
+
+    Example: taskkd doctor
+    """
     for name, value in _facts().items():
         _say(f"{name:16} {value}")
 

@@ -164,8 +164,9 @@ def _gain(row: Mapping[str, Any], alone: Mapping[str, Any] | None, metric: str, 
     gain, error = row["gain"], math.hypot(row["standard_error"], alone["standard_error"])
     other = "the same student trained alone" if title == "student alone" else "the student before distillation"
     told = f"{row[metric]:.3f} instead of {alone[metric]:.3f} for {other}"
-    if gain == 0:
-        return f"Distillation made no difference to {metric}: {told}."
+    if round(abs(gain), 3) == 0:
+        about = "" if math.isnan(error) else f" (± {error:.3f})"
+        return f"Distillation neither gained nor lost {metric}: {told}{about}."
     if math.isnan(error):
         word = "gained" if gain >= 0 else "lost"
         return f"Distillation {word} {abs(gain):.3f} {metric}: {told}. This is one seed; others will differ."

@@ -290,7 +290,10 @@ class Taps:
                 continue
             if tap.path not in modules:
                 self.close()
-                raise TapError(f"tap {tap.text!r}: the {whose} has no module {tap.path!r}{nearest(tap.path, modules)}.")
+                raise TapError(
+                    f"tap {tap.text!r}: the {whose} has no module {tap.path!r}{nearest(tap.path, modules)}; "
+                    "`taskkd inspect` lists the names of a model."
+                )
             slot = self._slots[tap.path, tap.port] = _Slot()
             hook = _Hook(self, slot)
             module = modules[tap.path]

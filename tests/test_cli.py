@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from taskkd import cli
 from taskkd.__main__ import main
 from tests import tiny
 
@@ -55,6 +58,23 @@ except SystemExit:
 assert "torch" not in sys.modules
 """
     assert "distill" in subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout
+
+
+def test_each_command_has_an_example_that_it_takes(taskkd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.main import get_command
+
+    monkeypatch.setenv("COLUMNS", "100")
+    group: Any = get_command(cli.app)
+    code, out, _ = taskkd("--help")
+    assert code == 0
+    for number in (0, 2, 3, 4, 75, 130, 143):
+        assert re.search(rf"\b{number}\b", out.partition("Exit codes")[2]), number
+    for name, command in group.commands.items():
+        (line,) = [e for e in str(command.help).splitlines() if e.startswith("Example: ")]
+        _, prefix, own, *words = shlex.split(line.partition(" >")[0])
+        assert (prefix, own) == ("taskkd", name)
+        command.make_context(name, words)  # raises where an option is not the command's
+        assert line.split()[-1] in taskkd(name, "--help")[1]
 
 
 def test_lists(taskkd: Any) -> None:

@@ -59,7 +59,8 @@ def test_the_page_says_what_came_out(tmp_path: Path) -> None:
         ({"distilled": (0.60, 0.62)}, "lost 0.100 ± 0.014"),
         ({"alone": ()}, "no student trained alone"),
         ({"alone": (0.7,), "distilled": (0.8,), "metric": "pearson"}, "This is one seed"),
-        ({"alone": (0.7,), "distilled": (0.7,)}, "made no difference"),
+        ({"alone": (0.7,), "distilled": (0.7,)}, "neither gained nor lost accuracy: 0.700 instead of 0.700"),
+        ({"alone": (0.7, 0.7), "distilled": (0.7002, 0.7002)}, "neither gained nor lost accuracy"),
         ({"distilled": ()}, "The student trained alone keeps 78.9%"),
     ],
 )  # fmt: skip

@@ -126,6 +126,7 @@ def test_what_is_not_in_the_grammar(text: str) -> None:
     ("tap", "sentence"),
     [
         ("fpm", "tap 'fpm': the student has no module 'fpm' (did you mean 'fpn'"),
+        ("xyz", "the student has no module 'xyz'; `taskkd inspect` lists the names of a model."),
         (
             "fpn[pol]",
             "tap 'fpn[pol]': no item 'pol' in a mapping with the keys '1', '0', 'pool' (did you mean 'pool'?)",
