@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from taskkd.caches import file_sha256
 from taskkd.errors import DataError, RecipeError, nearest
+from taskkd.files import file_sha256
 from taskkd.packages import PACKAGE, locate
 
 __all__ = [

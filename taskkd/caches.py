@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from taskkd.errors import CacheError
-from taskkd.shards import Files, Writer, file_sha256, input_hashes, load_file, sized, token_mask
+from taskkd.files import file_sha256, human
+from taskkd.shards import Files, Writer, input_hashes, load_file, sized, token_mask
 from taskkd.taps import parse_tap
 from taskkd.teachers import Frozen, first_tensor
 
-__all__ = ["CACHE_KEY", "Cached", "file_sha256", "human", "weights_sha256"]
+__all__ = ["CACHE_KEY", "Cached", "weights_sha256"]
 
 #: the batch entry under which a collator hands over what it looked up
 CACHE_KEY = "teacher_cache"
@@ -433,12 +434,3 @@ def _padded_length(inputs: Mapping[str, Any]) -> int | None:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:12] + "…"
-
-
-def human(size: float) -> str:
-    """A number of bytes as people write it: "1.2 GB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit in ("B", "kB") else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"

@@ -104,7 +104,7 @@ def _results(report: Mapping[str, Any]) -> str:
         shown = "" if error is None or math.isnan(error) else f"{error:.4f}"
         lines.append(
             f"| {row['model']} | {row[metric]:.4f} | {shown} | {row['parameters'] / 1e6:.3g} M | "
-            f"{row['bytes'] / 1e6:.3g} MB | {row['latency_ms']:.1f} ms |"
+            f"{row['bytes'] / 1e6:.3g} MB | {_milliseconds(row['latency_ms'])} |"
         )
     seeds = len(report["seeds"])
     over = f"mean over {seeds} seeds; this file is the seed that is best on validation" if seeds > 1 else "one seed"
@@ -113,6 +113,10 @@ def _results(report: Mapping[str, Any]) -> str:
         f"## Results\n\n{metric} on the {report['test_samples']} test samples of the run ({over}); latency of one "
         "sample on the CPU of the machine it was trained on.\n\n" + "\n".join(lines) + f"\n\nData: {data}."
     )
+
+
+def _milliseconds(latency: float | None) -> str:
+    return "-" if latency is None else f"{latency:.1f} ms"
 
 
 def _loading(own: Portable, exported: Any) -> str:

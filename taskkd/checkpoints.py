@@ -21,10 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
-from taskkd.caches import file_sha256
 from taskkd.distiller import Distiller
 from taskkd.errors import CheckpointError
-from taskkd.files import fsync, writing
+from taskkd.files import file_sha256, fsync, writing
 
 __all__ = [
     "is_sharded",

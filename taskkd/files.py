@@ -1,8 +1,9 @@
-"""Files: written whole or not at all, named inside of their folder, and a sentence where they cannot be written."""
+"""Files: written whole or not at all, hashed, named inside of their folder; a sentence where one cannot be written."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import pickle
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 
 from taskkd.errors import CheckpointError, DataError
 
-__all__ = ["UNREADABLE", "fsync", "inside", "listed", "write_whole", "writing"]
+__all__ = ["UNREADABLE", "file_sha256", "fsync", "human", "inside", "listed", "whole", "write_whole", "writing"]
 
 #: what libraries raise of a file of weights that is damaged, or would have to be executed
 UNREADABLE = (OSError, ValueError, LookupError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError)
@@ -27,12 +28,37 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file beside and rename it: whenever the process is killed, there is the old one or the new one."""
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name beside to write a file under, which becomes `path` only when the block ends well.
+
+    Whenever the process is killed, there is the old file or the new one.
+    """
     beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
+    yield beside
     fsync(beside)
     beside.replace(path)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file as `whole` does."""
+    with whole(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def human(size: float) -> str:
+    """A number of bytes as people write it: "1.2 GB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit in ("B", "kB") else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from taskkd import charts, comparisons
 from taskkd._version import __version__
 from taskkd.charts import Chart
 from taskkd.errors import RecipeError
+from taskkd.files import write_whole
 from taskkd.finished import Finished, read_run
 
 __all__ = ["headline", "page", "write_page"]
@@ -44,7 +45,7 @@ def write_page(folders: Sequence[Path], output: Path, *, pictures: bool = True) 
     runs = [read_run(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]
     text, drawn = page(runs)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
+    write_whole(output, text)
     written = [output]
     for name, chart in drawn.items() if pictures else ():
         written.append(output.with_name(f"{output.stem}-{name}.png"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from taskkd.costs import measure
+from taskkd.files import write_whole
 
 __all__ = ["FORMAT", "curves", "measure", "rows", "score", "table", "write"]
 
@@ -168,7 +169,6 @@ def write(report: Mapping[str, Any], folder: Path) -> None:
             return {k: short(v) for k, v in value.items() if k != "history"}
         return value
 
-    (folder / "report.json").write_text(
-        json.dumps({"format": FORMAT, **short(report), "table": rows(report)}, indent=1), encoding="utf-8"
-    )
+    content = {"format": FORMAT, **short(report), "table": rows(report)}
+    write_whole(folder / "report.json", json.dumps(content, indent=1))
     curves(report, folder / "curves.png")

@@ -27,9 +27,10 @@ from torch import nn
 
 from taskkd import recipes, steps
 from taskkd._version import __version__
-from taskkd.caches import Cached, human
+from taskkd.caches import Cached
 from taskkd.checkpoints import staged
 from taskkd.errors import RecipeError
+from taskkd.files import human
 from taskkd.folders import opened
 from taskkd.inference import evaluate, predict, trained
 from taskkd.session import Say, Session

@@ -14,6 +14,7 @@ __all__ = [
     "Baseline",
     "CacheConfig",
     "Finetune",
+    "HubData",
     "MethodConfig",
     "Model",
     "Recipe",
@@ -188,6 +189,16 @@ class VisionRecipe(Recipe):
             given = {name: getattr(self.baseline, name) for name in self.baseline.model_fields_set}
             self.baseline = Baseline(**{**own, **given})
         return self
+
+
+class HubData(Model):
+    """An HF data set by name or folder, and the names of its splits; each task adds its columns."""
+
+    name: str
+    subset: str | None = None
+    train: str = "train"
+    validation: str | None = None
+    test: str | None = None
 
 
 def check_one_source(data: Model, kinds: Sequence[str]) -> None:

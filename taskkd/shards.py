@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -19,19 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from taskkd.errors import CacheError
-from taskkd.files import write_whole
+from taskkd.files import file_sha256, write_whole
 
-__all__ = ["Files", "Rows", "Writer", "file_sha256", "input_hashes", "load_file", "sized", "token_mask"]
+__all__ = ["Files", "Rows", "Writer", "input_hashes", "load_file", "sized", "token_mask"]
 
 
 #: so many ids are held in a set while a cache is built
 RECENT = 2**16
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Files:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import nn
 
-from taskkd.caches import file_sha256, weights_sha256
+from taskkd.caches import weights_sha256
 from taskkd.checkpoints import load_student
+from taskkd.files import file_sha256
 from taskkd.portable import Portable
 from taskkd.schema import Recipe
 from taskkd.stages import Method

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,7 +22,8 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.utils.generic import can_return_loss, find_labels
 
 from taskkd.augmentation import Augmented
-from taskkd.caches import CACHE_KEY, Cached
+from taskkd.cache_inputs import CachedCollator, Parts, caches_of, is_complete, token_counts
+from taskkd.caches import Cached
 from taskkd.checkpoints import (
     STATE,
     STUDENT,
@@ -42,7 +43,6 @@ from taskkd.files import writing
 from taskkd.preparation import Preparation
 from taskkd.signals import SignalStop
 from taskkd.stages import Method, Stage, training_only
-from taskkd.suppliers import Supplier
 from taskkd.teachers import Teacher
 from taskkd.terms import Term
 
@@ -99,29 +99,6 @@ class _Drive(transformers.TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.distiller.check_finite()  # the last auxiliary step's losses, which nobody has seen
-
-
-class _Parts:
-    """The numbers of samples in batches of one size. (A list of a million numbers takes 40 MB, an array 8.)"""
-
-    def __init__(self, order: NDArray[np.int64], size: int) -> None:
-        self.order, self.size = order, size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for start in range(0, len(self.order), self.size):
-            yield self.order[start : start + self.size].tolist()
-
-
-class _CachedCollator:
-    """A collator that looks the teacher's outputs up, in the loader's worker, before the batch goes to a device."""
-
-    def __init__(self, collator: Callable[[list[Any]], Any], cached: Cached) -> None:
-        self.collator, self.cached = collator, cached
-
-    def __call__(self, features: list[Any]) -> dict[str, Any]:
-        batch = dict(self.collator(features))
-        batch[CACHE_KEY] = self.cached.lookup(batch)
-        return batch
 
 
 class Trainer(transformers.Trainer):  # type: ignore[misc]
@@ -236,7 +213,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             loader: DataLoader[Any] = super().get_train_dataloader()
             return loader
         collator = self.data_collator
-        self.data_collator = _CachedCollator(collator, cached)
+        self.data_collator = CachedCollator(collator, cached)
         try:
             loader = super().get_train_dataloader()
         finally:
@@ -265,7 +242,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     def complete_cache(self) -> None:
         """Build what is missing of cached teachers, on the main process; the others wait."""
         if self.distiller._uses_teacher:
-            for cached in _caches(self.distiller.teacher):
+            for cached in caches_of(self.distiller.teacher):
                 self._build(cached)
 
     def _build(self, cached: Cached) -> None:
@@ -277,7 +254,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             )
         if not hasattr(dataset, "__len__"):
             raise CacheError("a cached teacher needs a dataset with a length and sample ids, not a stream.")
-        complete = _complete(cached, dataset)
+        complete = is_complete(cached, dataset)
         if complete and self.args.world_size == 1:
             return
         # All ranks meet here: one that started late may find complete what another has just built.
@@ -310,12 +287,12 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
     def _cache_batches(self, dataset: Any) -> tuple[NDArray[np.int32] | None, Iterable[dict[str, Any]]]:
         """The numbers of tokens of all samples, and the samples from the shortest to the longest, in batches."""
-        lengths = _lengths(dataset)
+        lengths = token_counts(dataset)
         order = np.arange(len(dataset)) if lengths is None else np.argsort(lengths, kind="stable")
         size = self.args.eval_batch_size
         loader: DataLoader[Any] = DataLoader(
             dataset,
-            batch_sampler=_Parts(order, size),
+            batch_sampler=Parts(order, size),
             collate_fn=self._get_collator_with_removed_columns(self.data_collator),
             num_workers=self.args.dataloader_num_workers,
             generator=torch.Generator(),  # the global one stays as it is: a run that finds its cache draws the same
@@ -699,29 +676,3 @@ def _stage(method: Method | None, stage: int | None, terms: tuple[Term, ...], ta
             f"method {method.name!r} has {len(method.stages)} stages ({names}): use `kd.distill`, or say stage=0."
         )
     return method.stages[stage or 0]
-
-
-def _lengths(dataset: Any) -> NDArray[np.int32] | None:
-    """The numbers of the teacher's tokens of all samples, where samples have them."""
-    columns = getattr(dataset, "column_names", None) or ()
-    for name in ("teacher_input_ids", "input_ids"):
-        if name in columns:
-            # a part at a time: as Python's numbers all tokens take ten times what they do on disk
-            own = dataset.select_columns(name) if hasattr(dataset, "select_columns") else dataset
-            parts = (own[start : start + 1000][name] for start in range(0, len(own), 1000))
-            return np.fromiter((len(ids) for part in parts for ids in part), np.int32, len(own))
-    return None
-
-
-def _caches(teacher: Teacher | None) -> list[Cached]:
-    """The caches that a teacher is or is made of."""
-    if isinstance(teacher, Cached):
-        return [teacher]
-    return [c for part in teacher.parts() for c in _caches(part)] if isinstance(teacher, Supplier) else []
-
-
-def _complete(cached: Cached, dataset: Any) -> bool:
-    """Whether every sample is in the cache; by the ids where the data set has a column of them, else by the number."""
-    if "id" in (getattr(dataset, "column_names", None) or ()):
-        return cached.has(np.array(dataset["id"], np.int64))
-    return len(cached) >= len(dataset)

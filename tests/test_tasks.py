@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from torch import nn
 
-from taskkd.caches import file_sha256, weights_sha256
+from taskkd.caches import weights_sha256
 from taskkd.detection.task import DetectionTask
+from taskkd.files import file_sha256
 from taskkd.recipes import task_named
 from taskkd.tasks import GivenModels, Task
 

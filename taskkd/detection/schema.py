@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from taskkd.detection.config import DetectorConfig
-from taskkd.schema import CacheConfig, Finetune, Model, TeacherConfig, Training, VisionRecipe, check_one_source
+from taskkd.schema import CacheConfig, Finetune, HubData, Model, TeacherConfig, Training, VisionRecipe, check_one_source
 
 __all__ = ["Data", "DetectionRecipe", "Student", "Teacher"]
 
@@ -37,14 +37,9 @@ class Voc(Model):
     test_folder: str | None = None  # None: the (last) folder
 
 
-class Hub(Model):
-    """An HF data set by name or folder."""
+class Hub(HubData):
+    """With columns of images and of their objects."""
 
-    name: str
-    subset: str | None = None
-    train: str = "train"
-    validation: str | None = None
-    test: str | None = None
     image: str = "image"
     objects: str = "objects"
     box_format: Literal["xywh", "xyxy"] = "xywh"

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from taskkd.face.config import FaceConfig
-from taskkd.schema import Finetune, Model, TeacherConfig, Training, VisionRecipe, check_one_source
+from taskkd.schema import Finetune, HubData, Model, TeacherConfig, Training, VisionRecipe, check_one_source
 
 __all__ = ["Balanced", "Data", "EasyHard", "FaceRecipe", "Folder", "Head", "Student", "Teacher", "Verification"]
 
@@ -32,14 +32,9 @@ class RecordIO(Model):
     train: str
 
 
-class Hub(Model):
-    """An HF data set by name or folder, with columns of images and of identities."""
+class Hub(HubData):
+    """With columns of images and of identities."""
 
-    name: str
-    subset: str | None = None
-    train: str = "train"
-    validation: str | None = None
-    test: str | None = None
     image: str = "image"
     label: str = "label"
 

@@ -27,6 +27,7 @@ from taskkd.face.portable import portable
 from taskkd.face.readers import read_folder
 from taskkd.face.records import Faces, squared
 from taskkd.face.schema import FaceRecipe
+from taskkd.files import whole
 from taskkd.images import decode, named_file
 from taskkd.portable import Portable
 from taskkd.session import Session, training_arguments
@@ -144,9 +145,8 @@ class FaceTask(Task):
         if not kept.is_file():
             teacher.to(training_arguments(session.folder, session.recipe.training, 0, None, self.sampling).device)
             kept.parent.mkdir(parents=True, exist_ok=True)
-            beside = kept.with_suffix(".part")
-            save_file({"centres": class_means(teacher, faces)}, beside)
-            beside.replace(kept)
+            with whole(kept) as beside:
+                save_file({"centres": class_means(teacher, faces)}, beside)
         teacher.centres = load_file(kept)["centres"]
         return True
 

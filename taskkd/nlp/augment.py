@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from pydantic import Field, model_validator
 
-from taskkd.caches import file_sha256
 from taskkd.errors import DataError
+from taskkd.files import file_sha256, whole
 from taskkd.nlp import models
 from taskkd.nlp.text import Row, same_text
 from taskkd.nlp.word_replacement import WordReplacement
@@ -171,16 +171,14 @@ def write_copies(
         The number of copies, originals not counted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     count = 0
-    with temporary.open("w", encoding="utf-8") as file:
+    with whole(path) as beside, beside.open("w", encoding="utf-8") as file:
         for number, copies in enumerate(_copies(replace, rows)):
             for texts in copies if originals else copies[1:]:
                 entry = {"of": number, **dict(zip(columns, texts, strict=False))}
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             count += len(copies) - 1
             progress(number + 1)
-    temporary.replace(path)
     return count
 
 

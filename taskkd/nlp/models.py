@@ -10,9 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from taskkd.caches import file_sha256
 from taskkd.errors import DataError, RecipeError
-from taskkd.files import UNREADABLE
+from taskkd.files import UNREADABLE, file_sha256
 from taskkd.nlp.heads import CAUSAL_LM, MASKED_LM, SENTENCE, SEQUENCE, TOKENS, Head, head_of, head_of_checkpoint
 from taskkd.packages import PACKAGE, locate
 from taskkd.taps import accepted_arguments

@@ -10,7 +10,7 @@ from taskkd.nlp.augment import Augment
 from taskkd.nlp.glue import GLUE_TASKS, Glue
 from taskkd.nlp.kinds import KINDS, Kind
 from taskkd.nlp.kinds.sentences import SCORED_PAIRS
-from taskkd.schema import Model, Recipe, TeacherConfig
+from taskkd.schema import HubData, Model, Recipe, TeacherConfig
 
 __all__ = ["Data", "NlpRecipe", "ScoredPairs", "Size"]
 
@@ -47,14 +47,9 @@ class Sample(Model):
     label: Literal["binary", "score"] = "binary"
 
 
-class Hub(Model):
-    """An HF data set by name or folder."""
+class Hub(HubData):
+    """With columns of texts, and perhaps a split without labels."""
 
-    name: str
-    subset: str | None = None
-    train: str = "train"
-    validation: str | None = None
-    test: str | None = None
     unlabelled: str | None = None
 
 

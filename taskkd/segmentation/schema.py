@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from taskkd.schema import CacheConfig, Finetune, Model, TeacherConfig, Training, VisionRecipe, check_one_source
+from taskkd.schema import CacheConfig, Finetune, HubData, Model, TeacherConfig, Training, VisionRecipe, check_one_source
 from taskkd.segmentation.config import SegmenterConfig
 
 __all__ = ["Data", "Folder", "Loss", "Part", "SegmentationRecipe", "Source", "Student", "Teacher", "Tiles"]
@@ -75,14 +75,9 @@ class Camvid(Model):
     test: str | None = "test"
 
 
-class Hub(Model):
-    """An HF data set by name or folder, with columns of images and of masks; `classes` and `ignore` as in `folder`."""
+class Hub(HubData):
+    """With columns of images and of masks; `classes` and `ignore` as in `folder`."""
 
-    name: str
-    subset: str | None = None
-    train: str = "train"
-    validation: str | None = None
-    test: str | None = None
     image: str = "image"
     annotation: str = "annotation"
     classes: Classes
