@@ -15,11 +15,11 @@ from taskkd.session import Record, strip, training_arguments
 from taskkd.tasks import Task
 from taskkd.trainer import Trainer
 
-__all__ = ["evaluate", "has_given_data", "predict", "trained"]
+__all__ = ["evaluate", "has_given_data", "predict", "recipe_of", "trained"]
 
 
-def trained(run: Path) -> tuple[Any, Task, nn.Module, Any]:
-    """Recipe, task, student and tokenizer (or processor) of a finished run.
+def recipe_of(run: Path) -> tuple[Any, Task]:
+    """Recipe and task of a finished run.
 
     Raises:
         RecipeError: the folder is not that of a finished run.
@@ -28,7 +28,16 @@ def trained(run: Path) -> tuple[Any, Task, nn.Module, Any]:
         raise RecipeError(f"{run} is not the folder of a finished run: expected recipe.yaml and student/ in it.")
     transformers.utils.logging.disable_progress_bar()
     recipe = recipes.load_recipe(run / "recipe.yaml")
-    task = recipes.task_named(recipe.task)
+    return recipe, recipes.task_named(recipe.task)
+
+
+def trained(run: Path) -> tuple[Any, Task, nn.Module, Any]:
+    """Recipe, task, student and tokenizer (or processor) of a finished run.
+
+    Raises:
+        RecipeError: the folder is not that of a finished run.
+    """
+    recipe, task = recipe_of(run)
     return recipe, task, *task.trained(run / "student")
 
 

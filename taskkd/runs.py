@@ -32,12 +32,12 @@ from taskkd.checkpoints import staged
 from taskkd.errors import RecipeError
 from taskkd.files import human
 from taskkd.folders import opened
-from taskkd.inference import evaluate, predict, trained
+from taskkd.inference import evaluate, predict, recipe_of, trained
 from taskkd.session import Say, Session
 from taskkd.tasks import Task
 from taskkd.teachers import Teacher
 
-__all__ = ["Result", "build_caches", "distill", "evaluate", "predict", "run_recipe", "trained"]
+__all__ = ["Result", "build_caches", "distill", "evaluate", "predict", "recipe_of", "run_recipe", "trained"]
 
 logger = logging.getLogger(__name__)
 
