@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from taskkd import cards, recipes, runs
-from taskkd.checkpoints import seal, staged
+from taskkd.checkpoints import load_student, seal, staged
 from taskkd.errors import CheckpointError, DataError, RecipeError, TaskkdError, nearest
 from taskkd.portable import Portable, Sample, outputs_of, run_onnx, write_onnx
 
@@ -58,10 +59,12 @@ class Exported:
 
 
 def export(
-    run: str | Path,
+    run: str | Path | runs.Result,
     format: Format = "safetensors",  # noqa: A002
     output: str | Path | None = None,
     *,
+    student: nn.Module | None = None,
+    example: Sample | Sequence[Sample] | None = None,
     license: str | None = None,  # noqa: A002
     overwrite: bool = False,
     tolerance: float = TOLERANCE,
@@ -69,10 +72,14 @@ def export(
     """Write a finished run's student alone into a folder, after it gave the same there as the live model.
 
     Args:
-        run: the run's folder.
+        run: the run's folder, or what `kd.distill` gave back, whose student is taken as it is held: the one way where
+            it is a module of the caller's own, which no folder can build.
         format: "safetensors": weights and what says how to build them, for taskkd (and transformers); "hf": a folder
             for the Hub, which loads without taskkd; "onnx": a graph.
         output: the folder. Default: `<run>/export/<format>`.
+        student: of the run, in place of the one in its folder. It is not changed.
+        example: batches to compare on, the student's keyword arguments; ONNX: the first is what the graph is written
+            with. Default: the run's test set, or synthetic inputs.
         license: of the student, as the Hub names it ("apache-2.0"), for the card. Default: to be filled in.
         overwrite: replace `output` if it is there.
         tolerance: the largest difference allowed, as a share of the largest magnitude of an output (of 1 where that is
@@ -84,15 +91,17 @@ def export(
         CheckpointError: it cannot be written, or what was written does not give what the live model gives.
         TaskkdError: onnx is not installed, or the network cannot be had without taskkd.
     """
-    folder = Path(run)
+    if isinstance(run, runs.Result):
+        student = run.student if student is None else student
+    folder = run.output_dir if isinstance(run, runs.Result) else Path(run)
     if format not in get_args(Format):
         known = ", ".join(get_args(Format))
         raise RecipeError(f"no format {format!r}{nearest(str(format), get_args(Format))}; known: {known}.")
-    recipe, task, student, processing = runs.trained(folder)
+    recipe, task, held, processing = _held(folder, student)
     final = Path(output) if output is not None else folder / "export" / format
     _check_output(final, folder, overwrite)
-    own = task.portable(recipe, student.eval(), processing)
-    samples, shown = _samples(recipe, task, folder, own)
+    own = task.portable(recipe, held.eval(), processing)
+    samples, shown = _samples(recipe, task, folder, own) if example is None else _given(example)
     exported = Exported(final, format, inputs=shown)
     with staged(final) as staging:
         try:
@@ -109,6 +118,21 @@ def export(
             shutil.rmtree(staging, ignore_errors=True)
             raise
     return exported
+
+
+def _held(folder: Path, student: nn.Module | None) -> tuple[Any, Any, nn.Module, Any]:
+    """Recipe, task, student and tokenizer of a run; of a student that is held a copy, on the CPU.
+
+    Raises:
+        DataError: its folder cannot build the student.
+    """
+    if student is not None:
+        recipe, task = runs.recipe_of(folder)
+        return recipe, task, copy.deepcopy(student).cpu(), task.processing(folder / "student")
+    try:
+        return runs.trained(folder)
+    except DataError as error:
+        raise DataError(f"{error} Where you hold it in Python: kd.export(run, ..., student=...).") from None
 
 
 def _check_output(final: Path, folder: Path, overwrite: bool) -> None:
@@ -136,6 +160,16 @@ def _samples(recipe: Any, task: Any, folder: Path, own: Portable) -> tuple[list[
     logger.warning("the run's test set cannot be read (%s): the export is checked on synthetic inputs.", why)
     made = own.synthetic()
     return made, f"{len(made)} synthetic inputs, since the run's test set could not be read"
+
+
+def _given(example: Sample | Sequence[Sample]) -> tuple[list[Sample], str]:
+    """Raises:
+    DataError: there is none.
+    """
+    found = [example] if isinstance(example, Mapping) else list(example)
+    if not found or not all(isinstance(sample, Mapping) for sample in found):
+        raise DataError("`example` is a batch, or several: the student's keyword arguments as a dict.")
+    return found, f"{len(found)} given example{'s' if len(found) > 1 else ''}"
 
 
 def _report(folder: Path) -> dict[str, Any]:
@@ -183,7 +217,11 @@ def _write(
         other_model = own.reload(folder)
     else:
         own.save_own(folder)
-        other_model, _ = task.trained(folder)
+        if own.buildable:
+            other_model, _ = task.trained(folder)
+        else:
+            other_model = copy.deepcopy(own.student)
+            load_student(other_model, folder)
     check(live, [outputs_of(other_model.eval(), own.signature, given) for given in inputs])
 
 

@@ -25,8 +25,11 @@ __all__ = [
     "Sample",
     "Signature",
     "differences",
+    "is_library_class",
     "network_of",
+    "of_own_class",
     "outputs_of",
+    "own_network",
     "run_onnx",
     "write_network",
     "write_onnx",
@@ -97,6 +100,7 @@ class Portable:
         use: lines of Python that run `model` of the folder, which `load` made, on an input of one's own.
         load: lines of Python that make `model` of the files in `folder`, without taskkd.
         own: lines of Python that make `model` by taskkd of a folder of weights.
+        buildable: whether these lines can: not of a network of the caller's own.
         save: writes the folder of the Hub.
         reload: makes the model of it.
         processing: saved beside it: a tokenizer.
@@ -115,12 +119,36 @@ class Portable:
     own: str
     save: Callable[[Path], None]
     reload: Callable[[Path], nn.Module]
+    buildable: bool = True
     processing: Any = None
     classes: Sequence[str] = field(default_factory=tuple)
 
     def save_own(self, folder: Path) -> None:
         """Write weights and what says how to build the student, as a run does."""
         save_student(self.student, folder, self.processing)
+
+
+def is_library_class(model: nn.Module) -> bool:
+    """Whether the class itself is one of `transformers`, whose Auto classes build it, and not one derived from it."""
+    return type(model).__module__.startswith("transformers.")
+
+
+def of_own_class(model: nn.Module) -> str:
+    """Why the format hf cannot be had of it."""
+    return (
+        f"format hf: {type(model).__name__} is a class of your own, which transformers does not load by itself: export "
+        "the model as onnx, or as safetensors to load into it."
+    )
+
+
+def own_network(wrapper: str, task: str, arguments: str, what: str) -> str:
+    """Lines that load weights into a network of the caller's own, in the wrapper of a task."""
+    return f"""from safetensors.torch import load_model
+from taskkd.{task} import {wrapper}
+
+model = {wrapper}({arguments})  # {what}: your own module, made as it was for the run
+load_model(model, f"{{folder}}/model.safetensors")
+model.eval()"""
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ from taskkd.stages import Method, Stage
 from taskkd.teachers import Frozen, Teacher
 from taskkd.trainer import Trainer
 
-__all__ = ["Result", "build_caches", "distill", "evaluate", "predict", "run_recipe", "trained"]
+__all__ = ["Result", "build_caches", "distill", "evaluate", "predict", "recipe_of", "run_recipe", "trained"]
 
 logger = logging.getLogger(__name__)
 
@@ -490,8 +490,8 @@ def _select(session: Session, teacher: nn.Module, report: dict[str, Any]) -> tup
 # ---- after training
 
 
-def trained(run: Path) -> tuple[Any, Any, nn.Module, Any]:
-    """Recipe, task, student and tokenizer (or processor) of a finished run.
+def recipe_of(run: Path) -> tuple[Any, Any]:
+    """Recipe and task of a finished run.
 
     Raises:
         RecipeError: the folder is not that of a finished run.
@@ -500,7 +500,16 @@ def trained(run: Path) -> tuple[Any, Any, nn.Module, Any]:
         raise RecipeError(f"{run} is not the folder of a finished run: expected recipe.yaml and student/ in it.")
     transformers.utils.logging.disable_progress_bar()
     recipe = recipes.load_recipe(run / "recipe.yaml")
-    task = recipes.task_named(recipe.task)
+    return recipe, recipes.task_named(recipe.task)
+
+
+def trained(run: Path) -> tuple[Any, Any, nn.Module, Any]:
+    """Recipe, task, student and tokenizer (or processor) of a finished run.
+
+    Raises:
+        RecipeError: the folder is not that of a finished run.
+    """
+    recipe, task = recipe_of(run)
     return recipe, task, *task.trained(run / "student")
 
 

@@ -106,6 +106,10 @@ class Task(ABC):
     def trained(self, folder: Path) -> tuple[nn.Module, Any]:
         """A trained student and its processing (or None), from the folder it was saved in."""
 
+    def processing(self, folder: Path) -> Any:
+        """What was saved beside a trained student: a tokenizer; None for images."""
+        return None
+
     @abstractmethod
     def pair(self, data: Any, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
         """What is to be known of a pair of models before they are distilled: (title, words)."""

@@ -375,10 +375,10 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         Raises:
             CheckpointError: the size of a batch or the number of processes is another.
         """
-        try:
-            size = json.loads((checkpoint / "trainer_state.json").read_text()).get("train_batch_size")
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"checkpoint {checkpoint}: trainer_state.json cannot be read ({error}).") from None
+        state = checkpoint / "trainer_state.json"
+        if not state.is_file():  # no checkpoint, as is told when it is loaded
+            return
+        size = json.loads(state.read_text()).get("train_batch_size")
         ranks = len([*checkpoint.glob("rng_state_*.pth")]) or (1 if (checkpoint / "rng_state.pth").is_file() else None)
         now = (self._train_batch_size, self.args.world_size)
         for what, before, own in zip(("batch size", "number of processes"), (size, ranks), now, strict=True):

@@ -13,7 +13,16 @@ from taskkd.detection import network
 from taskkd.detection.models import Description, class_names, describe
 from taskkd.detection.transformers_models import TransformersDetector
 from taskkd.errors import TaskkdError
-from taskkd.portable import Portable, Sample, Signature, differences, network_of, write_network
+from taskkd.portable import (
+    Portable,
+    Sample,
+    Signature,
+    differences,
+    is_library_class,
+    network_of,
+    of_own_class,
+    write_network,
+)
 from taskkd.sources import standalone
 
 __all__ = ["portable"]
@@ -32,6 +41,16 @@ from torchvision.io import decode_image
 image = decode_image("image.png", mode="RGB").float() / 255  # (3, H, W) in 0..1
 with torch.no_grad():
     found = model([image])[0]  # boxes x0 y0 x1 y1 in pixels, scores, labels from 1"""
+
+
+OWN = """from taskkd.detection import models
+
+model = models.load(folder)"""
+BY_HAND = """from safetensors.torch import load_model
+
+# model: your own, made as it was for the run
+load_model(model, f"{folder}/model.safetensors")
+model.eval()"""
 
 
 class Boxes(nn.Module):
@@ -73,13 +92,12 @@ def portable(student: nn.Module, size: tuple[int, int] = (96, 128)) -> Portable:
         sides = [(height, width), (width, height), (height, height)]
         return [{"images": [torch.rand(3, *side, generator=generator)]} for side in sides]
 
-    own = "from taskkd.detection import models\n\nmodel = models.load(folder)"
     kind = _of_transformers(student) if isinstance(student, TransformersDetector) else _of_torchvision(student)
     return Portable(
         student=student,
         pipeline="object-detection",
         synthetic=synthetic,
-        own=own,
+        own=OWN if kind["buildable"] else BY_HAND,
         classes=class_names(student),
         **kind,
     )
@@ -129,6 +147,7 @@ def _of_torchvision(student: nn.Module) -> dict[str, Any]:
             "classes": class_names(student),
         },
         "load": LOAD, "use": USE, "save": save, "reload": network_of,
+        "buildable": describe(student).config is not None,
     }  # fmt: skip
 
 
@@ -160,6 +179,8 @@ def _of_transformers(student: TransformersDetector) -> dict[str, Any]:
         return (pixels, torch.ones_like(pixels[:, 0]).long())[: 1 + masked]
 
     def save(folder: Path) -> None:
+        if not is_library_class(student.model):
+            raise TaskkdError(of_own_class(student.model))
         student.model.save_pretrained(folder)  # type: ignore[operator]
         student.processor.save_pretrained(folder)
 
@@ -195,6 +216,7 @@ found = processor.post_process_object_detection(output, threshold=0.5, target_si
             "classes": class_names(student),
         },
         "load": load, "use": use, "save": save, "reload": reload,
+        "buildable": is_library_class(student.model),
     }  # fmt: skip
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from taskkd.errors import TaskkdError
+from taskkd.errors import RecipeError, TaskkdError
 from taskkd.face import network
 from taskkd.face.model import FaceModel
-from taskkd.portable import Portable, Sample, Signature, network_of, write_network
+from taskkd.portable import Portable, Sample, Signature, network_of, own_network, write_network
 from taskkd.sources import standalone
 
 __all__ = ["portable"]
@@ -41,8 +41,13 @@ class Embeddings(nn.Module):
 
 
 def portable(student: nn.Module) -> Portable:
-    """A student of task face, as it leaves a run: without the centres of a classifier."""
-    assert isinstance(student, FaceModel)
+    """A student of task face, as it leaves a run: without the centres of a classifier.
+
+    Raises:
+        RecipeError: it is no face model.
+    """
+    if not isinstance(student, FaceModel):
+        raise RecipeError(f"a {type(student).__name__} is no face model: wrap it, `FaceModel(backbone)`.")
     student.centres, side = None, student.size
 
     def arrange(sample: Sample) -> tuple[Tensor]:
@@ -72,6 +77,9 @@ def portable(student: nn.Module) -> Portable:
         }
         write_network(folder, code, student, config)
 
+    arguments = ["backbone", *(["projector=projector"] if student.projector is not None else [])]
+    arguments += [f"{key}={value!r}" for key, value in student.input_settings.items()]
+    by_hand = own_network("FaceModel", "face", ", ".join(arguments), "backbone")
     axes = {"images": {0: "batch"}, "embeddings": {0: "batch"}}
     return Portable(
         student=student,
@@ -89,7 +97,8 @@ def portable(student: nn.Module) -> Portable:
         },
         load=LOAD,
         use=USE.format(size=side),
-        own="from taskkd.face.models import load\n\nmodel = load(folder)",
+        own="from taskkd.face.models import load\n\nmodel = load(folder)" if student.built else by_hand,
+        buildable=student.built is not None,
         save=save,
         reload=network_of,
     )

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taskkd.errors import TaskkdError
 from taskkd.nlp.heads import CAUSAL_LM, MASKED_LM, QUESTION_ANSWERING, SENTENCE, SEQUENCE, TOKENS, head_of
 from taskkd.nlp.models import label_names
 from taskkd.nlp.sentence import SentenceEncoder
-from taskkd.portable import Portable, Sample, Signature
+from taskkd.portable import Portable, Sample, Signature, is_library_class, of_own_class
 from taskkd.taps import accepted_arguments
 
 __all__ = ["portable"]
@@ -56,12 +57,19 @@ def portable(student: nn.Module, tokenizer: Any, max_length: int | None = None) 
     axes |= {name: {0: "batch", **({1: "length"} if by_token else {})} for name in outputs}
     length = max_length or min(int(tokenizer.model_max_length), 512)
     sentence = isinstance(student, SentenceEncoder)
+    inner: nn.Module = student.encoder if isinstance(student, SentenceEncoder) else student
+    buildable = is_library_class(inner)
+    own = "from taskkd.nlp import load_model\n\nmodel = load_model(folder).eval()"
+    if not buildable:
+        own = f"model = {type(student).__name__}.from_pretrained(folder).eval()  # your own class"
     load, use = _sentence_code(student, length) if isinstance(student, SentenceEncoder) else _code(head.suffix, length)
 
     def synthetic() -> list[Sample]:
         return [dict(tokenizer(text, return_tensors="pt", truncation=True, max_length=length)) for text in EXAMPLES]
 
     def save(folder: Path) -> None:
+        if not buildable:
+            raise TaskkdError(of_own_class(inner))
         student.save_pretrained(folder)  # type: ignore[operator]
         tokenizer.save_pretrained(folder)
 
@@ -71,7 +79,7 @@ def portable(student: nn.Module, tokenizer: Any, max_length: int | None = None) 
 
     return Portable(
         student=student,
-        title=f"{type(student.encoder if isinstance(student, SentenceEncoder) else student).__name__} for {head.title}",
+        title=f"{type(inner).__name__} for {head.title}",
         pipeline=PIPELINES[head],
         library="sentence-transformers" if sentence else "transformers",
         signature=Signature(
@@ -90,7 +98,8 @@ def portable(student: nn.Module, tokenizer: Any, max_length: int | None = None) 
         },
         load=load,
         use=use,
-        own="from taskkd.nlp import load_model\n\nmodel = load_model(folder).eval()",
+        own=own,
+        buildable=buildable,
         save=save,
         reload=reload,
         processing=tokenizer,

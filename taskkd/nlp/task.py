@@ -189,7 +189,11 @@ class NlpTask(Task):
 
     def trained(self, folder: Path) -> tuple[nn.Module, Any]:
         """A trained student and its tokenizer, from the folder it was saved in."""
-        return models.load_model(str(folder)).eval(), models.load_tokenizer(str(folder))
+        return models.load_model(str(folder)).eval(), self.processing(folder)
+
+    def processing(self, folder: Path) -> Any:
+        """The tokenizer of a trained student."""
+        return models.load_tokenizer(str(folder))
 
     def fingerprint(self, recipe: NlpRecipe) -> str:
         """What tells that the teacher's files are the ones a run was started with; "" for a hub name."""

@@ -9,11 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from taskkd.errors import TaskkdError
-from taskkd.portable import Portable, Sample, Signature, network_of, write_network
+from taskkd.errors import RecipeError, TaskkdError
+from taskkd.portable import (
+    Portable,
+    Sample,
+    Signature,
+    is_library_class,
+    network_of,
+    of_own_class,
+    own_network,
+    write_network,
+)
 from taskkd.segmentation import network
 from taskkd.segmentation.segmenter import Segmenter
-from taskkd.segmentation.transformers_networks import TransformersSegmenter
+from taskkd.segmentation.transformers_networks import FlippedChannels, TransformersSegmenter
 from taskkd.sources import standalone
 
 __all__ = ["portable"]
@@ -52,8 +61,12 @@ def portable(student: nn.Module, size: tuple[int, int] = (96, 128)) -> Portable:
     Args:
         student: a segmenter in evaluation mode.
         size: of synthetic images.
+
+    Raises:
+        RecipeError: it is no segmenter.
     """
-    assert isinstance(student, Segmenter)
+    if not isinstance(student, Segmenter):
+        raise RecipeError(f"a {type(student).__name__} is no segmenter: wrap it, `taskkd.segmentation.wrap(network)`.")
     own = student.size
     free = {0: "batch"} if own else {0: "batch", 2: "height", 3: "width"}
 
@@ -68,6 +81,10 @@ def portable(student: nn.Module, size: tuple[int, int] = (96, 128)) -> Portable:
         return [{"images": torch.rand(1, 3, *(own or size), generator=generator)} for _ in range(3)]
 
     hub = _of_transformers(student) if isinstance(student, TransformersSegmenter) else _network(student)
+    settings = [f"{key}={value!r}" for key, value in student.input_settings.items()]
+    call = ["call=call"] if student.description.call else []
+    arguments = ", ".join(["network", repr(list(student.classes)), *settings, *call])
+    by_hand = own_network("Segmenter", "segmentation", arguments, "network")
     return Portable(
         student=student,
         title=f"{student.kind} for semantic segmentation",
@@ -82,7 +99,7 @@ def portable(student: nn.Module, size: tuple[int, int] = (96, 128)) -> Portable:
             "resize_before": None if own is None else f"bilinear, antialiased, to {own[0]} x {own[1]}",
             "classes": list(student.classes),
         },
-        own="from taskkd.segmentation import load\n\nmodel = load(folder)",
+        own="from taskkd.segmentation import load\n\nmodel = load(folder)" if hub["buildable"] else by_hand,
         classes=student.classes,
         **hub,
     )
@@ -109,7 +126,8 @@ def _network(student: Segmenter) -> dict[str, Any]:
         write_network(folder, code, student, config)
 
     use = USE.format(call='model(image[None])["logits"]')
-    return {"load": NETWORK, "use": use, "save": save, "reload": network_of, "library": "pytorch"}
+    loading = {"load": NETWORK, "save": save, "reload": network_of, "buildable": student.built is not None}
+    return {**loading, "use": use, "library": "pytorch"}
 
 
 def _of_transformers(student: TransformersSegmenter) -> dict[str, Any]:
@@ -117,6 +135,8 @@ def _of_transformers(student: TransformersSegmenter) -> dict[str, Any]:
     auto = "AutoModelForUniversalSegmentation" if student.universal else "AutoModelForSemanticSegmentation"
 
     def save(folder: Path) -> None:
+        if not is_library_class(student.model):
+            raise TaskkdError(of_own_class(student.model))
         student.config.id2label = dict(enumerate(student.classes))
         student.config.label2id = {name: label for label, name in enumerate(student.classes)}
         student.model.save_pretrained(folder)  # type: ignore[operator]
@@ -132,6 +152,8 @@ def _of_transformers(student: TransformersSegmenter) -> dict[str, Any]:
     shown = f"""mean, std = torch.tensor({list(mean)}), torch.tensor({list(std)})
 shown = ((image - mean[:, None, None]) / std[:, None, None])[None]
 """
+    if isinstance(student._call, FlippedChannels):
+        shown += "shown = shown.flip(1)  # BGR\n"
     if student.size is not None:
         shown += f'shown = torch.nn.functional.interpolate(shown, {student.size}, mode="bilinear", antialias=True)\n'
     elif student.divisor > 1:
@@ -140,4 +162,5 @@ shown = ((image - mean[:, None, None]) / std[:, None, None])[None]
             f"-image.shape[1] % {student.divisor}))  # and cut what is below and right of the image off the mask\n"
         )
     use = USE.format(call="model(shown).logits").replace("with torch", shown + "with torch")
-    return {"load": load, "use": use, "save": save, "reload": reload, "library": "transformers"}
+    loading = {"load": load, "save": save, "reload": reload, "buildable": is_library_class(student.model)}
+    return {**loading, "use": use, "library": "transformers"}

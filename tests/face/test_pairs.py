@@ -146,9 +146,8 @@ def test_damaged_bin_files(tmp_path: Path) -> None:
     whole = (DATA / "toy_p4.bin").read_bytes()
     for content in (whole[:-100], b"", b"PK\3\4", whole[:2], b"\x80\x09" + whole[2:]):
         (tmp_path / "x.bin").write_bytes(content)
-        with pytest.raises(
-            DataError, match=r"x.bin: the file is (damaged or no pickle of pairs|refused: it refers to objects)"
-        ):
+        refusal = r"x.bin: the file is (damaged or no pickle of pairs|refused: it refers to objects)"
+        with pytest.raises(DataError, match=refusal):
             read_bin(tmp_path / "x.bin")
     with pytest.raises(DataError, match=r"y.bin: no such file"):
         read_bin(tmp_path / "y.bin")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tests.engine import run_job
 from tests.faults import worlds
 
-TIMINGS = ("seconds", "runtime", "per_second", "preparation_time", "ms", "latency", "speed_up")
+TIMINGS = ("seconds", "runtime", "per_second", "preparation_time", "ms", "latency", "speed_up", "date")
 CODES = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130}
 
 
