@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-__all__ = ["gather_ranks", "join_ranks", "world_size"]
+from taskkd.errors import ShapeError
+
+__all__ = ["gather_ranks", "join_ranks", "sum_ranks", "whole_loss", "world_size"]
 
 
 def world_size() -> int:
@@ -28,12 +30,32 @@ def join_ranks(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def sum_ranks(x: Tensor) -> Tensor:
+    """The sum over all ranks, with gradient to this rank's own part; `x` itself in one process."""
+    if world_size() == 1:
+        return x
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return x + (total - x.detach())
+
+
+def whole_loss(value: Tensor) -> Tensor:
+    """A loss of the samples of all ranks, which each rank has worked out with gradient to its own.
+
+    DDP averages the gradients of the ranks, where theirs is the sum: they are multiplied by the number of ranks.
+    """
+    return value + (world_size() - 1) * (value - value.detach()) if world_size() > 1 else value
+
+
 def _parts(x: Tensor) -> list[Tensor]:
     """What each rank has; the numbers of rows may differ, nothing else."""
-    count = torch.tensor([len(x)], device=x.device)
-    counts = [torch.empty_like(count) for _ in range(world_size())]
-    dist.all_gather(counts, count)
-    sizes = [int(c.item()) for c in counts]
+    shape = torch.tensor(x.shape, device=x.device)
+    shapes = [torch.empty_like(shape) for _ in range(world_size())]
+    dist.all_gather(shapes, shape)
+    known = [tuple(s.tolist()) for s in shapes]
+    if any(s[1:] != known[0][1:] for s in known):
+        raise ShapeError(f"what is gathered must be alike on all ranks but for the batch, got {known}.")
+    sizes = [s[0] for s in known]
     padded = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])]).contiguous()
     rows = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(rows, padded)

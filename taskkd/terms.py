@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from taskkd.adapters import AdapterSpec, build_adapter, maps_all_levels
 from taskkd.deprecations import translate
 from taskkd.errors import ShapeError, TapError, TaskkdError, nearest
-from taskkd.ranks import gather_ranks, join_ranks, world_size
+from taskkd.ranks import gather_ranks, join_ranks, whole_loss
 from taskkd.schedules import Progress, Schedule, constant
 from taskkd.taps import describe
 
@@ -349,8 +349,7 @@ class Match(Term):
                 teachers = _adapt(self.teacher_adapters, teachers, students)
             if self.adapts_student:
                 students = _adapt(self.adapters, students, teachers)
-            ranks = world_size() if self.gather else 1
-            if ranks > 1:
+            if self.gather:
                 students, teachers = [join_ranks(s) for s in students], [gather_ranks(t) for t in teachers]
                 joined = [n for n in options if n == "mask" or n in self.option_taps]
                 options |= {n: gather_ranks(options[n]) for n in joined if options[n] is not None}
@@ -363,8 +362,8 @@ class Match(Term):
             raise ShapeError(f"term {self.name!r}: {error}") from None
         except ValueError as error:  # an option out of range
             raise TaskkdError(f"term {self.name!r}: {error}") from error
-        if ranks > 1:  # the same loss on every rank, whose gradients, each of its own samples, DDP averages
-            value = value + (ranks - 1) * (value - value.detach())
+        if self.gather:
+            value = whole_loss(value)
         return value if scale is None else value * scale
 
     def _options(self, run: Run, like: Tensor) -> dict[str, Any]:

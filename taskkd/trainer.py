@@ -41,6 +41,7 @@ from taskkd.distiller import Distiller, TaskLoss
 from taskkd.errors import CacheError, CheckpointError, NonFiniteError, TaskkdError
 from taskkd.files import writing
 from taskkd.preparation import Preparation
+from taskkd.shuffling import shuffle_in_parts
 from taskkd.signals import SignalStop
 from taskkd.stages import Method, Stage, training_only
 from taskkd.teachers import Teacher
@@ -211,6 +212,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         cached = self.distiller.teacher
         if not isinstance(cached, Cached) or not self.distiller._uses_teacher:
             loader: DataLoader[Any] = super().get_train_dataloader()
+            shuffle_in_parts(loader)
             return loader
         collator = self.data_collator
         self.data_collator = CachedCollator(collator, cached)
@@ -218,6 +220,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             loader = super().get_train_dataloader()
         finally:
             self.data_collator = collator
+        shuffle_in_parts(loader)
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,26 @@ def point_trainer(folder: Path | str, *, train=None, terms=None, student=None, t
         teacher=teacher if teacher is not None else Mlp(12, 1),
         **options,
     )
+
+
+def doubled(collator: Callable[[list[Any]], dict[str, Any]]) -> Callable[[list[Any]], dict[str, Any]]:
+    """A collator whose batches are in double precision."""
+
+    def double(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: double(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(double(v) for v in value)
+        return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return lambda rows: double(collator(rows))
+
+
+def step_losses(trainer: kd.Trainer) -> list[dict[str, float]]:
+    """The mean over the ranks of every loss, at each step that was logged."""
+    return [
+        {k: v for k, v in log.items() if k.startswith("loss")} for log in trainer.state.log_history if "loss" in log
+    ]
 
 
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:

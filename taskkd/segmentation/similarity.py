@@ -147,7 +147,8 @@ def queue_similarity(
     Raises:
         ShapeError: shapes do not fit.
     """
-    both = (student, queue[None]), (teacher, queue[None])
+    columns = queue[None].to(student.dtype)
+    both = (student, columns), (teacher, columns)
     return similarity_kl(*both, temperature=temperature * kd_temperature, mask=mask) * kd_temperature**2
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,16 +17,32 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return rank_results(tmp_path_factory.mktemp("ranks"), 2, ranks_job.__file__)
 
 
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    (found,) = rank_results(tmp_path_factory.mktemp("single"), 1, ranks_job.__file__)
+    return found
+
+
 @pytest.mark.slow
-def test_terms_of_each_image_train_as_in_one_process(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
-    """RetinaNet divides by the positives of an image, and CWD by its channels: their means are those of the ranks."""
-    (found,) = rank_results(tmp_path, 1, ranks_job.__file__)
-    one = found["channel_wise"]["parameters"]
-    first, second = (rank["channel_wise"]["parameters"] for rank in ranks)
+@pytest.mark.parametrize("name", ranks_job.ALIKE)
+def test_terms_train_as_in_one_process(ranks: list[dict[str, Any]], single: dict[str, Any], name: str) -> None:
+    """RetinaNet divides by the positives of an image, and CWD by its channels; the others are gathered."""
+    one = single[name]["parameters"]
+    first, second = (rank[name]["parameters"] for rank in ranks)
+    assert {v.dtype for v in one.values()} == {torch.float64}
     assert distance(first, second) == 0.0
-    assert distance(first, one) <= 1e-6
+    assert distance(first, one) <= 1e-9
+    assert len(ranks[0][name]["losses"]) == 3
+    for here, there in zip(single[name]["losses"], ranks[0][name]["losses"], strict=True):
+        assert here == pytest.approx(there, rel=1e-6)
     start = dict(retinanet(8).named_parameters())
     assert max((v - start[n[8:]]).abs().max().item() for n, v in one.items() if n.startswith("student.")) > 1e-3
+
+
+@pytest.mark.slow
+def test_what_is_not_gathered_is_of_a_rank(ranks: list[dict[str, Any]], single: dict[str, Any]) -> None:
+    one, first = single["correlated"]["parameters"], ranks[0]["correlated by rank"]["parameters"]
+    assert distance(first, one) > 1e-5
 
 
 @pytest.mark.slow

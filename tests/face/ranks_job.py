@@ -17,7 +17,7 @@ import taskkd as kd
 from taskkd.caches import Cached
 from taskkd.face import METHODS, FaceModel, MarginHead, PartialFC, VerificationMetric, collate, make_pairs, read_folder
 from taskkd.face.datasets import FaceDataset, RandomFlip
-from tests.engine import arguments, weights
+from tests.engine import arguments, doubled, step_losses, weights
 from tests.face import people
 
 RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -40,7 +40,7 @@ def network(width: int, seed: int) -> FaceModel:
 def train(folder: Path, name: str) -> dict[str, Any]:
     """Six steps on twelve faces, four in each, of which every rank sees its own; then pairs are verified."""
     method, cached, spread = RUNS[name]
-    student, teacher = network(4, seed=0), network(8, seed=1).eval()
+    student, teacher = network(4, seed=0).double(), network(8, seed=1).double().eval()
     faces = read_folder(folder / "data", size=people.SIZE)
     student.identities = teacher.identities = 4
     before = weights(teacher)
@@ -51,7 +51,7 @@ def train(folder: Path, name: str) -> dict[str, Any]:
         student,
         teacher=Cached(teacher, folder / f"cache-{name}") if cached else teacher,
         method=METHODS[method](student, teacher),
-        task_loss=head,
+        task_loss=head.double(),
         metric=VerificationMetric(pairs, folds=2, far=(0.1,)),
         args=arguments(
             folder / name,
@@ -62,16 +62,19 @@ def train(folder: Path, name: str) -> dict[str, Any]:
             learning_rate=0.01,
             ddp_timeout=60,
             train_sampling_strategy="sequential",
+            logging_strategy="steps",
+            logging_steps=1,
         ),
         train_dataset=RandomFlip(FaceDataset(faces), seed=5),
         eval_dataset=pairs.table,
-        data_collator=collate,
+        data_collator=doubled(collate),
     )
     trainer.train()
     measured = trainer.evaluate()
     names = ("eval_accuracy", "eval_auc", "eval_tar", "eval_threshold")
     return {
         "step": trainer.state.global_step,
+        "losses": step_losses(trainer),
         "parameters": {n: v for n, v in weights(trainer.distiller).items() if v.is_floating_point() and "_ex" not in n},
         "measured": {k: v for k, v in measured.items() if k.startswith(names)},
         "untouched": all(torch.equal(value, before[n]) for n, value in weights(teacher).items()),

@@ -34,6 +34,10 @@ def test_two_ranks_train_and_measure_as_one_process(
     assert distance(states[1], states[2]) == 0.0
     start = ranks_job.network(4, seed=0).state_dict()
     assert max((states[0][f"student.{n}"] - v).abs().max().item() for n, v in start.items()) > 1e-2
-    assert distance(states[0], states[1]) < 1e-5
+    # what is read from a cache is in single precision
+    assert distance(states[0], states[1]) <= (1e-6 if ranks_job.RUNS[name][1] else 1e-9)
+    assert len(first["losses"]) == 6
+    for here, there in zip(one["losses"], first["losses"], strict=True):
+        assert here == pytest.approx(there, rel=1e-6)
     assert first["measured"] == second["measured"]
     assert first["measured"] == pytest.approx(one["measured"], abs=1e-5)

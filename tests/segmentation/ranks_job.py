@@ -17,7 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import taskkd as kd
 from taskkd.segmentation import METHODS, PixelCrossEntropy, SegmentationDataset, SegmentationMetric, collate
 from taskkd.segmentation.readers import read_folder
-from tests.engine import arguments, weights
+from tests.engine import arguments, doubled, step_losses, weights
 from tests.segmentation import toy, trees
 
 RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -41,15 +41,15 @@ def frozen(model: nn.Module) -> nn.Module:
     """Batch norm as it is, so that what an image gives does not depend on the others of its batch."""
     for name, child in model.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            setattr(model, name, FrozenBatchNorm2d(child.num_features))
+            setattr(model, name, FrozenBatchNorm2d(child.num_features).to(child.weight.dtype))
         else:
             frozen(child)
     return model
 
 
 def train(folder: Path, methods: dict[str, dict[str, Any]], *, free: bool = False) -> dict[str, Any]:
-    """Three steps on twelve images, four in each, of which every rank sees its own; then six are measured."""
-    student, teacher = toy.network(2, seed=0), toy.network(4, seed=1, stride=2)
+    """Three steps on twelve images in double precision, four in each, of which every rank sees its own; then five."""
+    student, teacher = toy.network(2, seed=0).double(), toy.network(4, seed=1, stride=2).double()
     if not free:
         frozen(student)
     terms = [t for name, given in methods.items() for t in METHODS[name](student, teacher, **given).stages[0].terms]
@@ -72,15 +72,18 @@ def train(folder: Path, methods: dict[str, dict[str, Any]], *, free: bool = Fals
             learning_rate=0.05,
             ddp_timeout=60,
             train_sampling_strategy="sequential",
+            logging_strategy="steps",
+            logging_steps=1,
         ),
         train_dataset=SegmentationDataset(table, training=True),
         eval_dataset=torch.utils.data.Subset(SegmentationDataset(table), range(5)),
-        data_collator=collate,
+        data_collator=doubled(collate),
     )
     trainer.train()
     measured = trainer.evaluate()
     return {
         "step": trainer.state.global_step,
+        "losses": step_losses(trainer),
         "parameters": {
             n: v for n, v in weights(trainer.distiller).items() if v.is_floating_point() and "_extra" not in n
         },

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from tests.engine import distance, rank_results
 from tests.segmentation import ranks_job, toy
@@ -40,14 +41,18 @@ def test_students_and_memories_of_two_ranks_are_equal(ranks: list[dict[str, Any]
 def test_training_is_that_of_one_process_with_the_images_of_both(
     ranks: list[dict[str, Any]], single: dict[str, Any], kind: str
 ) -> None:
+    losses = ranks[0][kind]["losses"]
     found, single = ranks[0][kind]["parameters"], single[kind]
-    assert single["step"] == 3
+    assert single["step"] == len(losses) == 3
+    for here, there in zip(single["losses"], losses, strict=True):
+        assert here == pytest.approx(there, rel=1e-6)
     start = ranks_job.frozen(toy.network(2, seed=0)).state_dict()
     moved = {
         n: (v - start[n.removeprefix("student.")]).abs().max() for n, v in found.items() if n in single["parameters"]
     }
     assert max(moved.values()) > 1e-2
-    assert distance(found, single["parameters"]) < 1e-5
+    assert {v.dtype for v in found.values()} == {torch.float64}
+    assert distance(found, single["parameters"]) <= 1e-9
 
 
 def test_all_ranks_measure_what_one_process_measures(ranks: list[dict[str, Any]], single: dict[str, Any]) -> None:

@@ -86,6 +86,7 @@ def channel_wise(
     temperature: Annotated[float, Gt(0)] = 1.0,
     weight: Annotated[float, Ge(0)] | None = None,
     normalise: bool = False,
+    gather: bool = False,
     until: Annotated[float, Interval(gt=0, le=1)] = 1.0,
     levels: Annotated[int, Gt(0)] | None = None,
     adapter: Adapter = "auto",
@@ -105,6 +106,8 @@ def channel_wise(
         weight: None: 10 on the neck, 5 on classes, 1 with `normalise`.
         normalise: neck only: a 1x1 convolution without bias on the student's maps, whatever their width, then batch
             norm without parameters on both sides.
+        gather: with `normalise`: on several ranks standardise over the maps of all of them, which must be of one size;
+            False: of each rank its own. Without `normalise` ranks make no difference.
         until: the share of the training after which the term is off.
         levels: how many maps of the neck, finest first; None: all that both have.
         adapter: without `normalise`; see `taskkd.detection.methods.maps.adapter_of`.
@@ -123,6 +126,7 @@ def channel_wise(
             teacher,
             channel_wise_loss,
             {"temperature": temperature, "normalise": normalise},
+            gather=gather and normalise,
             weight=scheduled,
             adapter=_projection if normalise else adapter_of(adapter),
             neck=neck,

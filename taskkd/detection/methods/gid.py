@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from annotated_types import Ge, Gt, Interval
@@ -19,6 +19,7 @@ from taskkd.detection.views import Dense, Rois, Rpn, Views
 from taskkd.errors import ShapeError
 from taskkd.losses.logits import kl_divergence
 from taskkd.losses.primitives import check_same_shape, full_precision, masked_mean, pairwise_distance, safe_divide
+from taskkd.ranks import gather_ranks, join_ranks, whole_loss
 from taskkd.stages import Method, Stage
 from taskkd.terms import Run, Term
 
@@ -323,7 +324,12 @@ def _of_rois(rois: Rois, proposals: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class _Instances(NeckTerm):
-    """Base of the terms on the features of the instances: adapted, pooled from the level of their size, once."""
+    """Base of the terms on the features of the instances: adapted, pooled from the level of their size, once.
+
+    With `gather` the instances are those of all ranks.
+    """
+
+    loss: ClassVar[Callable[..., Tensor]]
 
     def __init__(
         self,
@@ -334,13 +340,14 @@ class _Instances(NeckTerm):
         selection: Selection,
         adapter: AdapterSpec | None,
         size: int,
+        gather: bool,
         weight: float,
     ) -> None:
         views = (selection.view,)
         super().__init__(
             name, student, teacher, adapter=adapter, student_views=views, teacher_views=views, weight=weight
         )
-        self.selection, self.size = selection, size
+        self.selection, self.size, self.gather = selection, size, gather
 
     def features(self, run: Run) -> tuple[Tensor, Tensor]:
         """(K, C, size, size) of student and teacher, of all images."""
@@ -356,19 +363,23 @@ class _Instances(NeckTerm):
         found: tuple[Tensor, Tensor] = run.notes[key]
         return found
 
+    def forward(self, run: Run) -> Tensor:
+        student, teacher = self.features(run)
+        if self.gather:
+            return whole_loss(self.loss(join_ranks(student), gather_ranks(teacher)))
+        return self.loss(student, teacher)
+
 
 class InstanceFeature(_Instances):
     """`instance_feature` of the general instances."""
 
-    def forward(self, run: Run) -> Tensor:
-        return instance_feature(*self.features(run))
+    loss = staticmethod(instance_feature)
 
 
 class InstanceRelation(_Instances):
     """`instance_relation` of the general instances of all images of the batch."""
 
-    def forward(self, run: Run) -> Tensor:
-        return instance_relation(*self.features(run))
+    loss = staticmethod(instance_relation)
 
 
 class InstanceResponse(DetectionTerm):
@@ -458,6 +469,7 @@ def gid(
     class_weight: Annotated[float, Ge(0)] = 0.1,
     box_weight: Annotated[float, Ge(0)] = 1.0,
     stage: Literal["auto", "first", "second"] = "auto",
+    gather: bool = False,
 ) -> Method:
     """General instances, where the two networks disagree most: their features, the relations of those, the response.
 
@@ -476,6 +488,8 @@ def gid(
         pool: cells of a side of an instance's features.
         feature_weight, relation_weight, class_weight, box_weight: of the four terms; 0 leaves one out.
         stage: of two-stage detectors, the "first" or "second" (see above).
+        gather: on several ranks the features and relations of the instances of all of them; False: of each rank its
+            own. The responses are means over a rank's own anchors.
 
     Raises:
         RecipeError: the two make no predictions of the same regions.
@@ -485,9 +499,10 @@ def gid(
     if kind == "rois" and (stage == "first" or (stage == "auto" and same_anchors(student, teacher))):
         view = "rpn"
     selection, adapter, models = Selection(view, score, side, nms, instances, min_side), _shared(), (student, teacher)
+    shared: dict[str, Any] = {"selection": selection, "adapter": adapter, "size": pool, "gather": gather}
     terms: list[Term] = [
-        InstanceFeature("feature", *models, selection=selection, adapter=adapter, size=pool, weight=feature_weight),
-        InstanceRelation("relation", *models, selection=selection, adapter=adapter, size=pool, weight=relation_weight),
+        InstanceFeature("feature", *models, weight=feature_weight, **shared),
+        InstanceRelation("relation", *models, weight=relation_weight, **shared),
         InstanceResponse("classes", *models, selection=selection, part="classes", weight=class_weight),
         InstanceResponse("boxes", *models, selection=selection, part="boxes", weight=box_weight),
     ]

@@ -13,6 +13,7 @@ from taskkd.detection.families import family_of
 from taskkd.detection.shared import SharedImages
 from taskkd.detection.terms import NeckTerm
 from taskkd.errors import TaskkdError
+from taskkd.ranks import gather_ranks, join_ranks, whole_loss
 from taskkd.terms import Run, Weight
 
 __all__ = [
@@ -113,6 +114,7 @@ class MapsTerm(NeckTerm):
         name, student, teacher: see `NeckTerm`.
         loss: of two lists of tensors (N, C, h, w), of one shape at each level.
         options: of the loss.
+        gather: on several ranks the loss of the maps of all of them, which must be of one size.
         weight, **others: see `NeckTerm`.
     """
 
@@ -126,14 +128,18 @@ class MapsTerm(NeckTerm):
         loss: Callable[..., Tensor],
         options: Mapping[str, Any] | None = None,
         *,
+        gather: bool = False,
         weight: Weight = 1.0,
         **others: Any,
     ) -> None:
         super().__init__(name, student, teacher, weight=weight, **others)
-        self.loss, self.options = loss, dict(options or {})
+        self.loss, self.options, self.gather = loss, dict(options or {}), gather
 
     def compare(self, students: list[Tensor], teachers: list[Tensor], run: Run) -> Tensor:
         """The loss of all levels."""
+        if self.gather:
+            students, teachers = [join_ranks(m) for m in students], [gather_ranks(m) for m in teachers]
+            return whole_loss(self.loss(students, teachers, **self.options))
         return self.loss(students, teachers, **self.options)
 
 

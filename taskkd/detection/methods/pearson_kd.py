@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +21,7 @@ from taskkd.detection.methods.maps import (
 )
 from taskkd.detection.terms import resized
 from taskkd.losses.primitives import check_same_shape, full_precision
+from taskkd.ranks import gather_ranks, sum_ranks, whole_loss, world_size
 from taskkd.stages import Method, Stage
 
 __all__ = ["pearson_kd", "pearson_loss"]
@@ -27,7 +29,12 @@ __all__ = ["pearson_kd", "pearson_loss"]
 
 @full_precision
 def pearson_loss(
-    student: Maps, teacher: Maps, *, resize: Literal["student", "teacher"] = "student", eps: float = 1e-6
+    student: Maps,
+    teacher: Maps,
+    *,
+    resize: Literal["student", "teacher"] = "student",
+    eps: float = 1e-6,
+    gather: bool = False,
 ) -> Tensor:
     """Half the mean squared difference of standardised maps, summed over levels; `1 - r` of each channel, on average.
 
@@ -42,6 +49,8 @@ def pearson_loss(
         student, teacher: (N, C, h, w), or lists of the levels.
         resize: which side.
         eps: added to the deviation.
+        gather: on several ranks, of the maps of all of them, whose sizes may differ: each rank has the whole loss, with
+            gradient to its own maps, see `taskkd.ranks.whole_loss`.
 
     Raises:
         ShapeError: batches or channels differ.
@@ -50,14 +59,32 @@ def pearson_loss(
     for s, t in zip(as_list(student), as_list(teacher), strict=True):
         own, other = (resized(s, t), t) if resize == "student" else (s, resized(t, s))
         check_same_shape(own, other, "pearson_loss")
-        levels.append(F.mse_loss(_standardised(own, eps), _standardised(other, eps)) / 2)
+        if gather and world_size() > 1:
+            levels.append(_of_all_ranks(own, other, eps))
+        else:
+            levels.append(F.mse_loss(_standardised(own, eps), _standardised(other, eps)) / 2)
     total: Tensor = sum(levels[1:], levels[0])
     return total
+
+
+def _gathered(student: Maps, teacher: Maps) -> Tensor:
+    return whole_loss(pearson_loss(student, teacher, gather=True))
 
 
 def _standardised(x: Tensor, eps: float) -> Tensor:
     centred, _, variance = channel_moments(x)
     return centred / (safe_sqrt(variance) + eps)
+
+
+def _of_all_ranks(student: Tensor, teacher: Tensor, eps: float) -> Tensor:
+    """The same of one level from the sums over all ranks: a few numbers of each channel travel, no maps."""
+    count = int(gather_ranks(torch.tensor([student[:, 0].numel()], device=student.device)).sum())
+    # A shift of the means changes no sum over all ranks: they are constants.
+    s, t = (x - sum_ranks(x.detach().sum((0, 2, 3), keepdim=True)) / count for x in (student, teacher))
+    ss, tt, st = sum_ranks(torch.stack([(a * b).sum((0, 2, 3)) for a, b in ((s, s), (t, t), (s, t))]))
+    own, other = (safe_sqrt(x / max(count - 1, 1)) + eps for x in (ss, tt))
+    value: Tensor = (ss / own**2 + tt / other**2 - 2 * st / (own * other)).mean() / (2 * count)
+    return value
 
 
 def pearson_kd(
@@ -69,6 +96,7 @@ def pearson_kd(
     adapter: Adapter = "auto",
     neck: list[str] | None = None,
     teacher_neck: list[str] | None = None,
+    gather: bool = False,
 ) -> Method:
     """The neck's maps, each channel standardised: what varies counts, not how strong it is.
 
@@ -82,6 +110,7 @@ def pearson_kd(
         levels: how many, finest first; None: all that both have.
         adapter: see `taskkd.detection.methods.maps.adapter_of`.
         neck, teacher_neck: taps of maps, paired in order; None: those of the detector's family.
+        gather: on several ranks standardise over the images of all of them; False: of each rank its own.
     """
     if weight is None:
         weight = 6.0 if two_stage(student) else 10.0
@@ -89,7 +118,7 @@ def pearson_kd(
         "pearson",
         student,
         teacher,
-        pearson_loss,
+        _gathered if gather else pearson_loss,
         weight=weight,
         adapter=adapter_of(adapter),
         neck=neck,

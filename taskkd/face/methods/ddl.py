@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from taskkd.errors import ShapeError, TaskkdError
 from taskkd.face.histograms import dense_histogram, soft_histogram
 from taskkd.losses.primitives import full_precision, l2_normalise, safe_divide
-from taskkd.ranks import gather_ranks, join_ranks, world_size
+from taskkd.ranks import gather_ranks, join_ranks, whole_loss
 from taskkd.stages import Method, Stage
 from taskkd.terms import Run, Term, Weight
 
@@ -284,8 +284,7 @@ class DistributionDistillation(Term):
             value = ddl_loss(parts[: self.branches], pairs, labels=labels, **self.options)
         except ValueError as error:
             raise TaskkdError(f"term {self.name!r}: {error}") from error
-        ranks = world_size() if self.gather else 1
-        return value + (ranks - 1) * (value - value.detach()) if ranks > 1 else value
+        return whole_loss(value) if self.gather else value
 
     def _warn(self, pairs: Sequence[Pair]) -> None:
         """Say once that a branch has nothing in the histogram's range."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from taskkd.errors import ShapeError, TaskkdError
 from taskkd.losses.primitives import cosines, full_precision, masked_mean
-from taskkd.ranks import gather_ranks, join_ranks, world_size
+from taskkd.ranks import gather_ranks, join_ranks, whole_loss
 from taskkd.stages import Method, Stage
 from taskkd.terms import Run, Term, Weight
 
@@ -235,15 +235,14 @@ class EvaluationDistillation(Term):
     def forward(self, run: Run) -> Tensor:
         student, teacher = run.student[self.student_taps[0]], run.teacher[self.teacher_taps[0]]
         labels = self._labels(run, len(student))
-        ranks = world_size() if self.gather else 1
-        if ranks > 1:
+        if self.gather:
             student, teacher, labels = join_ranks(student), gather_ranks(teacher), gather_ranks(labels)
         similarities, kinds = pair_similarities(student, teacher), _kinds(labels)
         self._move(similarities.detach(), kinds[1])
         thresholds = self.student_thresholds.clone(), self.teacher_thresholds.clone()
         parts = _rank_distances(similarities, kinds, thresholds, self.topk, self.temperature)
         value = self.weights[0] * parts[0] + self.weights[1] * parts[1]
-        return value + (ranks - 1) * (value - value.detach()) if ranks > 1 else value
+        return whole_loss(value) if self.gather else value
 
 
 def ekd(
