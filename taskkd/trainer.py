@@ -346,6 +346,13 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
                 raise error
         return result
 
+    def _run_epoch(self, **where: Any) -> None:
+        """As the engine's; but from a checkpoint of the last step, within an epoch, it would take one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**where)
+
     def _check_batches(self, checkpoint: Path) -> None:
         """Refuse to go on with other batches than the checkpoint's: what was seen of its epoch would be other samples.
 
