@@ -73,7 +73,10 @@ def text(name: str) -> portable.Portable:
 def of_transformers(name: str) -> portable.Portable:
     # with as many channels as groups, a map of one pixel has no variance
     width = {"width": 64} if name == "deformable_detr" else {}
-    return detector_as(tiny_detr.detector(name, **width).eval())
+    model = tiny_detr.detector(name, **width).eval()
+    if name in ("rt_detr", "rt_detr_v2", "d_fine"):  # as if trained: which queries are picked is no tie
+        nn.init.normal_(model.model.model.enc_score_head.weight)
+    return detector_as(model)
 
 
 def of_torchvision(name: str) -> portable.Portable:
@@ -113,7 +116,7 @@ def test_detectors_of_transformers_as_a_folder(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", OF_TRANSFORMERS)
 def test_segmenters_of_transformers_as_a_folder(name: str, tmp_path: Path) -> None:
-    assert written(segmenter(name), "hf", tmp_path / "out").difference == 0
+    assert written(segmenter(name), "hf", tmp_path / "out").difference < 1e-6
 
 
 @pytest.mark.parametrize("name", FACES)

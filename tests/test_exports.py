@@ -125,8 +125,8 @@ def test_a_text_classifier_as_a_graph(made: dict[str, Path], tmp_path: Path) -> 
     )
     inputs = {key: batch[key].numpy() for key in ("input_ids", "attention_mask")}
     _, (code,) = card(done.folder)
-    space: dict[str, Any] = {"folder": str(done.folder), "inputs": inputs}
-    exec(code, space)
+    space: dict[str, Any] = {"inputs": inputs}
+    exec(code.replace('folder = "."', f"folder = {str(done.folder)!r}"), space)
     with torch.no_grad():
         np.testing.assert_allclose(space["outputs"][0], model(**batch).logits.numpy(), atol=1e-5)
 
