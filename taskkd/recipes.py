@@ -390,7 +390,13 @@ def _explain(
 ) -> str:
     """The first validation error as a sentence."""
     first = error.errors(include_url=False)[0]
-    location = tuple(part for part in first["loc"] if not (isinstance(part, str) and "[" in part))
+    unknown, last = first["type"] == "extra_forbidden", len(first["loc"]) - 1
+    # Kinds that a value may be of, as list[int], stand between its keys; an unknown key may have brackets, too.
+    location = tuple(
+        part
+        for i, part in enumerate(first["loc"])
+        if (unknown and i == last) or not (isinstance(part, str) and "[" in part)
+    )
     path = (*prefix, *location)
     line = lines.get(path)
     where = f"{title}, line {line}" if line else title

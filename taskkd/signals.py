@@ -76,6 +76,7 @@ class SignalStop(transformers.TrainerCallback):  # type: ignore[misc]
     def __init__(self, budget: Budget | None = None) -> None:
         self.budget = budget
         self.received: int | None = None
+        self._within = False
         self._previous: dict[int, Any] = {}
 
     def _handle(self, number: int, frame: Any) -> None:
@@ -90,7 +91,7 @@ class SignalStop(transformers.TrainerCallback):  # type: ignore[misc]
         return self.received or (signal.SIGUSR1 if up else 0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.received = None
+        self.received, self._within = None, False
         model.stop_wish = model.stop_agreed = 0
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._handle)
@@ -102,9 +103,18 @@ class SignalStop(transformers.TrainerCallback):  # type: ignore[misc]
         asked = model.stop_agreed or (self._wish() if args.world_size == 1 else 0)
         if asked:
             self.received = asked
-            control.should_save = control.should_training_stop = True
+            control.should_training_stop = True
+            # The end of an epoch is evaluated and, where each is, saved as ever.
+            self._within = not float(state.epoch).is_integer() and state.global_step < state.max_steps
+            control.should_save = self._within or args.save_strategy != "epoch" or control.should_save
             if args.save_total_limit == 1:
                 args.save_total_limit = 2  # with 1 the engine keeps the best alone, not what is saved now
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.received is not None and self._within:
+            # The engine takes the stop for the end of the epoch: what it would measure would count among the epochs
+            # of which the best is kept.
+            control.should_evaluate = control.should_save = control.should_log = False
 
     def stopped(self) -> Interrupted | None:
         """What is to be raised after a training that was stopped."""

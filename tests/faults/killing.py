@@ -90,6 +90,7 @@ def start(recipe: Path, folder: Path, act: Callable[[int, str], None]) -> None:
     type(task).draw = lambda *_: None  # pictures and timings take longer than all the rest
     type(task).latency_batches = lambda *_: []
     reports.curves = lambda *_: None
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     sys.argv = ["taskkd", "distill", str(recipe), "--output-dir", str(folder)]
     count_events(folder, act)
     taskkd.__main__.main()
