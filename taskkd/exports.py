@@ -190,7 +190,11 @@ def _write(
 ) -> None:
     """Write the model and compare it; what was found is put into `exported`."""
     inputs = [own.signature.arrange(sample) for sample in samples]
-    live = [outputs_of(own.student, own.signature, given) for given in inputs]
+    try:
+        live = [outputs_of(own.student, own.signature, given) for given in inputs]
+    except (RuntimeError, ValueError) as error:  # too small for its poolings, say
+        why = (str(error).strip().splitlines() or [""])[0][:200]
+        raise DataError(f"the student does not run on {exported.inputs} ({why}); in Python give example=....") from None
     _check_live(own, live)
     check = functools.partial(_compare, own, exported, tolerance)
     if exported.format == "onnx":

@@ -148,6 +148,8 @@ def test_wrong_use_of_what_is_held(tmp_path: Path) -> None:
     result = segmentation(tmp_path)
     with pytest.raises(RecipeError, match=r"a Own is no segmenter: wrap it, `taskkd.segmentation.wrap\(network\)`"):
         kd.export(result, student=map_network())
+    with pytest.raises(DataError, match=r"the student does not run on 1 given example \(.*in Python give example="):
+        kd.export(result, example={"images": torch.rand(1, 5, 8, 8)})
     for example in ([], [torch.rand(1, 3, 8, 8)]):
         with pytest.raises(DataError, match="`example` is a batch, or several: the student's keyword arguments"):
             kd.export(result, example=example)

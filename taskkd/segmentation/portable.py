@@ -55,7 +55,7 @@ class PixelLogits(nn.Module):
         return (F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False),)
 
 
-def portable(student: nn.Module, size: tuple[int, int] = (96, 128)) -> Portable:
+def portable(student: nn.Module, size: tuple[int, int] = (128, 160)) -> Portable:
     """A student of task segmentation, as it leaves a run.
 
     Args:
