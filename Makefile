@@ -4,6 +4,8 @@ BIN := .venv/bin
 UV := $(BIN)/uv
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Tests start many processes: where Python keeps no bytecode, each of them would compile torch's sources again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-all coverage lint format docs linkcheck bench constraints clean
 

@@ -98,20 +98,26 @@ def _row(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _results(report: Mapping[str, Any]) -> str:
     metric = report["metric"]
-    lines = [f"| | {metric} | ± s.e. | parameters | size | CPU latency |", "|---|---|---|---|---|---|"]
+    further = report.get("further_tests", [])
+    names = ["", metric, "± s.e.", *(f"{metric}, {name}" for name in further), "parameters", "size", "CPU latency"]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row in report["table"]:
         error = row["standard_error"]
         shown = "" if error is None or math.isnan(error) else f"{error:.4f}"
+        others = "".join(f"{row['further'][name]:.4f} | " for name in further)
         lines.append(
-            f"| {row['model']} | {row[metric]:.4f} | {shown} | {row['parameters'] / 1e6:.3g} M | "
+            f"| {row['model']} | {row[metric]:.4f} | {shown} | {others}{row['parameters'] / 1e6:.3g} M | "
             f"{row['bytes'] / 1e6:.3g} MB | {_milliseconds(row['latency_ms'])} |"
         )
     seeds = len(report["seeds"])
     over = f"mean over {seeds} seeds; this file is the seed that is best on validation" if seeds > 1 else "one seed"
     data = report["data"]
+    of_error = "of the mean over seeds" if seeds > 1 else "of that many test samples, not over seeds"
     return (
-        f"## Results\n\n{metric} on the {report['test_samples']} test samples of the run ({over}); latency of one "
-        "sample on the CPU of the machine it was trained on.\n\n" + "\n".join(lines) + f"\n\nData: {data}."
+        f"## Results\n\n{metric} on the {report['test_samples']} test samples of the run ({over}); s.e.: {of_error}; "
+        "latency of one sample on the CPU of the machine it was trained on.\n\n"
+        + "\n".join(lines)
+        + f"\n\nData: {data}."
     )
 
 
@@ -125,6 +131,7 @@ def _loading(own: Portable, exported: Any) -> str:
         gives = ", ".join(f"`{name}`" for name in own.signature.outputs)
         return (
             "## Use\n\nInputs and outputs are told in `preprocessing.json`.\n\n```python\nimport onnxruntime\n\n"
+            'folder = "."  # of these files\n'
             'session = onnxruntime.InferenceSession(f"{folder}/model.onnx")\n'
             "outputs = session.run(None, inputs)\n```"
             f"\n\n`inputs` holds numpy arrays by name: {names}; the outputs are {gives}. "

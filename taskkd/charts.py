@@ -146,6 +146,8 @@ class Chart:
             spine.set_color(ink)
         if self.log_x or self.log_y:
             _plain_ticks(axis, x=self.log_x, y=self.log_y)
+        if not self.log_x and axis.get_xlim()[1] >= 10_000:
+            axis.xaxis.set_major_formatter(lambda value, _: short(value))  # else 1.6 with a 1e7 in the corner
         figure.subplots_adjust(left=0.17, right=0.97, bottom=0.17, top=0.94 if size_of(figure) < 5 else 0.91)
 
 

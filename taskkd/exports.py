@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,7 +20,7 @@ from taskkd import cards, inference, recipes, runs
 from taskkd.checkpoints import load_student, seal, staged
 from taskkd.errors import CheckpointError, DataError, RecipeError, TaskkdError, nearest
 from taskkd.finished import read_run
-from taskkd.portable import Portable, Sample, outputs_of, run_onnx, write_onnx
+from taskkd.portable import Portable, Sample, Signature, outputs_of, run_onnx, write_onnx
 from taskkd.tasks import Task
 
 __all__ = ["TOLERANCE", "Exported", "Format", "export"]
@@ -109,6 +109,9 @@ def export(
     with staged(final) as staging:
         try:
             _write(own, task, samples, staging, exported, tolerance)
+            if any(exported.magnitudes[name] < least for name, least in own.signature.telling.items()):
+                exported.inputs += "; the student found nothing in them, so that no values were compared"
+                logger.warning("the export was checked on %s.", exported.inputs)
             text = cards.card(
                 recipe, own, exported, report, license=license, paper=_paper(recipe, task),
                 recipe_text=recipes.dump_recipe(recipe),
@@ -191,21 +194,7 @@ def _write(
     _check_live(own, live)
     check = functools.partial(_compare, own, exported, tolerance)
     if exported.format == "onnx":
-
-        def by_runtime(path: Path, fixed: bool) -> None:
-            same = [i for i, given in enumerate(inputs) if not fixed or _shapes(given) == _shapes(inputs[0])]
-            names = own.signature.inputs
-            other = [run_onnx(path, dict(zip(names, inputs[i], strict=True))) for i in same]
-            check([live[i] for i in same], other)
-            if len(same) < len(inputs):
-                exported.inputs = f"{len(same)} of {exported.inputs}, those of the graph's size"
-
-        dynamo, axes = write_onnx(own.student, own.signature, inputs[0], folder / ONNX, by_runtime)
-        free = sorted({name for n in own.signature.inputs for name in axes.get(n, {}).values()})
-        sizes = f"free: {', '.join(free)}" if free else f"fixed sizes {_shapes(inputs[0])}"
-        exported.exporter = f"torch.onnx.export(dynamo={dynamo}), {sizes}"
-        if own.processing is not None:
-            own.processing.save_pretrained(folder)
+        _write_onnx(own, inputs, live, folder / ONNX, exported, check)
         return
     if exported.format == "hf":
         own.save(folder)
@@ -218,6 +207,59 @@ def _write(
             other_model = copy.deepcopy(own.student)
             load_student(other_model, folder)
     check(live, [outputs_of(other_model.eval(), own.signature, given) for given in inputs])
+
+
+def _write_onnx(
+    own: Portable,
+    inputs: list[tuple[Tensor, ...]],
+    live: list[tuple[Tensor, ...]],
+    path: Path,
+    exported: Exported,
+    check: Callable[[Sequence[Sequence[Tensor]], Sequence[Sequence[Tensor]]], None],
+) -> None:
+    """Write the graph; what has other sizes than the samples shows that those which are said to be free are so."""
+    signature, others = own.signature, _of_other_sizes(own, inputs)
+    lived = live + [outputs_of(own.student, signature, given) for given in others]
+    shown = exported.inputs
+
+    def by_runtime(path: Path, axes: Mapping[str, Mapping[int, str]]) -> None:
+        same = [i for i, given in enumerate(inputs + others) if _fits(given, inputs[0], signature, axes)]
+        run = [run_onnx(path, dict(zip(signature.inputs, (inputs + others)[i], strict=True))) for i in same]
+        check([lived[i] for i in same], run)
+        of_samples = sum(i < len(inputs) for i in same)
+        exported.inputs = shown
+        if of_samples < len(inputs):
+            exported.inputs = f"{of_samples} of {shown}, those of the graph's size"
+        if len(same) > of_samples:
+            exported.inputs += f", and the graph on {len(same) - of_samples} synthetic of other sizes"
+
+    dynamo, axes = write_onnx(own.student, signature, inputs[0], path, by_runtime)
+    free = sorted({name for n in signature.inputs for name in axes.get(n, {}).values()})
+    sizes = f"free: {', '.join(free)}" if free else f"fixed sizes {_shapes(inputs[0])}"
+    exported.exporter = f"torch.onnx.export(dynamo={dynamo}), {sizes}"
+    if own.processing is not None:
+        own.processing.save_pretrained(path.parent)
+
+
+def _of_other_sizes(own: Portable, inputs: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """A batch of two, and where all samples have one size, synthetic ones of others."""
+    found = []
+    if all(own.signature.axes.get(name, {}).get(0) == "batch" for name in own.signature.inputs):
+        found.append(tuple(torch.cat([value, value.flip(-1)]) for value in inputs[0]))
+    if len({_shapes(given) for given in inputs}) == 1:
+        found += [own.signature.arrange(sample) for sample in own.synthetic()]
+    return found
+
+
+def _fits(
+    given: Sequence[Tensor], first: Sequence[Tensor], signature: Signature, axes: Mapping[str, Mapping[int, str]]
+) -> bool:
+    """Whether inputs have the sizes of the first where these are not free."""
+    return all(
+        side == known or dimension in axes.get(name, {})
+        for name, value, one in zip(signature.inputs, given, first, strict=True)
+        for dimension, (side, known) in enumerate(zip(value.shape, one.shape, strict=True))
+    )
 
 
 def _shapes(inputs: Sequence[Tensor]) -> str:

@@ -65,6 +65,7 @@ class Signature:
         exporters: of `torch.onnx.export`, which are tried in turn, each with free sizes and then with fixed ones (a
             batch is left free as long as it works): True is the present one (dynamo), False that by tracing.
         compare: live outputs and others -> a difference for each output.
+        telling: outputs that must reach a value somewhere, or a comparison has compared nothing: name -> value.
     """
 
     graph: Callable[[nn.Module], nn.Module]
@@ -74,6 +75,7 @@ class Signature:
     arrange: Callable[[Sample], tuple[Tensor, ...]]
     exporters: tuple[bool, ...] = (True, False)
     compare: Compare = differences
+    telling: Mapping[str, float] = field(default_factory=dict)
 
     def attempts(self) -> Iterator[tuple[bool, dict[str, dict[int, str]]]]:
         """(exporter, free axes) in the order in which they are tried."""
@@ -217,7 +219,11 @@ def _silent() -> Iterator[None]:
 
 
 def write_onnx(
-    model: nn.Module, signature: Signature, inputs: Sequence[Tensor], path: Path, check: Callable[[Path, bool], None]
+    model: nn.Module,
+    signature: Signature,
+    inputs: Sequence[Tensor],
+    path: Path,
+    check: Callable[[Path, Mapping[str, Mapping[int, str]]], None],
 ) -> tuple[bool, dict[str, dict[int, str]]]:
     """Write a graph, by the first exporter and with the first free axes that give one which passes `check`.
 
@@ -226,7 +232,7 @@ def write_onnx(
         signature: of it.
         inputs: of one batch.
         path: of the file.
-        check: is told the file, and whether all sizes are those of `inputs`; raises a TaskkdError if it is wrong.
+        check: is told the file and its free axes; raises a TaskkdError if it is wrong.
 
     Returns:
         The exporter (True: dynamo) and the axes that are free.
@@ -241,7 +247,7 @@ def write_onnx(
         try:
             with _silent():
                 _export(graph, signature, inputs, path, dynamo, axes)
-            check(path, not axes)
+            check(path, axes)
         except Exception as error:  # the exporters raise anything
             first = (str(error).strip().splitlines() or [""])[0][:160]
             said.append(f"{'dynamo' if dynamo else 'tracing'}, {_sizes(axes)}: {type(error).__name__}: {first}")

@@ -391,7 +391,7 @@ def _explain(
     """The first validation error as a sentence."""
     first = error.errors(include_url=False)[0]
     unknown, last = first["type"] == "extra_forbidden", len(first["loc"]) - 1
-    # Kinds that a value may be of, as list[int], stand between keys; a key that is not known may have brackets, too.
+    # Kinds that a value may be of, as list[int], stand between its keys; an unknown key may have brackets, too.
     location = tuple(
         part
         for i, part in enumerate(first["loc"])

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -161,6 +162,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             raise TaskkdError(
                 "`label_smoothing_factor` is not applied to a distiller's losses: give a `task_loss` that smooths."
             )
+        _see_all_ranks(args)
         # A NaN that is logged as 0 trains on, and is checkpointed.
         args.logging_nan_inf_filter = False
         if args.n_gpu > 1:
@@ -673,6 +675,20 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         best = Path(str(self.state.best_model_checkpoint))
         verify(best)
         self._load_from_checkpoint(str(best))
+
+
+def _see_all_ranks(args: transformers.TrainingArguments) -> None:
+    """Refuse processes that do not know of each other: each would train alone and save into the same folder.
+
+    Raises:
+        TaskkdError: a launcher has started several, and the arguments know of one.
+    """
+    started = os.environ.get("WORLD_SIZE", "1")
+    if args.world_size == 1 and started.isdecimal() and int(started) > 1:
+        raise TaskkdError(
+            f"{started} processes were started (WORLD_SIZE), but the training arguments know of one: without a GPU "
+            "give `TrainingArguments(use_cpu=True)`."
+        )
 
 
 def _stage(method: Method | None, stage: int | None, terms: tuple[Term, ...], task_weight: float) -> Stage:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 
+from taskkd import costs
 from tests import small
 
 torch.set_num_threads(1)
+costs.ROUNDS = 1  # the latency of every run is measured as its user has it, over fewer passes
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays, so that no `gc.collect()` (of each training) looks at it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from taskkd import recipes, reports
+from taskkd import recipes, reports, runs
 from taskkd.checkpoints import save_student
 from tests import tiny
 from tests.detection import coco_folder
@@ -18,9 +18,21 @@ from tests.segmentation import trees
 
 def finished(folder: Path, recipe: dict[str, Any]) -> Path:
     """A run's folder: the student of a recipe at its start, as a run would leave it."""
+    _left(folder, recipes.task_named(recipe["task"]), recipe)
+    return folder
+
+
+def held(folder: Path, name: str, method: str, *given: Any, **options: Any) -> runs.Result:
+    """What `kd.distill` gives back for models and data that the caller holds, without a training."""
+    task = recipes.task_named(name).given(*given, **options)
+    student = _left(folder, task, {"task": name, **task.describe(), "method": {"name": method}})
+    return runs.Result(student, {}, folder)
+
+
+def _left(folder: Path, task: Any, recipe: dict[str, Any]) -> Any:
+    """Write a run's folder; gives its student."""
     recipe = {"schema": 1, "name": folder.name, "training": {"epochs": 1}, "baseline": None, **recipe}
     loaded = recipes.validate(recipe, "a test")
-    task = recipes.task_named(loaded.task)
     data = task.load(loaded)
     torch.manual_seed(0)
     teacher = task.teacher(loaded, data)
@@ -32,7 +44,7 @@ def finished(folder: Path, recipe: dict[str, Any]) -> Path:
     save_student(student, folder / "student", data.processing)
     (folder / "recipe.yaml").write_text(recipes.dump_recipe(loaded))
     report(folder, task.main_metric(data), data.summary())
-    return folder
+    return student
 
 
 def report(folder: Path, metric: str, data: str) -> None:

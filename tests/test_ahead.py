@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from taskkd import __main__, recipes, runs, shards
 from taskkd import signals as module
@@ -16,19 +17,22 @@ from taskkd.errors import CacheError, RecipeError
 from taskkd.signals import Budget, TimeUp
 from tests import tiny
 
+DROPOUT = ("training.dropout=0.1",)
+
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_teacher(tmp_path_factory.mktemp("teacher") / "model")
 
 
-@pytest.fixture
-def recipe(tmp_path: Path, teacher: Path) -> Path:
-    tiny.write_csv(tmp_path / "train.csv", tiny.sentences(80))
-    path = tmp_path / "my.yaml"
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    tiny.write_csv(folder / "train.csv", tiny.sentences(80))
+    path = folder / "my.yaml"
     path.write_text(f"""schema: 1
 task: nlp
-data: {{files: {{train: {tmp_path}/train.csv}}}}
+data: {{files: {{train: {folder}/train.csv}}}}
 teacher: {{model: {teacher}}}
 student: {{layers: [0, 2]}}
 method: {{name: soft_targets}}
@@ -40,6 +44,12 @@ baseline: null
 
 def run(recipe: Path, folder: Path, *overrides: str) -> runs.Result:
     return runs.run_recipe(recipes.load_recipe(recipe, overrides), folder, say=lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    """The student of a run in one go."""
+    return run(recipe, tmp_path_factory.mktemp("whole") / "run", *DROPOUT).student
 
 
 class Clock:
@@ -56,20 +66,21 @@ class Clock:
         return 0.0
 
 
-def test_a_run_in_parts_is_the_run_in_one_go(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_in_parts_is_the_run_in_one_go(
+    recipe: Path, whole: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each start is given another time: it is no part of what the run is."""
-    overrides, starts = ["training.dropout=0.1"], 0
+    starts = 0
     with monkeypatch.context() as patch:
         patch.setattr(module, "time", Clock())
         for starts in range(1, 20):
             try:
-                part = run(recipe, tmp_path / "parts", *overrides, f"training.wall_time={(14 + starts) / 3600}")
+                part = run(recipe, tmp_path / "parts", *DROPOUT, f"training.wall_time={(14 + starts) / 3600}")
                 break
             except TimeUp:
                 continue
     assert starts > 1
-    whole = run(recipe, tmp_path / "whole", *overrides)
-    for a, b in zip(part.student.parameters(), whole.student.parameters(), strict=True):
+    for a, b in zip(part.student.parameters(), whole.parameters(), strict=True):
         assert torch.equal(a, b)
     assert "wall_time" not in (tmp_path / "parts" / "recipe.yaml").read_text()
 
@@ -103,9 +114,12 @@ def test_one_of_several_processes_runs_no_recipe(recipe: Path, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_cache_built_ahead_is_the_one_the_run_reads(recipe: Path, tmp_path: Path, monkeypatch, workers: int) -> None:
+def test_a_cache_built_ahead_is_the_one_the_run_reads(
+    recipe: Path, whole: nn.Module, tmp_path: Path, monkeypatch, workers: int
+) -> None:
     said: list[str] = []
-    loaded = recipes.load_recipe(recipe, [f"training.workers={workers}"])
+    overrides = (*DROPOUT, f"training.workers={workers}")
+    loaded = recipes.load_recipe(recipe, overrides)
     (cache,) = runs.build_caches(loaded, tmp_path / "ahead", say=said.append)
     size = re.search(r": (\d+) samples, [\d.]+ kB in .*/ahead/cache/", said[-1])
     assert size is not None
@@ -113,10 +127,9 @@ def test_a_cache_built_ahead_is_the_one_the_run_reads(recipe: Path, tmp_path: Pa
     files = {p: p.stat().st_mtime_ns for p in cache.rglob("*.npy")}
     with monkeypatch.context() as patch:
         patch.setattr("taskkd.caches.Cached.build", None)
-        ahead = run(recipe, tmp_path / "ahead", f"training.workers={workers}")
+        ahead = run(recipe, tmp_path / "ahead", *overrides)
     assert files == {p: p.stat().st_mtime_ns for p in cache.rglob("*.npy")}
-    whole = run(recipe, tmp_path / "whole")
-    for a, b in zip(ahead.student.parameters(), whole.student.parameters(), strict=True):
+    for a, b in zip(ahead.student.parameters(), whole.parameters(), strict=True):
         assert torch.equal(a, b)
 
 

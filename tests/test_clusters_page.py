@@ -24,7 +24,9 @@ def test_the_script_trains_under_torchrun_as_it_stands(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(DOCS.parent)}
     environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(launcher, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=200)
+    done = subprocess.run(
+        launcher, check=False, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr[:6000]
     assert "train_loss" in done.stdout
     transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "runs" / "a" / "student")

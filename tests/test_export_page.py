@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from taskkd import inspection, plans, taps
 from taskkd.__main__ import main
 from taskkd.errors import RecipeError
 from tests import exported, small, tiny
+from tests.test_held_exports import segmentation
 
 PAGE = (Path(__file__).parents[1] / "docs" / "export.md").read_text()
 COMMANDS = re.findall(r"^taskkd (?:export|inspect) .*$", PAGE, re.M)
-(PYTHON,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+PYTHON, HELD = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 
 @pytest.fixture
@@ -59,6 +61,12 @@ def test_the_page_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     space: dict[str, Any] = {}
     exec(PYTHON, space)
     assert space["exported"].folder == Path("graph")
+    shutil.rmtree("graph")
+    result = segmentation(folder / "held")
+    monkeypatch.setattr("taskkd.distill", lambda *_, **__: result, raising=False)
+    images = torch.rand(1, 3, 32, 32)
+    exec(HELD, {**space, "my_student": result.student, "my_teacher": result.student, "images": images})
+    assert "on 1 given example" in (Path("graph") / "README.md").read_text()
 
 
 def test_every_tap_that_is_listed_is_one() -> None:

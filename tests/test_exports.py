@@ -125,8 +125,8 @@ def test_a_text_classifier_as_a_graph(made: dict[str, Path], tmp_path: Path) -> 
     )
     inputs = {key: batch[key].numpy() for key in ("input_ids", "attention_mask")}
     _, (code,) = card(done.folder)
-    space: dict[str, Any] = {"folder": str(done.folder), "inputs": inputs}
-    exec(code, space)
+    space: dict[str, Any] = {"inputs": inputs}
+    exec(code.replace('folder = "."', f"folder = {str(done.folder)!r}"), space)
     with torch.no_grad():
         np.testing.assert_allclose(space["outputs"][0], model(**batch).logits.numpy(), atol=1e-5)
 
@@ -168,7 +168,7 @@ def test_a_segmentation_network_as_a_graph(tmp_path: Path) -> None:
     own = segmenter_as(student)
     inputs = own.signature.arrange(own.synthetic()[0])
     path = tmp_path / "model.onnx"
-    dynamo, axes = portable.write_onnx(student, own.signature, inputs, path, lambda path, fixed: None)
+    dynamo, axes = portable.write_onnx(student, own.signature, inputs, path, lambda path, axes: None)
     assert dynamo
     assert set(axes["images"].values()) == {"batch", "height", "width"}
     for shape in ((1, 3, 64, 64), (2, 3, 50, 71)):
@@ -286,7 +286,7 @@ def test_a_student_that_differs_leaves_nothing(
 def test_a_graph_that_cannot_be_is_a_sentence(tmp_path: Path) -> None:
     own = segmenter_as(Segmenter(nn.Conv2d(3, 2, 1), 2).eval())
 
-    def refuse(path: Path, fixed: bool) -> None:
+    def refuse(path: Path, axes: Any) -> None:
         raise TaskkdError("it differs.")
 
     only = portable.Signature(**{**vars(own.signature), "exporters": (False,)})

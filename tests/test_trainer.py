@@ -649,3 +649,11 @@ def test_contradictions_are_refused(tmp_path):
         text_trainer(tmp_path, train=Sentences(0)).prepare()
     with pytest.raises(TaskkdError, match="on_nonfinite"):
         text_trainer(tmp_path, on_nonfinite="ignore")
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
+    args = arguments(tmp_path)
+    assert args.world_size == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TaskkdError, match=r"2 processes were started .* `TrainingArguments\(use_cpu=True\)`"):
+        kd.Trainer(nn.Linear(2, 2), args=args)

@@ -137,7 +137,7 @@ def _of_torchvision(student: nn.Module) -> dict[str, Any]:
         # What suppression leaves has no size that is known beforehand, which the present exporter does not get over.
         "signature": Signature(
             Boxes, ("image",), ("boxes", "scores", "labels"), image | found, lambda sample: (sample["images"][0],),
-            exporters=(False,), compare=_matched,
+            exporters=(False,), compare=_matched, telling={"scores": LEAST},
         ),
         "preprocessing": {
             "input": "image (3, height, width), RGB, float in 0..1",
@@ -163,6 +163,17 @@ def _matched(live: Sequence[Tensor], other: Sequence[Tensor]) -> list[float]:
     if len(set(order.tolist())) < len(order):  # detections that are alike
         return differences((boxes, scores, labels), (others, other_scores, other_labels))
     return differences((boxes, scores, labels), (others[order], other_scores[order], other_labels[order]))
+
+
+def _queries(live: Sequence[Tensor], other: Sequence[Tensor]) -> list[float]:
+    """Differences of logits and boxes, each query beside its nearest: those picked by equal scores have no order."""
+    (logits, boxes), (other_logits, other_boxes) = live, other
+    if logits.shape != other_logits.shape or boxes.shape != other_boxes.shape:
+        return differences(live, other)
+    nearest = torch.cdist(torch.cat(list(live), -1), torch.cat(list(other), -1)).argmin(-1)
+    if any(len(set(order.tolist())) < len(order) for order in nearest):  # queries that are alike
+        return differences(live, other)
+    return differences(live, [value.take_along_dim(nearest[..., None], 1) for value in other])
 
 
 def _of_transformers(student: TransformersDetector) -> dict[str, Any]:
@@ -205,7 +216,7 @@ found = processor.post_process_object_detection(output, threshold=0.5, target_si
         "library": "transformers",
         "signature": Signature(
             lambda model: Queries(model.get_submodule("model"), masked),
-            inputs, ("logits", "pred_boxes"), axes, arrange,
+            inputs, ("logits", "pred_boxes"), axes, arrange, compare=_queries,
         ),
         "preprocessing": {
             "processor": "the files of AutoImageProcessor in the format hf",

@@ -78,7 +78,9 @@ def portable(student: nn.Module, size: tuple[int, int] = (96, 128)) -> Portable:
 
     def synthetic() -> list[Sample]:
         generator = torch.Generator().manual_seed(0)
-        return [{"images": torch.rand(1, 3, *(own or size), generator=generator)} for _ in range(3)]
+        height, width = size
+        sides = [own] * 3 if own else [(height, width), (width, height), (height, height)]
+        return [{"images": torch.rand(1, 3, *side, generator=generator)} for side in sides]
 
     hub = _of_transformers(student) if isinstance(student, TransformersSegmenter) else _network(student)
     settings = [f"{key}={value!r}" for key, value in student.input_settings.items()]
