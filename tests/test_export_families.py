@@ -74,8 +74,14 @@ def of_transformers(name: str) -> portable.Portable:
     # with as many channels as groups, a map of one pixel has no variance
     width = {"width": 64} if name == "deformable_detr" else {}
     model = tiny_detr.detector(name, **width).eval()
-    if name in ("rt_detr", "rt_detr_v2", "d_fine"):  # as if trained: which queries are picked is no tie
-        nn.init.normal_(model.model.model.enc_score_head.weight)
+    if name in (
+        "rt_detr",
+        "rt_detr_v2",
+        "d_fine",
+    ):  # drawn so small that maps vanish, and all queries are picked by a tie
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
     return detector_as(model)
 
 

@@ -161,23 +161,6 @@ def test_a_whole_detector_as_a_graph(made: dict[str, Path], tmp_path: Path) -> N
     assert max(counts) > 0
 
 
-def test_a_segmentation_network_as_a_graph(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 3, 1))
-    student = Segmenter(network, 3).eval()
-    own = segmenter_as(student)
-    inputs = own.signature.arrange(own.synthetic()[0])
-    path = tmp_path / "model.onnx"
-    dynamo, axes = portable.write_onnx(student, own.signature, inputs, path, lambda path, axes: None)
-    assert dynamo
-    assert set(axes["images"].values()) == {"batch", "height", "width"}
-    for shape in ((1, 3, 64, 64), (2, 3, 50, 71)):
-        images = torch.rand(shape)
-        (live,) = portable.outputs_of(student, own.signature, (images,))
-        assert live.shape[2:] == images.shape[2:]
-        torch.testing.assert_close(portable.run_onnx(path, {"images": images})[0], live, atol=1e-5, rtol=1e-4)
-
-
 def test_a_detector_of_transformers_keeps_its_format(tmp_path: Path) -> None:
     from transformers import AutoImageProcessor, AutoModelForObjectDetection
 

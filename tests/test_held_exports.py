@@ -137,6 +137,11 @@ def test_a_network_of_ones_own_as_a_graph(task: str, tmp_path: Path) -> None:
     if examples is not None:
         assert done.inputs == "1 given example, and the graph on 4 synthetic of other sizes"
         assert done.exporter.endswith("free: batch, height, width")
+        for shape in ((1, 3, 64, 64), (2, 3, 50, 71)):
+            images = torch.rand(shape)
+            logits = nn.functional.interpolate(result.student(images)["logits"], size=shape[2:], mode="bilinear")
+            (found,) = portable.run_onnx(done.folder / "model.onnx", {"images": images})
+            torch.testing.assert_close(found, logits.detach(), atol=1e-5, rtol=1e-4)
 
 
 def test_wrong_use_of_what_is_held(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_the_yaml_is_ten_lines_and_valid() -> None:
 
 def test_the_commands_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = [shlex.split(c) for c in COMMANDS if c.startswith("taskkd ")]
-    assert {c[1] for c in commands} == {"check", "distill", "evaluate", "predict"}
+    assert {c[1] for c in commands} == {"check", "distill", "evaluate", "predict", "report", "export", "inspect"}
     for command in commands:
         monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit) as stop:
