@@ -311,6 +311,7 @@ def test_a_second_run_in_one_folder_is_kept_out(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.slow  # faults/test_killed.py has kills in the fast set
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_killed_in_training_and_started_again_gives_the_same_student(
     recipe: Path, tmp_path: Path, number: signal.Signals, code: int

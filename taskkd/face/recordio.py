@@ -377,7 +377,7 @@ def _slowly(index: Path, text: bytes) -> Array:
     rows = []
     for number, line in enumerate(text.splitlines(), 1):
         cells = line.split()
-        if cells and (len(cells) != 2 or not all(cell.isdigit() for cell in cells)):
+        if cells and (len(cells) != 2 or not all(cell.isdigit() and len(cell) < 19 for cell in cells)):
             shown = line[:60].decode("ascii", "replace")
             raise DataError(f"{index}, line {number}: {shown!r}: expected a key and an offset.")
         if cells:
