@@ -50,7 +50,7 @@ def card(
     parts = [
         _front(recipe, own, exported, report, license),
         f"# {recipe.name}",
-        f"{own.title}, distilled from a larger teacher with [taskkd](https://pypi.org/project/taskkd/).",
+        f"{own.title}, distilled from a larger teacher with taskkd.",
         _results(report),
         _loading(own, exported),
         _origin(recipe, own, report, paper),
