@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -149,19 +149,25 @@ def _whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def part_of(state: Mapping[str, Tensor] | None, name: str) -> dict[str, Tensor] | None:
+    """The state of a submodule, from that of the module around it."""
+    start = f"{name}."
+    return None if state is None else {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+
+
 def save_student(student: nn.Module, folder: Path, processing_class: Any = None) -> None:
     """Save the student alone: `save_pretrained` where it has one, else `model.safetensors`.
 
     The tokenizer or image processor is saved beside it, and the student's `description` where it has one that can be
     saved (what a detector was built of). Of a student that FSDP2 has spread over ranks all must come here; rank 0 saves
-    it whole.
+    it whole, by `save_pretrained(folder, state_dict=...)` as `transformers` has it.
     """
     whole = _whole(student.state_dict()) if is_sharded(student) else None
     if whole is not None and torch.distributed.get_rank() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(student, "save_pretrained"):
-        student.save_pretrained(folder, state_dict=whole)  # type: ignore[operator]
+        student.save_pretrained(folder, **({} if whole is None else {"state_dict": whole}))  # type: ignore[operator]
     elif whole is not None:
         save_file(whole, str(folder / "model.safetensors"))
     else:

@@ -16,6 +16,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import box_convert
 
+from taskkd.checkpoints import part_of
 from taskkd.detection.shared import inside_images
 from taskkd.errors import DataError, TaskkdError, nearest
 
@@ -209,9 +210,9 @@ class TransformersDetector(nn.Module):
         detector = cls(model, processor, size=size, longest=longest, scales=scales)
         return (detector, info) if output_loading_info else detector
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write model and preprocessing as `transformers` does; its own `from_pretrained` reads both."""
-        self.model.save_pretrained(folder)  # type: ignore[operator]
+        self.model.save_pretrained(folder, state_dict=part_of(state_dict, "model"))  # type: ignore[operator]
         self.processor.save_pretrained(folder)
 
     @property

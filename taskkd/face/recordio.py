@@ -135,8 +135,9 @@ class RecordFile:
             raise DataError(f"{index}: the index is empty.")
         if (np.diff(self.keys) == 0).any():
             raise DataError(f"{index}: key {self.keys[:-1][np.diff(self.keys) == 0][0]} is there twice.")
-        if (self.offsets >= self.bytes).any() or (self.offsets < 0).any():
-            raise DataError(f"{index}: an offset is beyond the {self.bytes} bytes of {self.path.name}.")
+        beyond = self.offsets[(self.offsets >= self.bytes) | (self.offsets < 0)]
+        if len(beyond):
+            raise DataError(f"{self._where(int(beyond[0]))}: no record, the file ends at {self.bytes}: it is cut off.")
         for offset in {int(self.offsets.min()), int(self.offsets.max())}:
             self._record(offset, b"")
 

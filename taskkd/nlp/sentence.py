@@ -6,12 +6,14 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from taskkd.checkpoints import part_of
 from taskkd.errors import DataError, RecipeError
 from taskkd.losses.primitives import l2_normalise
 
@@ -95,11 +97,11 @@ class SentenceEncoder(nn.Module):
 
     # ---- folders
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Save in the layout of sentence-transformers: `SentenceTransformer(folder)` loads it once a tokenizer is saved
-        beside it."""
+        beside it. `state_dict`: of the whole encoder, where its own parameters are spread over ranks."""
         folder = Path(folder)
-        self.encoder.save_pretrained(folder)  # type: ignore[operator]
+        self.encoder.save_pretrained(folder, state_dict=part_of(state_dict, "encoder"))  # type: ignore[operator]
         kinds = ["Transformer", "Pooling", *(["Normalize"] if self.normalise else [])]
         modules = [
             # These names are read by all versions; those since 5.2 write others.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from taskkd.checkpoints import part_of
 from taskkd.errors import TaskkdError, nearest
 from taskkd.segmentation.description import SEGMENTER, Description
 from taskkd.segmentation.segmenter import IMAGENET, UNIVERSAL, Segmenter
@@ -100,13 +101,13 @@ class TransformersSegmenter(Segmenter):
         segmenter = cls(model, classes, processor=processor, **(shown | options))
         return (segmenter, info) if output_loading_info else segmenter
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write the network as `transformers` does, and `segmenter.json`."""
         self.config.id2label = dict(enumerate(self.classes))
         if isinstance(self._call, Asked):
             self.config.task_tokens = self._call.tokens[0].tolist()
         self.config.label2id = {name: label for label, name in enumerate(self.classes)}
-        self.model.save_pretrained(folder)  # type: ignore[operator]
+        self.model.save_pretrained(folder, state_dict=part_of(state_dict, "model"))  # type: ignore[operator]
         if self.processor is not None:
             self.processor.save_pretrained(folder)
         self.description.save_pretrained(folder)

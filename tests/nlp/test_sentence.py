@@ -99,6 +99,15 @@ def test_a_folder_gives_the_same_encoder(tmp_path: Path, pooling: Any, normalise
         load_student(encoder(layers=2), tmp_path)
 
 
+def test_a_state_from_elsewhere_is_saved(tmp_path: Path) -> None:
+    """As of an encoder that FSDP2 has spread over ranks: its own parameters are parts."""
+    whole, part = encoder(), encoder()
+    torch.nn.init.zeros_(next(part.parameters()))
+    part.save_pretrained(tmp_path, state_dict=whole.state_dict())
+    again = load_sentence_encoder(str(tmp_path))
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
+
+
 def test_folders_of_the_library_old_and_new(tmp_path: Path) -> None:
     folder = tmp_path / "new"
     encoder(pooling="cls").save_pretrained(folder)
