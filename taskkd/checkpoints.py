@@ -161,7 +161,7 @@ def save_student(student: nn.Module, folder: Path, processing_class: Any = None)
         return
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(student, "save_pretrained"):
-        student.save_pretrained(folder, state_dict=whole)  # type: ignore[operator]
+        student.save_pretrained(folder, **({} if whole is None else {"state_dict": whole}))  # type: ignore[operator]
     elif whole is not None:
         save_file(whole, str(folder / "model.safetensors"))
     else:

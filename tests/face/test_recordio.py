@@ -187,7 +187,7 @@ def test_an_index_of_multipart_records_can_be_made(data: Path) -> None:
         ("0\t0\n1\n", r"train.idx, line 2: '1': expected"),
         ("0\t0\n0\t0\n", r"train.idx: key 0 is there twice"),
         ("0\t0\n1\t12\n", r"train.rec, offset 12: no record starts here"),
-        ("0\t0\n1\t99999\n", r"train.rec, offset 99999: no record, the file ends at"),
+        ("0\t0\n1\t99999\n", r"train.idx: an offset is beyond the \d+ bytes of train.rec"),
     ],
 )
 def test_a_bad_index(tmp_path: Path, content: str, sentence: str) -> None:
@@ -207,7 +207,7 @@ def test_a_file_that_is_cut_off_or_foreign(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="offset 0: no record starts here; the file is damaged or no RecordIO"):
         read_recordio(rec)
     rec.write_bytes(b"")
-    with pytest.raises(DataError, match="the file ends at 0"):
+    with pytest.raises(DataError, match=r"an offset is beyond the 0 bytes of train.rec"):
         read_recordio(rec)
     rec.with_suffix(".idx").unlink()
     rec.write_bytes(whole[:-20])

@@ -340,7 +340,7 @@ class _Instances(NeckTerm):
         selection: Selection,
         adapter: AdapterSpec | None,
         size: int,
-        gather: bool,
+        gather: bool = False,
         weight: float,
     ) -> None:
         views = (selection.view,)
