@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import BertConfig, BertForMaskedLM
 
-from taskkd import plans, recipes, runs
+from taskkd import plans, recipes, runs, steps
 from taskkd.__main__ import main
 from taskkd.errors import DataError, RecipeError
 from taskkd.nlp import augment
@@ -106,7 +106,7 @@ def test_a_run_distils_on_the_copies_and_an_interrupted_one_keeps_them(
 
     lines: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr("taskkd.steps._teacher", stopped)
+        patch.setattr(steps, "_teacher", stopped)
         with pytest.raises(KeyboardInterrupt):
             runs.run_recipe(recipe(folder), tmp_path / "run", say=lines.append)
     (file,) = (tmp_path / "run" / "augmented").iterdir()
