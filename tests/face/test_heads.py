@@ -246,7 +246,9 @@ from taskkd.face.heads import MarginHead
 torch.set_num_threads(1)
 def resident():
     gc.collect()
-    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+    # What is anonymous: pages of libraries go and come as other processes need memory.
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e6
 centres, x, y = torch.ones(100_000, 512), torch.randn(8, 512, requires_grad=True), torch.arange(8)
 found = {}
 for storage in ("float16", "float32"):
