@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import json
 import math
 import platform
 import re
@@ -155,7 +156,7 @@ def _origin(recipe: Any, own: Portable, report: Mapping[str, Any], paper: str) -
     )
     source = source or teacher.get("weights", "")
     tuned = ", fine-tuned on this data first" if recipe.teacher.finetune is not None else ""
-    lines = ["## Where it comes from", "", f"- Teacher: `{source}`{tuned}"]
+    lines = ["## Where it comes from", "", f"- Teacher: `{source}`{tuned}", _data(recipe)]
     if recipe.method is not None and report.get("selected") != "alone":
         options = recipe.method.model_extra or {}
         shown = ", ".join(f"{key}={value}" for key, value in options.items()) or "defaults"
@@ -173,6 +174,13 @@ def _origin(recipe: Any, own: Portable, report: Mapping[str, Any], paper: str) -
         names = list(own.classes)
         lines.append(f"- Classes: {', '.join(names[:40])}{f', ... ({len(names)})' if len(names) > 40 else ''}")
     return "\n".join(lines)
+
+
+def _data(recipe: Any) -> str:
+    """What the recipe says of where its data come from: the sections in it, not the numbers."""
+    given = recipe.data.model_dump(mode="json", exclude_unset=True)
+    sections = [f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in given.items() if isinstance(v, dict)]
+    return f"- Data: `{', '.join(sections)}`" if sections else "- Data: given to `kd.distill` by a program"
 
 
 def _licences(license: str | None) -> str:  # noqa: A002

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -30,6 +31,17 @@ def pytest_unconfigure() -> None:
 def _seeded() -> None:
     """Each test starts from the same random state, whichever tests ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _heard() -> Iterator[None]:
+    """What a command or a benchmark does to logging ends with its test."""
+    own, silenced = logging.getLogger("taskkd"), logging.root.manager.disable
+    before = own.level, own.propagate, own.handlers
+    yield
+    logging.disable(silenced)
+    own.setLevel(before[0])
+    own.propagate, own.handlers = before[1:]
 
 
 @pytest.fixture

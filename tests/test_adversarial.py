@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 from typing import Any
 
@@ -23,11 +22,6 @@ from tests import small
 from tests.engine import Mlp, Points, StopAfter, cross_entropy, distance, logits_term, point_trainer, weights
 
 GAMES = ["cross_entropy", "hinge", "least_squares", "wasserstein"]
-
-
-@pytest.fixture(autouse=True)
-def _visible_logs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging.getLogger("taskkd"), "propagate", True)
 
 
 # ---- the losses

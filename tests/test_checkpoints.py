@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -46,12 +45,6 @@ from tests.engine import (
     weights,
 )
 from tests.engine_job import KILLS, killed_trainer
-
-
-@pytest.fixture(autouse=True)
-def _visible_logs(monkeypatch):
-    monkeypatch.setattr(logging.getLogger("taskkd"), "propagate", True)
-
 
 # ---- resuming
 

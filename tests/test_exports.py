@@ -192,6 +192,7 @@ def test_the_card_says_what_the_hub_and_a_user_want(made: dict[str, Path], tmp_p
     text, _ = card(done.folder)
     for said in (
         "`soft_targets` (temperature=2.0",
+        '- Data: `files: {"train": ',
         "Hinton",
         "| its teacher | unknown: fill in |",
         "taskkd distill texts",

@@ -1,7 +1,6 @@
 """Whole runs on a tiny teacher and synthetic text: what a user does with a recipe or `kd.distill`."""
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -219,7 +218,6 @@ def test_a_teacher_at_chance_is_refused(recipe: Path, tmp_path: Path) -> None:
 def test_a_teacher_that_is_worse_than_the_student_alone_is_pointed_out(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("taskkd"), "propagate", True)
     monkeypatch.setattr(NlpTask, "chance", lambda *_: -1.0)
     wrong, folder = tiny.teacher(), tmp_path / "wrong"
     with torch.no_grad():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import pytest
 import torch
@@ -34,12 +32,6 @@ from tests.engine import (
     text_trainer,
     weights,
 )
-
-
-@pytest.fixture(autouse=True)
-def _visible_logs(monkeypatch):
-    monkeypatch.setattr(logging.getLogger("taskkd"), "propagate", True)
-
 
 # ---- evaluation and data
 
