@@ -100,13 +100,19 @@ def today() -> str:
 
 
 def commit() -> str:
-    """Of this checkout; with a plus where files differ from it, "unknown" without git."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty=+"]
+    """Of this checkout; with a plus where files but the page itself differ from it, "unknown" without git."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        head, changed = (_git(words) for words in ("rev-parse --short HEAD", "diff --name-only HEAD"))
     except FileNotFoundError:
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    plus = "+" if set(changed.splitlines()) - {PAGE.relative_to(ROOT).as_posix()} else ""
+    return f"{head}{plus}" if head else "unknown"
+
+
+def _git(words: str) -> str:
+    """What git says of this checkout."""
+    command = ["git", "-C", str(ROOT), *words.split()]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def machine() -> str:

@@ -9,7 +9,9 @@ The loop by hand is plain torch: forward hooks that put three features of either
 in eval mode under no_grad, the weighted sum of five losses, zero_grad, backward, SGD. Everybody starts from the same
 weights and sees the same batches; that the losses agree is asserted before anything is timed. Then blocks of steps
 alternate in one process, in random order, and each block's CPU time is divided by that of the hand-written block of
-the same round. "by hand, again" is a second copy of the hand-written loop: what it differs from 1 is noise.
+the same round. Where in memory a copy of the models happens to lie makes it some percent faster or slower than another,
+so all contenders are made anew several times, and the rounds of all copies count together. "by hand, again" is a second
+copy of the hand-written loop: what it differs from 1 is noise.
 
     python -m benchmarks.overhead [--only P1] [--rounds N] [--without PEER] [--json FILE]
 """
@@ -36,6 +38,8 @@ TEMPERATURE = 4.0
 TASK, LOGITS, FEATURE = 0.3, 0.4, 0.1  # they sum to 1 (three features), as modelopt's balancer wants
 HAND, AGAIN = "by hand", "by hand, again"
 BARS = {"P1": 1.03, "P2": 1.01}
+#: how often all contenders are made anew
+COPIES = 8
 
 Step = Callable[[Tensor, Tensor], Tensor]
 
@@ -322,12 +326,17 @@ def check_same_losses(workload: Workload, names: list[str], steps: int = 5) -> d
 
 def measure(workload: Workload, names: list[str], rounds: int) -> dict[str, list[float]]:
     """CPU seconds of a step, for every round and contender."""
-    blocks = {name: block(step, workload) for name, step in set_up(workload, names).items()}
-    gc.collect()
-    gc.freeze()  # what the libraries have loaded is not to be walked through in somebody's step
-    taken = take_turns(blocks, rounds, warm_up=3)
-    gc.unfreeze()
-    return {name: [t / workload.steps for t in times] for name, times in taken.items()}
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    copies = min(COPIES, rounds)
+    for number in range(copies):
+        blocks = {name: block(step, workload) for name, step in set_up(workload, names).items()}
+        gc.collect()
+        gc.freeze()  # what the libraries have loaded is not to be walked through in somebody's step
+        share = len(range(number, rounds, copies))
+        for name, times in take_turns(blocks, share, warm_up=3).items():
+            taken[name] += [t / workload.steps for t in times]
+        gc.unfreeze()
+    return taken
 
 
 def block(step: Step, workload: Workload) -> Callable[[], None]:
