@@ -111,7 +111,7 @@ class Workload:
 
 
 WORKLOADS = {
-    "P1": Workload("tiny pair of 3 convolutions, batch 8", Tiny, Tiny, ("conv1", "conv2", "conv3"), 8, 10, 100),
+    "P1": Workload("tiny pair of 3 convolutions, batch 8", Tiny, Tiny, ("conv1", "conv2", "conv3"), 8, 10, 400),
     "P2": Workload(
         "ResNet-56 -> ResNet-20, CIFAR, batch 32",
         lambda: ResNet(20),
@@ -119,7 +119,7 @@ WORKLOADS = {
         ("layer1", "layer2", "layer3"),
         32,
         1,
-        24,
+        64,
     ),
 }
 
