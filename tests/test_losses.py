@@ -741,11 +741,34 @@ def test_decoupled_ignores_the_ignore_index() -> None:
     torch.testing.assert_close(masked, ignored, rtol=0, atol=0)
 
 
-def test_pairwise_distance_is_exact_for_near_duplicates() -> None:
+@pytest.mark.parametrize("paired", [0, primitives.PAIRED])
+def test_pairwise_distance_is_exact_for_near_duplicates(paired: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(primitives, "PAIRED", paired)
     x = torch.randn(4, 64) + 100
     x[1] = x[0] + torch.linspace(-5e-4, 5e-4, 64)
     exact = torch.linalg.vector_norm(x.double()[0] - x.double()[1])
     assert primitives.pairwise_distance(x)[0, 1].item() == pytest.approx(exact.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_pairwise_distance_and_its_gradient_are_those_of_squared_differences(
+    other: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(primitives, "PAIRED", 0)
+    x, y = torch.randn(6, 40, requires_grad=True), torch.randn(5, 40, requires_grad=True)
+    with torch.no_grad():
+        x[2] = x[4]
+        y[3] = x[1]
+    weights = torch.randn(6, 5 if other else 6)
+    inputs = (x, y) if other else (x,)
+    found = primitives.pairwise_distance(*inputs)
+    both = [v.detach().double().requires_grad_() for v in inputs]
+    expected = torch.cdist(both[0], both[-1], compute_mode="donot_use_mm_for_euclid_dist")
+    torch.testing.assert_close(found, expected.float(), rtol=1e-6, atol=0)
+    got = torch.autograd.grad((weights * found).sum(), inputs)
+    wanted = torch.autograd.grad((weights.double() * expected).sum(), both)
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_angles_by_hand() -> None:

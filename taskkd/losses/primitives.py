@@ -42,6 +42,8 @@ __all__ = [
 
 Loss = TypeVar("Loss", bound=Callable[..., Tensor])
 HALF = frozenset((torch.float16, torch.bfloat16))
+#: products of numbers from which on distances of all pairs go through a matrix product
+PAIRED = 2**20
 #: the logit of what is in no distribution: its share is 0, and it is finite over any temperature
 NOWHERE = -1e30
 
@@ -286,9 +288,21 @@ def pairs(weight: Tensor) -> Tensor:
 def pairwise_distance(x: Tensor, y: Tensor | None = None) -> Tensor:
     """Euclidean distances of all rows of `x` to all of `y` (itself if left out), with gradient 0 where they are 0.
 
-    Exact for near-duplicates, which the usual `|a|^2 + |b|^2 - 2ab` loses in fp32 to cancellation.
+    Exact for near-duplicates, which the usual `|a|^2 + |b|^2 - 2ab` loses in fp32 to cancellation. Where that is many
+    numbers it is computed that way in fp64, around the mean, which is several times as fast as sums of squared
+    differences; vectors that are closer than 1e-7 of their distance from the mean then count as equal.
     """
-    return torch.cdist(x, x if y is None else y, compute_mode="donot_use_mm_for_euclid_dist")
+    other = x if y is None else y
+    small = x.numel() * other.shape[-2] < PAIRED
+    if small or x.dtype == torch.float64 or x.device.type == "mps":  # the last two have nothing more precise
+        return torch.cdist(x, other, compute_mode="donot_use_mm_for_euclid_dist")
+    mean = x.detach().mean(-2, keepdim=True)  # moves both alike: the distances have no gradient to it
+    a = x.double().sub_(mean)
+    b = a if y is None else y.double().sub_(mean)
+    lengths = a.square().sum(-1)[..., :, None] + b.square().sum(-1)[..., None, :]
+    squares = lengths - 2 * (a @ b.mT)
+    same = squares <= 1e-14 * lengths
+    return squares.masked_fill(same, 1).sqrt().masked_fill(same, 0).to(x.dtype)
 
 
 def cosines(x: Tensor) -> Tensor:
