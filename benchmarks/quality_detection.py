@@ -131,6 +131,7 @@ class Digits(DetectionTable):
     finetune: Mapping[str, Any] = {"epochs": 8, "learning_rate": 1e-3, "batch_size": 8}
     training = schedule(7, 5e-3)
     rates = (3e-3, 5e-3, 1e-2)
+    found: Mapping[str, Mapping[str, Any]] = {"fgd": {"method.weight": 0.01}}  # what was best on the nuclei
 
     def write(self, source: Path) -> None:
         write_digits(self.images)
