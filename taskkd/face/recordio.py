@@ -329,7 +329,10 @@ def _by_ranges(file: RecordFile, positions: Array, people: Array) -> Array | Non
     found = [file.header(position).labels for position in people]
     if not found or not len(positions) or any(len(span) != 2 for span in found):
         return None
-    spans = np.asarray(found, dtype=np.int64)
+    numbers = np.asarray(found, dtype=np.float64)
+    if not (np.abs(numbers) < 2**53).all():  # damaged, or no ranges at all
+        return None
+    spans = numbers.astype(np.int64)
     spans = spans[spans[:, 0] < spans[:, 1]]
     spans = spans[np.argsort(spans[:, 0])]
     keys = file.keys[positions]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -114,6 +115,9 @@ def test_ranges_that_do_not_tell_the_labels_are_not_believed(tmp_path: Path) -> 
     assert read_recordio(rec).labels.tolist() == [1, 1, 0]
     rec = rec_of(tmp_path / "d", insight([5, 5, 2], []))
     assert read_recordio(rec).labels.tolist() == [1, 1, 0]
+    for number in (1e30, math.inf, math.nan):  # a damaged header
+        rec = rec_of(tmp_path / str(number), insight([5, 5, 2], [(1, 3), (3, number)]))
+        assert read_recordio(rec).labels.tolist() == [1, 1, 0]
 
 
 def test_labels_that_are_rounded_in_the_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
