@@ -771,6 +771,13 @@ def test_pairwise_distance_and_its_gradient_are_those_of_squared_differences(
         torch.testing.assert_close(g, w.float(), rtol=1e-5, atol=1e-6)
 
 
+def test_pairwise_distance_of_equal_rows_of_many_features_is_0() -> None:
+    x = torch.randn(40, 12544).repeat(2, 1)
+    distance = primitives.pairwise_distance(x)
+    assert (distance == 0).sum() == 160
+    assert (distance.diagonal(40) == 0).all()
+
+
 def test_angles_by_hand() -> None:
     corner = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
     found = primitives.angles(corner)
