@@ -179,7 +179,7 @@ def _origin(recipe: Any, own: Portable, report: Mapping[str, Any], paper: str) -
 def _data(recipe: Any) -> str:
     """What the recipe says of where its data come from: the sections in it, not the numbers."""
     given = recipe.data.model_dump(mode="json", exclude_unset=True)
-    sections = [f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in given.items() if isinstance(v, dict)]
+    sections = [f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in given.items() if v and isinstance(v, dict)]
     return f"- Data: `{', '.join(sections)}`" if sections else "- Data: given to `kd.distill` by a program"
 
 
