@@ -128,7 +128,7 @@ TABLES = {
             "max_length": 48,
         },
         labelled=2000,
-        epochs=15,
+        epochs=10,
         finetune={"epochs": 12, "learning_rate": 2e-4},
         alone=[3e-4, 5e-4, 1e-3],
         rows={

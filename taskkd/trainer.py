@@ -122,6 +122,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
     Raises:
         TaskkdError: arguments that contradict each other.
+        CacheError: a cached teacher, and a method whose losses look at padding (`needs` "full_length").
         TapError: a tap is in neither model.
 
     A checkpoint holds the student alone in `student/`; `save_model(folder)` writes it there.
@@ -154,6 +155,11 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     ) -> None:
         args = copy.copy(args) if args is not None else transformers.TrainingArguments(output_dir="runs/trainer")
         current = _stage(method, stage, tuple(terms), task_weight)
+        if method is not None and "full_length" in method.needs and isinstance(teacher, Teacher) and caches_of(teacher):
+            raise CacheError(
+                f"method {method.name!r} compares what the models give for padding, which a cache does not hold: give "
+                "the teacher as a model or as `Frozen`."
+            )
         if current.share != 1:
             args.num_train_epochs *= current.share
         if current.overrides:

@@ -42,13 +42,14 @@ class FullLength:
     """Pads the batches of another collator further, all to one length.
 
     Args:
-        collator: makes the batches.
-        tokenizer: says what its columns are padded with, and on which side.
+        collator: makes the batches; further padding is on the side that it pads on.
+        tokenizer: says what its columns are padded with, and on which side, if the collator has no tokenizer.
         length: in tokens.
     """
 
     def __init__(self, collator: Callable[[Sequence[Mapping[str, Any]]], Any], tokenizer: Any, length: int) -> None:
-        self.collator, self.length, self.left = collator, length, tokenizer.padding_side == "left"
+        self.collator, self.length = collator, length
+        self.left = getattr(collator, "tokenizer", tokenizer).padding_side == "left"
         self.fills = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
         self.fills |= {"labels": -100, **getattr(collator, "fills", {})}
 

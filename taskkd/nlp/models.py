@@ -243,9 +243,15 @@ def check_same_labels(student: Any, teacher: Any) -> None:
     """Refuse a pair whose logits mean different things.
 
     Raises:
-        RecipeError: heads, vocabularies, or numbers or names of labels differ.
+        RecipeError: heads, vocabularies, or numbers or names of labels differ, or a text may have several labels.
     """
     heads = head_of(student), head_of(teacher)
+    for who, model in (("student", student), ("teacher", teacher)):
+        if getattr(model.config, "problem_type", None) == "multi_label_classification":
+            raise RecipeError(
+                f"the {who} is for several labels a text (problem_type 'multi_label_classification'); here a text has "
+                "one."
+            )
     if heads[0] is not heads[1]:
         raise RecipeError(
             f"the student is for {heads[0].title}, the teacher for {heads[1].title}; their logits cannot be compared."
@@ -284,6 +290,9 @@ def student_from_layers(
 ) -> nn.Module:
     """A student with these layers of a model (0-based), its embeddings, pooler and head: weights are copied.
 
+    Where a family's first layer is built differently, the student's is, too: it has T5's position bias, which all
+    layers use, from the teacher's first; ModernBERT's has no norm before its attention, as the embeddings end in one.
+
     Source: the initialisation of DistilBERT (Sanh et al. 2019) and Patient KD (Sun et al. 2019).
 
     Args:
@@ -293,7 +302,8 @@ def student_from_layers(
         seed: of what starts at random, with an architecture.
 
     Raises:
-        RecipeError: a layer is not there, the model has no list of layers, or the architecture does not fit.
+        RecipeError: a layer is not there or cannot stand where it is asked for, the model has no list of layers, or the
+            architecture does not fit.
     """
     from taskkd.nlp.architectures import distilbert_from_bert
     from taskkd.nlp.sentence import SentenceEncoder
@@ -315,13 +325,20 @@ def student_from_layers(
     config.num_hidden_layers = len(layers)  # type: ignore[union-attr]
     with torch.random.fork_rng([]):
         student: nn.Module = type(teacher)(config)
-    state = {}
-    for key, value in teacher.state_dict().items():
+    given, state = teacher.state_dict(), {}
+    for key in student.state_dict():
         if not key.startswith(path + "."):
-            state[key] = value
+            state[key] = given[key]
             continue
-        index, rest = key.removeprefix(path + ".").split(".", 1)
-        state |= {f"{path}.{new}.{rest}": value for new, old in enumerate(layers) if old == int(index)}
+        place, rest = key.removeprefix(path + ".").split(".", 1)
+        sources = (f"{path}.{layers[int(place)]}.{rest}", f"{path}.{place}.{rest}")
+        source = next((name for name in sources if name in given), None)
+        if source is None:
+            raise RecipeError(
+                f"student.layers {list(layers)}: layer {layers[int(place)]} of {type(teacher).__name__} has no {rest}, "
+                f"which layer {place} of the student needs; leave it where it is in the teacher."
+            )
+        state[key] = given[source]
     student.load_state_dict(state)
     return student
 
@@ -346,9 +363,25 @@ def student_from_config(teacher: nn.Module, changes: Mapping[str, Any], *, seed:
             setattr(config, name, value)
         except Exception as error:  # the library's own kind of validation error
             raise RecipeError(f"student.config: {name}: {str(error).splitlines()[-1].strip()}") from None
+    config = _for_its_layers(config, set(changes))
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         try:
             return type(teacher)(config)
         except (ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
             raise RecipeError(f"student.config: {error}") from None
+
+
+def _for_its_layers(config: Any, given: set[str]) -> Any:
+    """The config with its lists of one entry a layer (ModernBERT's `layer_types`) as its class makes them."""
+    settings = config.to_dict()
+    stale = {
+        name
+        for name, value in settings.items()
+        if "layer" in name and isinstance(value, list) and len(value) != config.num_hidden_layers and name not in given
+    }
+    if not stale:
+        return config
+    fresh = type(config).from_dict({name: value for name, value in settings.items() if name not in stale})
+    fresh._attn_implementation = config._attn_implementation
+    return fresh

@@ -226,11 +226,12 @@ class NlpTask(Task):
         return [tokenization.by_answers(tokenization.by_words(term)) for term in terms]
 
     def check_terms(self, data: NlpData, terms: Sequence[Term], student: nn.Module, batch: Mapping[str, Any]) -> None:
-        """Refuse terms that compare tokens of different tokenizers.
+        """Refuse terms that compare tokens of different tokenizers, or read [CLS] where there may be padding.
 
         Raises:
             RecipeError: there is such a term.
         """
+        tokenization.check_side(terms, data.tokenizer)
         if data.of_teacher is not None:
             tokenization.check_terms(terms, student, batch)
 

@@ -26,6 +26,7 @@ __all__ = [
     "by_answers",
     "by_words",
     "check_kind",
+    "check_side",
     "check_terms",
     "fitting_length",
     "joined",
@@ -89,9 +90,9 @@ def positions(config: Any) -> int | None:
     longest = getattr(config, "max_position_embeddings", None)
     if not longest or longest < 0:
         return None
-    offset = any(name in config.model_type for name in OFFSET)
+    offset = any(name in getattr(config, "model_type", "") for name in OFFSET)
     # A config that was not made for a checkpoint (512) has not counted the offset in; such a model fails at 511.
-    return int(longest) - (config.pad_token_id + 1 if offset else 0)
+    return int(longest) - (config.pad_token_id + 1 if offset and config.pad_token_id is not None else 0)
 
 
 def fitting_length(
@@ -309,6 +310,23 @@ def check_terms(terms: Sequence[Term], student: nn.Module, batch: Mapping[str, A
                     "different tokenizers: their tokens are not the same pieces of text. What works: logits, a slice "
                     f"of one position ('[:, 0]' is [CLS]), the pooler, a sentence embedding{words}."
                 )
+
+
+def check_side(terms: Sequence[Term], tokenizer: Any) -> None:
+    """Refuse terms on the first position of texts that are padded there.
+
+    Raises:
+        RecipeError: there is such a term, and the tokenizer pads on the left.
+    """
+    if tokenizer.padding_side != "left":
+        return
+    for term in terms:
+        first = next((tap for tap in term.student_taps if tap.endswith("[:, 0]")), None)
+        if first is not None:
+            raise RecipeError(
+                f"term {term.name!r} reads the first position of a text, {first!r}, and the tokenizer puts padding "
+                "there (padding_side 'left'): save the tokenizer with padding_side 'right'."
+            )
 
 
 def _compared(term: Term) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from taskkd.augmentation import generator_for
 from taskkd.errors import TaskkdError
+from taskkd.nlp.tokenization import positions
 from taskkd.nlp.word_vectors import WORD, WordVectors, word_marker
 from taskkd.taps import accepted_arguments
 
@@ -191,8 +192,7 @@ class WordReplacement:
         return queries
 
     def _longest(self) -> int:
-        positions = getattr(self.mlm.config, "max_position_embeddings", None) or 512
-        return int(min(self.tokenizer.model_max_length, positions))
+        return int(min(self.tokenizer.model_max_length, positions(self.mlm.config) or 512))
 
     def _predict(self, texts: dict[str, list[_Word]]) -> None:
         """Ask the masked LM for the words of one piece, copies of about the same length together."""
@@ -214,11 +214,13 @@ class WordReplacement:
 
     @torch.no_grad()
     def _likeliest(self, queries: Sequence[tuple[_Word, Any, int]]) -> list[list[int]]:
-        batch = self.tokenizer.pad([dict(encoded) for _, encoded, _ in queries], return_tensors="pt")
-        rows, positions = torch.arange(len(queries)), torch.tensor([position for _, _, position in queries])
-        batch["input_ids"][rows, positions] = self.tokenizer.mask_token_id
+        batch = self.tokenizer.pad(
+            [dict(encoded) for _, encoded, _ in queries], padding_side="right", return_tensors="pt"
+        )
+        rows, asked = torch.arange(len(queries)), torch.tensor([position for _, _, position in queries])
+        batch["input_ids"][rows, asked] = self.tokenizer.mask_token_id
         device = next((p.device for p in self.mlm.parameters()), torch.device("cpu"))
-        logits: Tensor = self.mlm(**self._accepted(batch.to(device))).logits[rows, positions]
+        logits: Tensor = self.mlm(**self._accepted(batch.to(device))).logits[rows, asked]
         best: list[list[int]] = logits.topk(min(self.k, logits.shape[-1])).indices.tolist()
         return best
 

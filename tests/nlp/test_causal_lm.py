@@ -73,6 +73,15 @@ def test_every_token_is_its_label_and_of_prompts_none() -> None:
     assert batch(["the film", "the"], tokenizer=left)["labels"][1, 0] == -100
 
 
+def test_padding_in_the_data_is_no_label() -> None:
+    import datasets
+
+    found = dict(tiny.tokenizer()(["the film", "a warm music was great"], padding="max_length", max_length=12))
+    table = CAUSAL_LM.adopt(datasets.Dataset.from_dict(found), tiny.tokenizer(), [], Encoding(12), label=None)
+    masked = torch.tensor(found["input_ids"]).masked_fill(torch.tensor(found["attention_mask"]) == 0, -100)
+    assert torch.equal(torch.tensor(table["labels"]), masked)
+
+
 def test_a_tokenizer_without_padding_pads_with_the_end() -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.pad_token = None

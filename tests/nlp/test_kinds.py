@@ -341,6 +341,20 @@ def test_distil_in_one_call_with_models_in_memory(kind: str, tmp_path: Path) -> 
     assert next(iter(runs.predict(tmp_path / "run", [INPUTS[kind]])))[2] == INPUTS[kind]
 
 
+def test_whole_numbers_are_values_of_a_regression() -> None:
+    import datasets
+
+    found = dict(tiny.tokenizer()(["the film was great", "dull"]))
+    table = datasets.Dataset.from_dict({**found, "labels": [3, -1]})
+    kind = KINDS["regression"]
+    adopted = kind.adopt(table, tiny.tokenizer(), [], ENCODING, label="label")
+    labels = kind.collator(tiny.tokenizer())([adopted[i] for i in range(2)])["labels"]
+    loss = kind.loss({"logits": torch.tensor([[1.0], [1.0]])}, {"labels": labels})
+    assert float(loss) == pytest.approx((4 + 4) / 2)
+    free = kind.adopt(table, tiny.tokenizer(), [], ENCODING, label=None)
+    assert all(value != value for value in free["labels"])  # NaN: no label
+
+
 def test_class_numbers_in_memory_are_tags(tmp_path: Path) -> None:
     from taskkd.nlp.given import GivenNlp
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import taskkd as kd
 from taskkd.caches import weights_sha256
-from taskkd.errors import RecipeError, TapError
+from taskkd.errors import CacheError, RecipeError, TapError
 from taskkd.nlp import METHODS, lrc_bert, minilm, minilm_v2, mobilebert, tinybert
 from taskkd.nlp.methods.cofi import cofi
 from taskkd.nlp.methods.distilbert import distilbert
@@ -96,7 +96,7 @@ def test_tinybert_end_to_end(case: str, checkpointing: bool) -> None:
         if name.startswith("grad_"):
             got = arrays["w_" + name[5:]].grad
             assert got is not None
-            np.testing.assert_allclose(got.numpy(), want, rtol=1e-9, atol=1e-12 * max(np.abs(want).max(), 1))
+            np.testing.assert_allclose(got.numpy(), want, rtol=1e-12, atol=1e-12 * max(np.abs(want).max(), 1))
             compared += 1
     assert compared > 20
 
@@ -356,6 +356,10 @@ def test_a_cached_teacher_gives_the_losses_of_the_live_one(
 ) -> None:
     student, teacher, method = built(name)
     student.float(), teacher.float()
+    if name.startswith("minilm"):  # with fresh weights its divergences are as small as the rounding of their summands
+        with torch.no_grad():
+            for parameter in (*student.parameters(), *teacher.parameters()):
+                parameter.mul_(10 if parameter.ndim > 1 else 1)
     data = batch() | {"id": torch.arange(2)}
     stage = method.stages[0]
     live = losses_of(stage, student, teacher, data)
@@ -379,3 +383,39 @@ def test_the_teacher_is_as_it_was() -> None:
     assert weights_sha256(teacher) == before and not teacher.training
     assert all(p.grad is None for p in teacher.parameters())
     assert teacher.config._attn_implementation == "sdpa"
+
+
+def test_minilm_reads_the_encoders_last_attention() -> None:
+    """Where there is a decoder, the last attention of a forward is not the encoder's."""
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 4, "num_heads": 4, "d_ff": 32}
+
+    def pair(layers: int) -> Any:
+        torch.manual_seed(layers)
+        return hf.T5ForSequenceClassification(hf.T5Config(**sizes, num_layers=layers, num_decoder_layers=1)).double()
+
+    student, teacher = pair(2), pair(4)
+    for method in (minilm(student, teacher), minilm_v2(student, teacher, relation_heads=4)):
+        for term in method.stages[0].terms:
+            assert term.student_taps[0].startswith("attention[1].")
+            assert term.teacher_taps[0].startswith("attention[3].")
+
+
+def test_squared_differences_of_a_decoders_logits_are_sums_over_its_vocabulary() -> None:
+    student, teacher = decoder(60, 0), decoder(60, 1)
+    method = distilbert(student, teacher, alpha_ce=0.0, alpha_cos=0.0, alpha_task=0.0, alpha_mse=1.0)
+    data = batch()
+    found = losses_of(method.stages[0], student, teacher, data)
+    before = torch.nn.functional.pad(data["attention_mask"][:, 1:], (0, 1)).bool()
+    with torch.no_grad():
+        own, other = (m(**families.batch()).logits[before] for m in (student, teacher))
+    assert float(found["loss"].detach()) == pytest.approx(float((own - other).square().sum(-1).mean()), rel=1e-9)
+
+
+def test_the_trainer_refuses_a_cache_where_padding_counts(tmp_path: Path) -> None:
+    student, teacher = bert(2, 8), bert(4, 16, seed=1)
+    cached = kd.Cached(teacher, tmp_path / "cache")
+    arguments = hf.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    method = tinybert(student, teacher, compat="official")
+    with pytest.raises(CacheError, match="'tinybert' compares what the models give for padding"):
+        kd.Trainer(student, teacher=cached, method=method, stage=0, args=arguments)
+    kd.Trainer(student, teacher=cached, method=tinybert(student, teacher), stage=0, args=arguments)

@@ -6,7 +6,7 @@ import torch
 from taskkd.errors import DataError, RecipeError
 from taskkd.nlp import models
 from taskkd.nlp.methods.patient_kd import patient_kd, patient_layers
-from tests import tiny
+from tests import families, tiny
 
 BATCH = {
     "input_ids": torch.tensor([[2, 6, 18, 3], [2, 7, 22, 3]]),
@@ -59,6 +59,52 @@ def test_other_families_have_layers_to_choose_from(family: str) -> None:
     assert len(models.encoder_layers(student)[1]) == 2
     assert student(**BATCH).logits.shape == (2, 2)
     assert patient_kd(student, teacher).stages[0].terms[1].student_taps[0].endswith("0[:, 0]")
+
+
+@pytest.mark.parametrize("layers", [[1, 2], [0, 2], [2, 0]])
+@pytest.mark.parametrize("family", ["modernbert", "t5"])
+def test_a_first_layer_that_is_built_differently(family: str, layers: list[int]) -> None:
+    teacher = families.build(family)
+    student = models.student_from_layers(teacher, layers).eval()
+    for module, name in (("attn.Wqkv", "layers"), ("layer.0.SelfAttention.q", "encoder.block")):
+        path = f"{'model.' if family == 'modernbert' else ''}{name}"
+        if (family == "modernbert") == (name == "layers"):
+            for own, source in enumerate(layers):
+                copied, weight = (
+                    m.get_submodule(f"{path}.{i}.{module}").weight for m, i in ((student, own), (teacher, source))
+                )
+                assert torch.equal(copied, weight)
+    if family == "t5":  # the bias of positions, which every layer uses, is the teacher's
+        bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
+        assert torch.equal(student.get_submodule(bias).weight, teacher.get_submodule(bias).weight)
+    student(**families.batch())
+
+
+def test_a_layer_that_cannot_stand_there() -> None:
+    teacher = families.build("modernbert")
+    for layer in teacher.model.layers[:2]:  # a model whose second layer has no norm before its attention, either
+        layer.attn_norm = torch.nn.Identity()
+    with pytest.raises(
+        RecipeError, match=r"layers \[2, 1\]: layer 1 of ModernBert\w+ has no attn_norm.weight, which layer 1"
+    ):
+        models.student_from_layers(teacher, [2, 1])
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_lists_of_layers_follow_their_number(count: int, tmp_path: Path) -> None:
+    teacher = families.build("modernbert")
+    student = models.student_from_config(teacher, {"num_hidden_layers": count}).eval()
+    assert len(student.config.layer_types) == count
+    student.save_pretrained(tmp_path)
+    loaded = type(student).from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(**families.batch()).logits, student(**families.batch()).logits)
+
+
+def test_several_labels_a_text_are_refused() -> None:
+    teacher, student = tiny.teacher(), tiny.classifier()
+    teacher.config.problem_type = "multi_label_classification"
+    with pytest.raises(RecipeError, match="the teacher is for several labels a text"):
+        models.check_same_labels(student, teacher)
 
 
 def test_albert_has_no_list_of_layers() -> None:

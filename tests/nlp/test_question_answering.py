@@ -8,6 +8,7 @@ import torch
 from taskkd.errors import DataError
 from taskkd.nlp import text
 from taskkd.nlp.answers import Answers, exact_match, f1
+from taskkd.nlp.collation import FullLength
 from taskkd.nlp.kinds import Encoding
 from taskkd.nlp.kinds.questions import QUESTION_ANSWERING as KIND
 from taskkd.nlp.kinds.questions import span_loss
@@ -228,3 +229,18 @@ def test_a_table_that_the_caller_has_tokenized() -> None:
         KIND.adopt(table.remove_columns("start_positions"), people.tokenizer(), [], Encoding(8), label="answers")
     with pytest.raises(DataError, match="needs the column 'context_mask'"):
         KIND.adopt(table.remove_columns("token_type_ids"), people.tokenizer(), [], Encoding(8), label="answers")
+
+
+def test_positions_hold_whatever_side_the_tokenizer_pads() -> None:
+    left, right = people.tokenizer(), people.tokenizer()
+    left.padding_side = "left"
+    table = windows(length=60)
+    rows = [table[i] for i in range(len(table))]
+    assert len({len(row["input_ids"]) for row in rows}) > 1
+    for one, other in (
+        (KIND.collator(left), KIND.collator(right)),
+        (FullLength(KIND.collator(left), left, 64), FullLength(KIND.collator(right), right, 64)),
+    ):
+        batch, same = one(rows), other(rows)
+        assert all(torch.equal(batch[name], same[name]) for name in same)
+    assert left.padding_side == "left"

@@ -12,6 +12,7 @@ from taskkd import losses, plans, recipes, runs
 from taskkd.caches import Cached
 from taskkd.errors import RecipeError
 from taskkd.nlp import tokenization
+from taskkd.nlp.methods import patient_kd, soft_targets
 from taskkd.nlp.task import TASK
 from tests import tiny
 from tests.nlp import wordpieces
@@ -79,6 +80,7 @@ def test_positions() -> None:
 
     assert tokenization.positions(BertConfig()) == 512
     assert tokenization.positions(RobertaConfig(max_position_embeddings=514)) == 512
+    assert tokenization.positions(RobertaConfig(max_position_embeddings=514, pad_token_id=None)) == 514
     assert tokenization.positions(ModernBertConfig()) == 8192
     assert tokenization.positions(T5Config()) is None
     tokenizer = wordpieces.wordpiece(700)
@@ -306,6 +308,16 @@ def test_a_loss_over_words_is_that_of_the_first_pieces_both_have() -> None:
     assert torch.equal(padded, value)
     none = aligned(student, teacher, word_index=own * 0 - 1, teacher_word_index=other, temperature=2.0, dim=-1)
     assert none == 0
+
+
+def test_the_first_position_is_not_read_where_padding_may_be() -> None:
+    teacher, student = tiny.teacher(), tiny.classifier()
+    terms = patient_kd(student, teacher).stages[0].terms
+    tokenization.check_side(terms, wordpieces.wordpiece(700))
+    left = wordpieces.wordpiece(700, padding_side="left")
+    tokenization.check_side(soft_targets(student, teacher).stages[0].terms, left)
+    with pytest.raises(RecipeError, match=r"'patience' reads the first position.*padding_side 'right'"):
+        tokenization.check_side(terms, left)
 
 
 def test_left_padding_moves_the_words() -> None:

@@ -82,8 +82,13 @@ class CausalKind:
         self, table: Table, tokenizer: Any, names: Sequence[str], encoding: Encoding, *, label: str | None,
         training: bool = True,
     ) -> Table:  # fmt: skip
-        """With every token as its own label, unless there are `labels`."""
-        return table if "labels" in table.column_names else table.add_column("labels", list(table["input_ids"]))
+        """With every token that is no padding as its own label, unless there are `labels`."""
+        if "labels" in table.column_names:
+            return table
+        if "attention_mask" not in table.column_names:
+            return table.add_column("labels", list(table["input_ids"]))
+        pairs = zip(table["input_ids"], table["attention_mask"], strict=True)
+        return table.add_column("labels", [[i if m else -100 for i, m in zip(*p, strict=True)] for p in pairs])
 
     def collator(self, tokenizer: Any) -> Collator:
         """Pads labels with -100. A tokenizer without a padding token pads with its end-of-text token.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -159,7 +160,9 @@ class QuestionKind:
         return table.add_column("context_mask", masks)
 
     def collator(self, tokenizer: Any) -> Collator:
-        """Pads the mask with 0."""
+        """Pads the mask with 0, and on the right, whatever the tokenizer does: positions count from the first token."""
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.padding_side = "right"
         return Collator(tokenizer, {"context_mask": 0})
 
     def metric(self, names: Sequence[str], tables: Sequence[Table]) -> Answers:

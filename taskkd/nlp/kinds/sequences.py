@@ -106,8 +106,13 @@ class SequenceKind:
         self, table: Table, tokenizer: Any, names: Sequence[str], encoding: Encoding, *, label: str | None,
         training: bool = True,
     ) -> Table:  # fmt: skip
-        """With its label column named `labels`."""
-        return adopt_labels(table, label, math.nan if self.regression else -100)
+        """With its label column named `labels`, which for regression are no whole numbers."""
+        table = adopt_labels(table, label, math.nan if self.regression else -100)
+        if self.regression:
+            import datasets
+
+            table = table.cast_column("labels", datasets.Value("float32"))
+        return table
 
     def collator(self, tokenizer: Any) -> Collator:
         """Pads a batch to its longest text."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from taskkd import losses
 from taskkd.errors import RecipeError
-from taskkd.nlp.heads import MASKED_LM, head_of
+from taskkd.nlp.heads import CAUSAL_LM, MASKED_LM, head_of
 from taskkd.nlp.layers import hidden_size, hidden_taps
 from taskkd.nlp.methods.intermediate import MASK
 from taskkd.nlp.methods.logit_terms import logit_terms
@@ -38,7 +38,8 @@ def distilbert(
     batches of 5 x 50, 3 epochs, 5 % warm-up, clipping at 5. Their distillation of a fine-tuned SQuAD teacher is
     `alpha_ce=0.5, alpha_task=0.5, alpha_cos=0`, and averages over all positions of the padded text; ours over context.
 
-    Scaling: as theirs, means over tokens that are no padding. `alpha_mse` belongs to their sum over the vocabulary of
+    Scaling: as theirs, means over tokens that are no padding; of a causal model, ours over the positions before a token
+    with a label. `alpha_mse` belongs to their sum over the vocabulary of
     squared differences of logits.
 
     Args:
@@ -62,7 +63,7 @@ def distilbert(
     if alpha_ce > 0:
         terms += logit_terms(student, teacher, weight=alpha_ce, temperature=temperature, positions=positions)
     if alpha_mse > 0:
-        count = config.vocab_size if head_of(student) is MASKED_LM else number_of_labels(student)
+        count = config.vocab_size if head_of(student) in (CAUSAL_LM, MASKED_LM) else number_of_labels(student)
         terms += logit_terms(
             student, teacher, loss=losses.logit_mse, name="logits_mse", weight=alpha_mse * count, positions=positions
         )

@@ -108,7 +108,7 @@ def attention_terms(
 
 
 def teacher_index(layer: int | None, teacher: nn.Module, method: str) -> int:
-    """The 0-based number of the teacher's layer that is asked for; None: the last.
+    """The 0-based number of the teacher's layer that is asked for; None: the last (of the encoder).
 
     Raises:
         RecipeError: there is no such layer.

@@ -65,11 +65,15 @@ def minilm(
             f"minilm: the student has {heads[0]} attention heads, the teacher {heads[1]}, and they are compared one by "
             "one; minilm_v2 takes any numbers."
         )
-    layer = teacher_index(teacher_layer, teacher, "minilm")
+    own, layer = teacher_index(None, student, "minilm"), teacher_index(teacher_layer, teacher, "minilm")
     terms: list[Term] = [
-        Match("attention", losses.attention_kl, "attention[-1].scores", f"attention[{layer}].scores", mask=MASK),
+        Match("attention", losses.attention_kl, f"attention[{own}].scores", f"attention[{layer}].scores", mask=MASK),
         Match(
-            "relation-v", losses.self_attention_relation, "attention[-1].value", f"attention[{layer}].value", mask=MASK
+            "relation-v",
+            losses.self_attention_relation,
+            f"attention[{own}].value",
+            f"attention[{layer}].value",
+            mask=MASK,
         ),
     ]
     overrides = schedule_of(relation_epochs, relation_learning_rate)
@@ -112,12 +116,12 @@ def minilm_v2(
             f"minilm_v2: {relation_heads} relation heads do not divide the hidden sizes {sizes[0]} and {sizes[1]}; the "
             f"nearest number that does is {closest}."
         )
-    layer = teacher_index(teacher_layer, teacher, "minilm_v2")
+    own, layer = teacher_index(None, student, "minilm_v2"), teacher_index(teacher_layer, teacher, "minilm_v2")
     terms: list[Term] = [
         Match(
             name,
             losses.self_attention_relation,
-            f"attention[-1].{kind}",
+            f"attention[{own}].{kind}",
             f"attention[{layer}].{kind}",
             heads=relation_heads,
             mask=MASK,
