@@ -326,13 +326,13 @@ def setting(job: Job, name: str) -> str:
     return f" ({', '.join(f'{k.rpartition(chr(46))[2]} {v:g}' for k, v in found.items())})" if found else ""
 
 
-def publish(job: Any, text: str, path: Path = RESULTS, *, heading: str = "## NLP") -> None:
-    """Put a table in place of the one that stands in the page, or at its end, under a heading of its own."""
+def publish(job: Any, text: str, path: Path = RESULTS, *, heading: str = "## NLP", options: str = "") -> None:
+    """Put a table in place of the one that stands in the page, or at its end, under a heading; `options`: of its command."""
     title = f"quality.py {job.title}"
     begin, end = f"<!-- {title} -->", f"<!-- end of {title} -->"
     page = path.read_text(encoding="utf-8") if path.is_file() else "# Results\n"
     page = page if heading in page else f"{page.rstrip()}\n\n{heading}\n"
-    command = f"python benchmarks/{title} --seeds {','.join(map(str, job.seeds))}"
+    command = f"python benchmarks/{title} --seeds {','.join(map(str, job.seeds))}{options}"
     block = f"{begin}\n{text}\n`{command}`\n{end}"
     if begin in page:
         page = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: block, page, flags=re.DOTALL)
@@ -382,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.search:
         text = markdown(job, reports)
         print(text)
-        publish(job, text)
+        publish(job, text, options=f" --methods {options.methods}" if options.methods else "")
     return 0
 
 
