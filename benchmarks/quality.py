@@ -327,7 +327,7 @@ def setting(job: Job, name: str) -> str:
 
 
 def publish(job: Any, text: str, path: Path = RESULTS, *, heading: str = "## NLP", options: str = "") -> None:
-    """Put a table in place of the one that stands in the page, or at its end, under a heading; `options`: of its command."""
+    """Put a table and its command in place of the one that stands in the page, or at its end under a heading."""
     title = f"quality.py {job.title}"
     begin, end = f"<!-- {title} -->", f"<!-- end of {title} -->"
     page = path.read_text(encoding="utf-8") if path.is_file() else "# Results\n"
