@@ -9,9 +9,10 @@
 The teacher is all-MiniLM-L6-v2 (6 layers of 384), fine-tuned on the labels of the table. The student has 2 or 3 of its
 layers as they were before, and a fresh head from the seed. All trainings of a table share start, labels, batch size,
 schedule and number of optimiser steps, and keep the best epoch on validation. The student alone has, for every seed,
-the learning rate that is best on validation; a method has one for all seeds: 3e-4, or what `--search` found among the
-student alone's rates on the validation set, with the first seed and two layers. Reported is accuracy on test: mean and
-standard error over the seeds, and the mean gain over the student alone with its standard error, paired by seed.
+the learning rate that is best on validation; the methods have one for all seeds, which is in the table (`--search` says
+what validation gives a method with the first seed at the rates of the student alone). Reported is accuracy on test:
+mean and standard error over the seeds, and the mean gain over the student alone with its standard error, paired by
+seed.
 
 Each method is a recipe that is run in a folder of its own under `--out`: what is finished is not done again, so an
 interrupted table goes on. `docs/results.md` gets the table in place of the one that stands there.
@@ -68,7 +69,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A data set: its cut, how long everything is trained, and what was found on validation."""
+    """A data set: its cut, and how everything is trained."""
 
     title: str
     data: dict[str, Any]
@@ -78,7 +79,7 @@ class Table:
     alone: list[float]  # learning rates of the student alone
     rows: dict[str, Row]
     unlabelled: dict[str, dict[str, Any]]  # source -> what it changes in the data section
-    found: dict[str, dict[str, Any]]  # name of a row -> dotted keys of its recipe, by `--search`
+    rates: dict[int, float]  # layers of the student -> learning rate of the methods
 
 
 KD = {"name": "soft_targets", "temperature": 2, "weight": 0.7, "task_weight": 0.3}
@@ -113,7 +114,7 @@ TABLES = {
             "tinybert-free": Row("TinyBERT, 8,000 more sentences (films, products)", TINYBERT, "sentences", LONG),
         },
         unlabelled={"sentences": {"unlabelled_size": 8000}},
-        found={},
+        rates={2: 3e-4, 3: 3e-4},
     ),
     "banking77": Table(
         "BANKING77",
@@ -136,7 +137,7 @@ TABLES = {
             "own": {"files.unlabelled": "{folder}/banking77_rest.jsonl", "unlabelled_size": 6000},
             "clinc150": {"files.unlabelled": "{folder}/clinc150.jsonl", "unlabelled_size": 6000},
         },
-        found={},
+        rates={2: 1e-3, 3: 5e-4},
     ),
 }
 
@@ -247,9 +248,7 @@ class Job:
             option, share = way.first
             data["method"][option] = epochs * share
             epochs *= 1 - share
-        data["training"]["epochs"] = epochs
-        for key, value in table.found.get(row, {}).items():
-            recipes.set_key(data, key, value)
+        data["training"] |= {"epochs": epochs, "learning_rate": table.rates[self.layers]}
 
     def run(self, row: str | None) -> Result:
         """Run it, or go on with it, or read what it gave."""
@@ -304,7 +303,8 @@ def markdown(job: Job, reports: dict[str, dict[str, Any]]) -> str:
     lines = [
         f"### {table.title}, student of {job.layers} layers",
         "",
-        f"{first['data'].replace(', 0 unlabelled', '')}; {steps} steps of 32; seeds {', '.join(map(str, job.seeds))}.",
+        f"{first['data'].replace(', 0 unlabelled', '')}; {steps} steps of 32, methods at {table.rates[job.layers]:g}; "
+        f"seeds {', '.join(map(str, job.seeds))}.",
         "",
         f"| | {first['metric']} on test | gain over alone | |",
         "|---|---|---|---|",
@@ -316,14 +316,8 @@ def markdown(job: Job, reports: dict[str, dict[str, Any]]) -> str:
             found = on_test(reports[name], "distilled")
             gains = [f - a for f, a in zip(found, alone, strict=True)]
             gain = f"{100 * statistics.mean(gains):+.2f} \u00b1 {100 * error(gains):.2f}"
-            lines.append(f"| {row.title}{setting(job, name)} | {spread(found)} | {gain} | {verdict(gains)} |")
+            lines.append(f"| {row.title} | {spread(found)} | {gain} | {verdict(gains)} |")
     return "\n".join(lines) + "\n"
-
-
-def setting(job: Job, name: str) -> str:
-    """What the search found for a row, in words."""
-    found = job.table.found.get(name, {})
-    return f" ({', '.join(f'{k.rpartition(chr(46))[2]} {v:g}' for k, v in found.items())})" if found else ""
 
 
 def publish(job: Any, text: str, path: Path = RESULTS, *, heading: str = "## NLP", options: str = "") -> None:

@@ -33,13 +33,12 @@ def test_every_row_is_a_recipe_of_as_many_steps(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", quality.TABLES)
-def test_what_was_found_is_a_rate_of_the_student_alone(name: str, tmp_path: Path) -> None:
+def test_methods_have_a_rate_that_the_student_alone_tries(name: str, tmp_path: Path) -> None:
     table = quality.TABLES[name]
-    assert set(table.found) <= set(table.rows)
+    assert set(table.rates) == set(quality.LAYERS)
     for row in table.rows:
         rate = job(name, tmp_path).recipe(row).training.learning_rate
-        assert rate == table.found.get(row, {}).get("training.learning_rate", 3e-4)
-        assert row not in table.found or rate in table.alone
+        assert rate == table.rates[2] and rate in table.alone
 
 
 def test_banking77_is_cut_without_texts_on_both_sides(tmp_path: Path) -> None:
