@@ -237,7 +237,8 @@ def test_the_discriminators_step_is_its_optimisers_on_the_detached_tensors(game:
         adam.zero_grad()
         pair.step()
         assert losses["adv_discriminator"] == loss.detach()
-        assert distance(judge_of(pair), weights(judge)) == 0
+        # The penalty's gradient may be added in another order, which is the processor's: one rounding of a float32.
+        assert distance(judge_of(pair), weights(judge)) < 1e-7
 
 
 def test_it_learns_to_tell_fixed_tensors_apart() -> None:
