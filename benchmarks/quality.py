@@ -76,7 +76,7 @@ class Table:
     labelled: int
     epochs: float  # over the labelled samples; with more text fewer epochs, so that the steps stay the same
     finetune: dict[str, Any]
-    alone: list[float]  # learning rates of the student alone
+    alone: dict[int, list[float]]  # layers of the student -> learning rates of the student alone
     rows: dict[str, Row]
     unlabelled: dict[str, dict[str, Any]]  # source -> what it changes in the data section
     rates: dict[int, float]  # layers of the student -> learning rate of the methods
@@ -107,7 +107,7 @@ TABLES = {
         labelled=1600,
         epochs=8,
         finetune={"epochs": 3, "learning_rate": 1e-4},
-        alone=[1e-4, 3e-4, 5e-4],
+        alone=dict.fromkeys(LAYERS, [1e-4, 3e-4, 5e-4]),
         rows={
             **ROWS,
             "logits-free": Row("logits, 8,000 more sentences (films, products)", ANSWERS, "sentences"),
@@ -126,7 +126,7 @@ TABLES = {
         labelled=2000,
         epochs=10,
         finetune={"epochs": 12, "learning_rate": 2e-4},
-        alone=[5e-4, 1e-3, 2e-3],
+        alone={2: [5e-4, 1e-3, 2e-3], 3: [3e-4, 5e-4, 1e-3]},
         rows={
             **ROWS,
             # at 2 this teacher's answers are almost flat: on average .36 for the likeliest of 77 labels, .90 at 1
@@ -229,7 +229,7 @@ class Job:
         }
         if row is None:
             data["teacher"] = {"model": PACKAGE, "sha256": SHA256, "finetune": table.finetune}
-            data["baseline"] = {"learning_rates": table.alone, "epochs": table.epochs}
+            data["baseline"] = {"learning_rates": table.alone[self.layers], "epochs": table.epochs}
         else:
             data["teacher"] = {"model": str(self.folder / "alone" / "teacher" / "model")}
             data["baseline"] = None
@@ -261,7 +261,7 @@ class Job:
     def search(self, row: str) -> None:
         """Try the student alone's learning rates for a row, with the first seed, and print what validation says."""
         recipe = self.recipe(row).model_copy(update={"seeds": self.seeds[:1]})
-        sweep = {"training.learning_rate": self.table.alone}
+        sweep = {"training.learning_rate": self.table.alone[self.layers]}
         tried = run_recipe(recipe, self.folder / f"search-{row}", sweep=sweep, say=print)
         seed, metric = str(self.seeds[0]), tried.report["metric"]
         found = {k: v[seed]["validation"][metric] for k, v in tried.report["distilled"].items()}

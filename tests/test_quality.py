@@ -13,8 +13,8 @@ from benchmarks import quality
 from taskkd import recipes
 
 
-def job(name: str, folder: Path) -> quality.Job:
-    return quality.Job(name, 2, [0, 1], folder)
+def job(name: str, folder: Path, layers: int = 2) -> quality.Job:
+    return quality.Job(name, layers, [0, 1], folder)
 
 
 @pytest.mark.parametrize("name", quality.TABLES)
@@ -32,13 +32,15 @@ def test_every_row_is_a_recipe_of_as_many_steps(name: str, tmp_path: Path) -> No
         assert (recipe.data.unlabelled_size > 0) == (way.unlabelled is not None)
 
 
+@pytest.mark.parametrize("layers", quality.LAYERS)
 @pytest.mark.parametrize("name", quality.TABLES)
-def test_methods_have_a_rate_that_the_student_alone_tries(name: str, tmp_path: Path) -> None:
+def test_methods_have_a_rate_that_the_student_alone_tries(name: str, layers: int, tmp_path: Path) -> None:
     table = quality.TABLES[name]
-    assert set(table.rates) == set(quality.LAYERS)
+    tried = job(name, tmp_path, layers).recipe(None).baseline.learning_rates
+    assert tried == table.alone[layers]
     for row in table.rows:
-        rate = job(name, tmp_path).recipe(row).training.learning_rate
-        assert rate == table.rates[2] and rate in table.alone
+        rate = job(name, tmp_path, layers).recipe(row).training.learning_rate
+        assert rate == table.rates[layers] and rate in tried
 
 
 def test_banking77_is_cut_without_texts_on_both_sides(tmp_path: Path) -> None:
