@@ -107,7 +107,7 @@ TABLES = {
         labelled=1600,
         epochs=8,
         finetune={"epochs": 3, "learning_rate": 1e-4},
-        alone=dict.fromkeys(LAYERS, [1e-4, 3e-4, 5e-4]),
+        alone={layers: [1e-4, 3e-4, 5e-4] for layers in LAYERS},
         rows={
             **ROWS,
             "logits-free": Row("logits, 8,000 more sentences (films, products)", ANSWERS, "sentences"),
