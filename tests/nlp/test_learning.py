@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,10 @@ METHODS = {
     "logits": {"name": "soft_targets", "temperature": 4, "weight": 0.7, "task_weight": 0.3},
     "patient_kd": {"name": "patient_kd", "temperature": 4, "alpha": 0.7, "beta": 100},
 }
+STAGED = {
+    "tinybert": {"name": "tinybert", "intermediate_epochs": 6, "intermediate_learning_rate": None},
+    "lrc_bert": {"name": "lrc_bert"},
+}
 
 
 def accuracy(models: dict[str, Any]) -> float:
@@ -55,6 +60,20 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         recipe = recipes.validate({**SHORT, "teacher": teacher, "method": method, "baseline": baseline}, name)
         found[name] = runs.run_recipe(recipe, folder / name, say=print).report
         teacher = {"model": str(Path(folder) / "logits" / "teacher" / "model")}
+    return {**found, "teacher": teacher["model"]}
+
+
+@pytest.fixture(scope="module")
+def staged(reports: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Methods of two stages, from the same teacher: their reports, and the losses of every first stage."""
+    folder, found = tmp_path_factory.mktemp("staged"), {}
+    for name, method in STAGED.items():
+        more = {"teacher": {"model": reports["teacher"]}, "method": method, "baseline": None}
+        recipe = recipes.validate({**SHORT, **more}, name)
+        report = runs.run_recipe(recipe, folder / name, say=print).report
+        finished = json.loads((folder / name / "run.json").read_text())["finished"]
+        histories = [value["history"] for key, value in finished.items() if "/stages/0-" in key]
+        found[name] = report, [[h["loss"] for h in history if "loss" in h] for history in histories]
     return found
 
 
@@ -76,3 +95,22 @@ def test_a_short_training_gains_over_the_student_alone(reports: dict[str, Any], 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_short_training_gains_a_point(reports: dict[str, Any], name: str) -> None:
     assert gain(reports, name) >= 0.01
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_the_first_stage_learns(staged: dict[str, Any], name: str) -> None:
+    """Means of ten steps: TinyBERT's layers with scores, LRC-BERT's contrast."""
+    _, losses = staged[name]
+    falls = [1 - history[-1] / history[0] for history in losses]
+    print(f"{name}: the first stage's loss falls by {', '.join(f'{fall:.2f}' for fall in falls)}")
+    assert len(falls) == 3 and min(falls) >= 0.4
+
+
+def test_tinybert_with_a_long_first_stage_is_no_worse_than_the_student_alone(
+    reports: dict[str, Any], staged: dict[str, Any]
+) -> None:
+    """Six epochs of layers with scores, then the three of the student alone."""
+    report, _ = staged["tinybert"]
+    more = accuracy(report["distilled"]["distilled"]) - accuracy(reports["logits"]["alone"])
+    print(f"tinybert: {more:+.4f}")
+    assert more >= 0

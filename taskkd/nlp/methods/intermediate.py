@@ -19,9 +19,9 @@ __all__ = [
     "Projection",
     "attention_terms",
     "hidden_terms",
+    "layer_index",
     "schedule_of",
     "shared",
-    "teacher_index",
 ]
 
 MASK = "batch.attention_mask"
@@ -107,13 +107,13 @@ def attention_terms(
     ]
 
 
-def teacher_index(layer: int | None, teacher: nn.Module, method: str) -> int:
-    """The 0-based number of the teacher's layer that is asked for; None: the last (of the encoder).
+def layer_index(layer: int | None, model: nn.Module, method: str) -> int:
+    """The 0-based number of the layer that is asked for (`teacher_layer`); None: the last (of the encoder).
 
     Raises:
         RecipeError: there is no such layer.
     """
-    count = len(hidden_taps(teacher)) - 1
+    count = len(hidden_taps(model)) - 1
     found = count - 1 if layer is None else layer + count if layer < 0 else layer
     if not 0 <= found < count:
         raise RecipeError(f"{method}: teacher_layer {layer}: the teacher has layers 0 to {count - 1}.")

@@ -10,7 +10,7 @@ from torch import nn
 from taskkd import losses
 from taskkd.errors import RecipeError
 from taskkd.nlp.layers import attention_heads, hidden_size
-from taskkd.nlp.methods.intermediate import MASK, schedule_of, teacher_index
+from taskkd.nlp.methods.intermediate import MASK, layer_index, schedule_of
 from taskkd.nlp.methods.logit_terms import logit_terms
 from taskkd.stages import Method, Stage
 from taskkd.terms import Match, Term
@@ -65,7 +65,7 @@ def minilm(
             f"minilm: the student has {heads[0]} attention heads, the teacher {heads[1]}, and they are compared one by "
             "one; minilm_v2 takes any numbers."
         )
-    own, layer = teacher_index(None, student, "minilm"), teacher_index(teacher_layer, teacher, "minilm")
+    own, layer = layer_index(None, student, "minilm"), layer_index(teacher_layer, teacher, "minilm")
     terms: list[Term] = [
         Match("attention", losses.attention_kl, f"attention[{own}].scores", f"attention[{layer}].scores", mask=MASK),
         Match(
@@ -116,7 +116,7 @@ def minilm_v2(
             f"minilm_v2: {relation_heads} relation heads do not divide the hidden sizes {sizes[0]} and {sizes[1]}; the "
             f"nearest number that does is {closest}."
         )
-    own, layer = teacher_index(None, student, "minilm_v2"), teacher_index(teacher_layer, teacher, "minilm_v2")
+    own, layer = layer_index(None, student, "minilm_v2"), layer_index(teacher_layer, teacher, "minilm_v2")
     terms: list[Term] = [
         Match(
             name,
